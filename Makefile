@@ -1,0 +1,55 @@
+# make test   everything the tests need, then the tests
+# make demo   everything the demo needs, then a real distillation run
+# make lint   formatters, linters and types, pinned in pyproject.toml
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+DEMO_ARGS ?=
+
+BIN := $(VENV)/bin
+BUILD_INPUTS := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
+
+.PHONY: test demo lint format clean
+
+test: $(VENV)/.built $(VENV)/.test
+	$(BIN)/python -m pytest
+
+demo: $(VENV)/.built $(VENV)/.demo
+	$(BIN)/python examples/distill.py $(DEMO_ARGS)
+
+lint: $(VENV)/.torch $(VENV)/.lint
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	git ls-files 'csrc/*' | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	git ls-files 'csrc/*' | xargs $(BIN)/clang-format -i
+
+# Torch first: resolved as a dependency, pip would take its newest build.
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "$(TORCH)" numpy
+	touch $@
+
+$(VENV)/.built: $(VENV)/.torch $(BUILD_INPUTS)
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.built pyproject.toml
+	$(BIN)/pip install --quiet --editable ".[test]"
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.torch pyproject.toml
+	$(BIN)/pip install --quiet ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch examples/requirements.txt examples/requirements-data.txt
+	$(BIN)/pip install --quiet -r examples/requirements.txt
+	$(BIN)/pip install --quiet --no-deps -r examples/requirements-data.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info kdkernels/*.so

@@ -1,0 +1,89 @@
+// The extension module kdkernels._C. Pointers come in as integers, so that it builds without torch
+// and one build serves every torch version.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+
+#include "cpu/dispatch.h"
+
+namespace py = pybind11;
+
+namespace kd {
+namespace {
+
+// Address, dtype, width, and the row strides; see Rows.
+using RowsArgs = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t, int64_t>;
+
+Rows to_rows(const RowsArgs& args) {
+  Rows rows;
+  rows.data = reinterpret_cast<char*>(std::get<0>(args));
+  rows.dtype = static_cast<DType>(std::get<1>(args));
+  rows.width = std::get<2>(args);
+  rows.inner_size = std::get<3>(args);
+  rows.outer_stride = std::get<4>(args);
+  rows.inner_stride = std::get<5>(args);
+  return rows;
+}
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void logits_cpu(int64_t rows, int64_t vocab, const RowsArgs& student, const RowsArgs& teacher,
+                const std::optional<RowsArgs>& gradient, int divergence, float parameter_0,
+                float parameter_1, float temperature, float student_scale, float student_softcap,
+                float teacher_scale, float teacher_softcap, float kd_weight, float ce_weight,
+                uintptr_t labels, int64_t ignore_index, uintptr_t token_weight, int reduction,
+                uintptr_t normalizer, float gradient_scale, uintptr_t row_scale, uintptr_t loss,
+                uintptr_t metrics, int threads) {
+  LogitsParams params;
+  params.rows = rows;
+  params.vocab = vocab;
+  params.student = to_rows(student);
+  params.teacher = to_rows(teacher);
+  if (gradient) params.gradient = to_rows(*gradient);
+  params.divergence = divergence;
+  params.parameters[0] = parameter_0;
+  params.parameters[1] = parameter_1;
+  params.temperature = temperature;
+  params.student_transform = {student_scale, student_softcap};
+  params.teacher_transform = {teacher_scale, teacher_softcap};
+  params.kd_weight = kd_weight;
+  params.ce_weight = ce_weight;
+  params.labels = pointer<int64_t>(labels);
+  params.ignore_index = ignore_index;
+  params.token_weight = pointer<float>(token_weight);
+  params.reduction = static_cast<Reduction>(reduction);
+  params.normalizer = pointer<float>(normalizer);
+  params.gradient_scale = gradient_scale;
+  params.row_scale = pointer<float>(row_scale);
+  params.loss = pointer<float>(loss);
+  params.metrics = pointer<float>(metrics);
+  py::gil_scoped_release release;
+  cpu::logits(params, threads);
+}
+
+void scale_cpu(int64_t rows, const RowsArgs& gradient, uintptr_t grad_output,
+               int64_t grad_output_stride, uintptr_t row_scale, int threads) {
+  ScaleParams params;
+  params.rows = rows;
+  params.gradient = to_rows(gradient);
+  params.grad_output = pointer<float>(grad_output);
+  params.grad_output_stride = grad_output_stride;
+  params.row_scale = pointer<float>(row_scale);
+  py::gil_scoped_release release;
+  cpu::scale(params, threads);
+}
+
+}  // namespace
+}  // namespace kd
+
+PYBIND11_MODULE(_C, module) {
+  module.def("instruction_sets", kd::cpu::instruction_sets,
+             "CPU instruction sets of this build that this machine runs, best first.");
+  module.def("divergences", kd::cpu::divergences, "Names of the divergences, in kernel order.");
+  module.def("logits_cpu", kd::logits_cpu, "Loss, and gradient where one is given, of all rows.");
+  module.def("scale_cpu", kd::scale_cpu, "gradient *= grad_output * row_scale, row by row.");
+}

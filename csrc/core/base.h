@@ -1,0 +1,24 @@
+// What every header needs before its first line of code.
+#pragma once
+
+#if defined(__CUDACC__)
+#define KD_INLINE __host__ __device__ __forceinline__
+#else
+#define KD_INLINE inline __attribute__((always_inline))
+#endif
+
+// Each CPU instruction set compiles these headers into a namespace of its own, so that the linker
+// can never hand code built for one instruction set to another.
+#ifndef KD_NAMESPACE
+#define KD_NAMESPACE generic
+#endif
+
+namespace kd::KD_NAMESPACE {
+
+// x in every lane of F.
+template <class F>
+KD_INLINE F splat(float x) {
+  return x + F{};
+}
+
+}  // namespace kd::KD_NAMESPACE

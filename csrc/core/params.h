@@ -1,0 +1,77 @@
+// The border between Python and the kernels: plain structs of pointers, shapes and strides.
+#pragma once
+
+#include <cstdint>
+
+#include "base.h"
+
+namespace kd {
+
+enum class DType : int { kFloat32, kBFloat16, kFloat16 };
+
+KD_INLINE constexpr int64_t item_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+// A (rows, width) tensor whose rows lie at two strides: row = outer * inner_size + inner. That
+// covers `logits[:, :-1]` and transposed leading dimensions without a copy.
+struct Rows {
+  char* data = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t width = 0;
+  int64_t inner_size = 1;
+  int64_t outer_stride = 0, inner_stride = 0;  // in elements
+
+  KD_INLINE char* row(int64_t index) const {
+    const int64_t offset =
+        (index / inner_size) * outer_stride + (index % inner_size) * inner_stride;
+    return data + offset * item_size(dtype);
+  }
+};
+
+// x -> softcap * tanh(scale * x / softcap); softcap 0 means none.
+struct Transform {
+  float scale = 1, softcap = 0;
+};
+
+enum class Reduction : int { kNone, kSum, kMean };
+
+struct LogitsParams {
+  int64_t rows = 0;
+  int64_t vocab = 0;  // the columns that take part, at most either width
+  Rows student;       // (rows, width)
+  Rows teacher;       // (rows, width)
+  Rows gradient;      // (rows, student.width), may be the student itself; null data: loss only
+
+  int divergence = 0;  // position in KD_DIVERGENCES
+  float parameters[2] = {0, 0};
+  float temperature = 1;
+  Transform student_transform, teacher_transform;
+
+  float kd_weight = 1;  // includes temperature squared where asked for
+  float ce_weight = 0;
+  const int64_t* labels = nullptr;  // (rows,)
+  int64_t ignore_index = -100;
+  const float* token_weight = nullptr;  // (rows,)
+  Reduction reduction = Reduction::kMean;
+  const float* normalizer = nullptr;  // (); null: the sum of the kept rows' weights
+
+  // float16 gradients are stored times a power of two per row, without weight and normalizer;
+  // row_scale gives what the backward multiplies them by.
+  float gradient_scale = 1;
+  float* row_scale = nullptr;  // (rows,)
+
+  float* loss = nullptr;     // (rows,) for kNone, else ()
+  float* metrics = nullptr;  // (kMetrics, rows)
+};
+
+enum Metric { kDivergence, kCrossEntropy, kTeacherEntropy, kStudentEntropy, kAgreement, kMetrics };
+
+// gradient *= grad_output * row_scale, row by row; both optional strides of 0 mean one for all.
+struct ScaleParams {
+  int64_t rows = 0;
+  Rows gradient;
+  const float* grad_output = nullptr;
+  int64_t grad_output_stride = 0;
+  const float* row_scale = nullptr;  // (rows,)
+};
+
+}  // namespace kd

@@ -1,0 +1,206 @@
+// Blocks of a row between typed memory and float arrays in the first-level cache. This is the only
+// place of the CPU backend that knows dtypes, scale and softcap; the maths sees floats.
+#pragma once
+
+#include "vec.h"
+
+#include "../core/math.h"
+#include "../core/params.h"
+
+namespace kd::KD_NAMESPACE {
+
+// Three float blocks fit a 32 KiB first-level cache, and a float lane sums few terms before the sum
+// goes on in double.
+constexpr int kBlock = 128 * kLanes;
+constexpr float kInfinity = __builtin_inff();
+
+KD_INLINE Half load_half(const uint16_t* from) {
+  Half x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+KD_INLINE Vec from_bfloat16(Half x) { return (Vec)(widen(x) << 16); }
+
+KD_INLINE Half to_bfloat16(Vec x) {
+  const Bits bits = (Bits)x;
+  const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  return narrow(x == x ? rounded : 0x7fc0u + Bits{});
+}
+
+KD_INLINE Vec from_float16(Half x) {
+  const Bits bits = widen(x);
+  const Bits magnitude = bits & 0x7fffu;
+  // The exponent's bias differs by 112; multiplying serves normal and subnormal values alike.
+  const Vec finite = (Vec)(magnitude << 13) * 0x1p112f;
+  const Bits special = magnitude << 13 | 0x7f800000u;  // inf and NaN
+  const Bits value = magnitude >= 0x7c00u ? special : (Bits)finite;
+  return (Vec)(value | (bits & 0x8000u) << 16);
+}
+
+// To nearest, ties to even; finite values beyond the range and infinities become +-65504.
+KD_INLINE Half to_float16_saturating(Vec x) {
+  const Vec magnitude = select(abs(x) > 65504.0f, splat<Vec>(65504.0f), abs(x));
+  const Bits bits = (Bits)magnitude;
+  const Bits normal = (bits + 0xfffu + ((bits >> 13) & 1u) - 0x38000000u) >> 13;
+  // The spacing of floats in [1/2, 1) is that of subnormal halves.
+  const Bits subnormal = (Bits)(magnitude + 0.5f) - 0x3f000000u;
+  Bits half = bits < 0x38800000u ? subnormal : normal;
+  half = x == x ? half : 0x7e00u + Bits{};
+  return narrow(half | ((Bits)x >> 16 & 0x8000u));
+}
+
+template <DType dtype>
+KD_INLINE Vec load_as_float(const char* from, int index) {
+  if constexpr (dtype == DType::kFloat32) return load((const float*)from + index);
+  const Half x = load_half((const uint16_t*)from + index);
+  return dtype == DType::kBFloat16 ? from_bfloat16(x) : from_float16(x);
+}
+
+template <DType dtype>
+KD_INLINE void store_from_float(char* to, int index, Vec x) {
+  if constexpr (dtype == DType::kFloat32) {
+    store((float*)to + index, x);
+  } else {
+    const Half half = dtype == DType::kBFloat16 ? to_bfloat16(x) : to_float16_saturating(x);
+    std::memcpy((uint16_t*)to + index, &half, sizeof half);
+  }
+}
+
+// Widens n values into `to`, padded with -inf to a whole number of vectors: -inf in both models is
+// a term of 0 in every divergence.
+template <DType dtype>
+void read_block(const char* from, int n, float* to) {
+  const int whole = n / kLanes * kLanes;
+  for (int i = 0; i < whole; i += kLanes) store(to + i, load_as_float<dtype>(from, i));
+  if (whole == n) return;
+  char tail[kLanes * sizeof(float)] = {};
+  std::memcpy(tail, from + whole * item_size(dtype), (n - whole) * item_size(dtype));
+  store(to + whole, load_as_float<dtype>(tail, 0));
+  for (int i = n; i < whole + kLanes; ++i) to[i] = -kInfinity;
+}
+
+template <DType dtype>
+void write_block(const float* from, int n, char* to) {
+  const int whole = n / kLanes * kLanes;
+  for (int i = 0; i < whole; i += kLanes) store_from_float<dtype>(to, i, load(from + i));
+  if (whole == n) return;
+  char tail[kLanes * sizeof(float)];
+  store_from_float<dtype>(tail, 0, load(from + whole));
+  std::memcpy(to + whole * item_size(dtype), tail, (n - whole) * item_size(dtype));
+}
+
+// tanh to full relative accuracy.
+KD_INLINE Vec tanh(Vec x) {
+  const Vec e = exponential(-2.0f * abs(x)).expm1;
+  const Vec magnitude = -e / (2.0f + e);
+  return (Vec)((Bits)magnitude | ((Bits)x & 0x80000000u));
+}
+
+// One row of logits as blocks of floats.
+class Reader {
+ public:
+  Reader(const Rows& rows, int64_t row, const Transform& transform)
+      : data_(rows.row(row)), dtype_(rows.dtype), transform_(transform) {}
+
+  // Logits [begin, begin + n) as stored, padded with -inf; either in `buffer` or in place.
+  const float* raw(int64_t begin, int n, float* buffer) const {
+    const char* from = data_ + begin * item_size(dtype_);
+    switch (dtype_) {
+      case DType::kFloat32:
+        if (n % kLanes == 0) return (const float*)from;
+        read_block<DType::kFloat32>(from, n, buffer);
+        break;
+      case DType::kBFloat16:
+        read_block<DType::kBFloat16>(from, n, buffer);
+        break;
+      case DType::kFloat16:
+        read_block<DType::kFloat16>(from, n, buffer);
+        break;
+    }
+    return buffer;
+  }
+
+  // The same after scale and softcap.
+  const float* block(int64_t begin, int n, float* buffer) const {
+    const float* from = raw(begin, n, buffer);
+    const float scale = transform_.scale, cap = transform_.softcap;
+    if (cap > 0) {
+      for (int i = 0; i < n; i += kLanes) {
+        const Vec x = load(from + i);
+        store(buffer + i, select(x == -kInfinity, x, cap * tanh(x * (scale / cap))));
+      }
+      return buffer;
+    }
+    if (scale != 1) {
+      for (int i = 0; i < n; i += kLanes) store(buffer + i, load(from + i) * scale);
+      return buffer;
+    }
+    return from;
+  }
+
+  float at(int64_t index) const {
+    float buffer[kLanes];
+    return block(index, 1, buffer)[0];
+  }
+
+  // gradient *= d transformed / d raw, for a softcap: scale / cosh(scale x / cap)^2. Without one
+  // the factor is `scale`, which the caller folds into its weight.
+  void chain_softcap(int64_t begin, int n, float* buffer, float* gradient) const {
+    const float* from = raw(begin, n, buffer);
+    const float ratio = transform_.scale / transform_.softcap;
+    for (int i = 0; i < n; i += kLanes) {
+      const Vec e = exp(-2.0f * abs(load(from + i) * ratio));
+      const Vec derivative = (4.0f * transform_.scale) * e / ((1.0f + e) * (1.0f + e));
+      store(gradient + i, times_or_zero(derivative, load(gradient + i)));
+    }
+  }
+
+  bool has_softcap() const { return transform_.softcap > 0; }
+
+ private:
+  const char* data_;
+  DType dtype_;
+  Transform transform_;
+};
+
+// One row of the gradient, written as blocks of floats.
+class Writer {
+ public:
+  Writer(const Rows& rows, int64_t row)
+      : data_(rows.row(row)), dtype_(rows.dtype), width_(rows.width) {}
+
+  // Where a float32 block of n can be written without passing through a buffer, else null.
+  float* direct(int64_t begin, int n) const {
+    return dtype_ == DType::kFloat32 && n % kLanes == 0 ? (float*)data_ + begin : nullptr;
+  }
+
+  void write(int64_t begin, int n, const float* from) const {
+    char* to = data_ + begin * item_size(dtype_);
+    switch (dtype_) {
+      case DType::kFloat32:
+        return write_block<DType::kFloat32>(from, n, to);
+      case DType::kBFloat16:
+        return write_block<DType::kBFloat16>(from, n, to);
+      case DType::kFloat16:
+        return write_block<DType::kFloat16>(from, n, to);
+    }
+  }
+
+  // Columns [begin, end) become `value`, in blocks.
+  void fill(int64_t begin, int64_t end, float value) const {
+    alignas(64) float block[256];
+    for (int i = 0; i < 256; i += kLanes) store(block + i, splat<Vec>(value));
+    for (; begin < end; begin += 256)
+      write(begin, end - begin < 256 ? (int)(end - begin) : 256, block);
+  }
+
+  int64_t width() const { return width_; }
+
+ private:
+  char* data_;
+  DType dtype_;
+  int64_t width_;
+};
+
+}  // namespace kd::KD_NAMESPACE

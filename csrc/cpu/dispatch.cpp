@@ -1,0 +1,158 @@
+#include "dispatch.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <memory>
+#include <stdexcept>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "../core/divergences.h"
+#include "kernel.h"
+
+namespace kd::cpu {
+namespace {
+
+constexpr const char* kOverride = "KDKERNELS_CPU_ISA";
+
+#define KD_NAME(name, Divergence) #name,
+constexpr const char* kNames[] = {KD_DIVERGENCES(KD_NAME)};
+static_assert(std::size(kNames) == kDivergences);
+
+std::vector<const InstructionSet*> supported() {
+  std::vector<const InstructionSet*> result;
+#if defined(KD_X86_64)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+    result.push_back(&kAvx512);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) result.push_back(&kAvx2);
+#endif
+  result.push_back(&kBaseline);
+  return result;
+}
+
+// Read at every call, so that a test can run each instruction set in one process.
+const InstructionSet& active() {
+  static const std::vector<const InstructionSet*> sets = supported();
+  const char* wanted = std::getenv(kOverride);
+  if (!wanted || !*wanted) return *sets.front();
+  std::string known;
+  for (const InstructionSet* set : sets) {
+    if (std::string(wanted) == set->name) return *set;
+    known += std::string(known.empty() ? "" : ", ") + set->name;
+  }
+  throw std::invalid_argument(std::string(kOverride) + "=" + wanted +
+                              " is not an instruction set of this machine and build; it has " +
+                              known);
+}
+
+// A fresh gradient is mapped page by page as it is written; large pages make that several times
+// cheaper. Only an advice: failure changes nothing.
+void advise_large_pages([[maybe_unused]] const Rows& rows, [[maybe_unused]] int64_t count) {
+#if defined(__linux__)
+  constexpr uintptr_t kLargePage = uintptr_t{2} << 20;
+  const uintptr_t from = (uintptr_t)rows.data;
+  const uintptr_t to = (uintptr_t)(rows.row(count - 1) + rows.width * item_size(rows.dtype));
+  const uintptr_t first = (from + kLargePage - 1) & ~(kLargePage - 1);
+  const uintptr_t last = to & ~(kLargePage - 1);
+  if (first < last) madvise((void*)first, last - first, MADV_HUGEPAGE);
+#endif
+}
+
+// Each row's weight, 0 for ignored rows.
+std::vector<float> row_weights(const LogitsParams& params) {
+  std::vector<float> weights(params.rows, 1.0f);
+  for (int64_t row = 0; row < params.rows; ++row) {
+    if (params.token_weight) weights[row] = params.token_weight[row];
+    if (!params.labels) continue;
+    const int64_t label = params.labels[row];
+    if (label == params.ignore_index) weights[row] = 0;
+    if (weights[row] != 0 && (label < 0 || label >= params.vocab))
+      throw std::invalid_argument("labels: row " + std::to_string(row) + " holds " +
+                                  std::to_string(label) + ", expected 0 to " +
+                                  std::to_string(params.vocab - 1) + " or ignore_index (" +
+                                  std::to_string(params.ignore_index) + ")");
+  }
+  return weights;
+}
+
+double normalizer_of(const LogitsParams& params, const std::vector<float>& weights) {
+  if (params.reduction != Reduction::kMean) return 1;
+  if (params.normalizer) return *params.normalizer;
+  double total = 0;
+  for (const float weight : weights) total += weight;
+  return total > 0 || std::isnan(total) ? total : 1;
+}
+
+struct Free {
+  void operator()(float* memory) const { std::free(memory); }
+};
+
+// Calls body(begin, end, scratch) for ranges that cover the rows; scratch holds `floats` floats.
+template <class Body>
+void for_rows(int64_t rows, int64_t width, int64_t floats, int threads, Body body) {
+  constexpr int64_t kElementsWorthAThread = 1 << 14;
+  const int64_t chunk = std::max<int64_t>(1, kElementsWorthAThread / std::max<int64_t>(1, width));
+  const int64_t chunks = (rows + chunk - 1) / chunk;
+  threads = (int)std::min<int64_t>(std::max(1, threads), chunks);
+  bool out_of_memory = false;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    const size_t bytes = (size_t)(floats * sizeof(float) + 63) / 64 * 64;
+    std::unique_ptr<float, Free> scratch(bytes ? (float*)std::aligned_alloc(64, bytes) : nullptr);
+    if (bytes && !scratch) {
+#pragma omp atomic write
+      out_of_memory = true;
+    }
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < chunks; ++i)
+      if (!bytes || scratch) body(i * chunk, std::min(rows, (i + 1) * chunk), scratch.get());
+  }
+  if (out_of_memory) throw std::bad_alloc();
+}
+
+}  // namespace
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const InstructionSet* set : supported()) names.push_back(set->name);
+  return names;
+}
+
+std::vector<std::string> divergences() { return {kNames, kNames + kDivergences}; }
+
+void logits(const LogitsParams& params, int threads) {
+  const std::vector<float> weights = row_weights(params);
+  const double normalizer = normalizer_of(params, weights);
+  const bool with_gradient = params.gradient.data != nullptr;
+  const InstructionSet& set = active();
+  const RowsFunction rows = (with_gradient ? set.loss_and_gradient : set.loss)[params.divergence];
+  if (with_gradient && params.rows > 0) advise_large_pages(params.gradient, params.rows);
+
+  std::vector<double> row_loss(params.rows);
+  const RowPlan plan{weights.data(), normalizer, row_loss.data()};
+  for_rows(
+      params.rows, params.vocab, with_gradient ? 2 * scratch_row(params.vocab) : 0, threads,
+      [&](int64_t begin, int64_t end, float* scratch) { rows(params, plan, begin, end, scratch); });
+
+  // Summed in row order whatever the number of threads.
+  double total = 0;
+  for (int64_t row = 0; row < params.rows; ++row) {
+    if (params.reduction == Reduction::kNone) params.loss[row] = (float)row_loss[row];
+    total += row_loss[row];
+  }
+  if (params.reduction != Reduction::kNone) *params.loss = (float)(total / normalizer);
+}
+
+void scale(const ScaleParams& params, int threads) {
+  if (params.rows == 0) return;
+  if (!params.row_scale && params.grad_output_stride == 0 && *params.grad_output == 1) return;
+  const ScaleFunction rows = active().scale;
+  for_rows(params.rows, params.gradient.width, 0, threads,
+           [&](int64_t begin, int64_t end, float*) { rows(params, begin, end); });
+}
+
+}  // namespace kd::cpu

@@ -1,0 +1,8 @@
+#define KD_NAMESPACE avx2
+#include "rows.h"
+
+namespace kd {
+
+const InstructionSet kAvx2 = avx2::instruction_set("avx2");
+
+}  // namespace kd

@@ -1,0 +1,8 @@
+#define KD_NAMESPACE avx512
+#include "rows.h"
+
+namespace kd {
+
+const InstructionSet kAvx512 = avx512::instruction_set("avx512");
+
+}  // namespace kd

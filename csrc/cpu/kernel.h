@@ -1,0 +1,36 @@
+// What one instruction set offers to dispatch.cpp.
+#pragma once
+
+#include "../core/params.h"
+
+namespace kd {
+
+constexpr int kDivergences = 9;
+
+// Per-row inputs and outputs that dispatch.cpp prepares for all rows of a call.
+struct RowPlan {
+  const float* weight;  // (rows,), 0: the row takes no part
+  double normalizer;    // the gradient is divided by it
+  double* loss;         // (rows,), out
+};
+
+// Rows [begin, end); scratch holds 2 x scratch_row(vocab) floats, 64-byte aligned.
+using RowsFunction = void (*)(const LogitsParams&, const RowPlan&, int64_t begin, int64_t end,
+                              float* scratch);
+using ScaleFunction = void (*)(const ScaleParams&, int64_t begin, int64_t end);
+
+KD_INLINE constexpr int64_t scratch_row(int64_t vocab) { return (vocab + 15) / 16 * 16; }
+
+struct InstructionSet {
+  const char* name;
+  RowsFunction loss[kDivergences];
+  RowsFunction loss_and_gradient[kDivergences];
+  ScaleFunction scale;
+};
+
+extern const InstructionSet kBaseline;
+#if defined(KD_X86_64)
+extern const InstructionSet kAvx2, kAvx512;
+#endif
+
+}  // namespace kd

@@ -1,0 +1,163 @@
+// One SIMD vector of floats, as wide as the instruction set this file is compiled for. GCC and
+// Clang vector extensions carry the arithmetic; intrinsics only where they do not reach.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "../core/base.h"
+
+namespace kd::KD_NAMESPACE {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+#if defined(__FMA__) || defined(__aarch64__)
+constexpr bool kFusedMultiplyAdd = true;
+#else
+constexpr bool kFusedMultiplyAdd = false;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Mask __attribute__((vector_size(4 * kLanes)));  // a lane is 0 or -1
+typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Half __attribute__((vector_size(2 * kLanes)));
+
+KD_INLINE Vec load(const float* from) {
+  Vec x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+KD_INLINE void store(float* to, Vec x) { std::memcpy(to, &x, sizeof x); }
+
+// 16-bit lanes to 32-bit ones and back.
+KD_INLINE Bits widen(Half x) {
+#if defined(__AVX512F__)
+  return (Bits)_mm512_cvtepu16_epi32((__m256i)x);
+#elif defined(__AVX2__)
+  return (Bits)_mm256_cvtepu16_epi32((__m128i)x);
+#else
+  return __builtin_convertvector(x, Bits);
+#endif
+}
+
+KD_INLINE Half narrow(Bits x) {
+#if defined(__AVX512F__)
+  return (Half)_mm512_cvtepi32_epi16((__m512i)x);
+#else
+  return __builtin_convertvector(x, Half);
+#endif
+}
+
+KD_INLINE Vec select(Mask condition, Vec yes, Vec no) { return condition ? yes : no; }
+
+KD_INLINE Vec abs(Vec x) { return (Vec)((Bits)x & 0x7fffffffu); }
+
+// The larger of a and x, and x where x is NaN.
+KD_INLINE Vec max(Vec a, Vec x) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_max_ps((__m512)a, (__m512)x);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_max_ps((__m256)a, (__m256)x);
+#else
+  return select(a > x, a, x);
+#endif
+}
+
+// Horizontal folds are intrinsics: going through an array makes GCC keep the accumulator of the
+// loop before it in memory.
+
+// The sum of the lanes in double: a float would round the last, largest partial sums.
+KD_INLINE double sum(Vec x) {
+#if defined(__AVX512F__)
+  const __m256 low = (__m256)_mm512_castpd512_pd256((__m512d)x);
+  const __m256 high = (__m256)_mm512_extractf64x4_pd((__m512d)x, 1);
+  const __m512d pairs = _mm512_cvtps_pd(low) + _mm512_cvtps_pd(high);
+  const __m256d fours = _mm512_castpd512_pd256(pairs) + _mm512_extractf64x4_pd(pairs, 1);
+#elif defined(__AVX2__)
+  const __m256d fours = _mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x)) +
+                        _mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1));
+#else
+  const double fours[] = {x[0], x[1], x[2], x[3]};
+#endif
+  return (fours[0] + fours[1]) + (fours[2] + fours[3]);
+}
+
+KD_INLINE float largest(Vec x) {
+  const auto larger = [](auto a, auto b) { return a > b ? a : b; };
+#if defined(__AVX512F__)
+  const __m256 half = larger((__m256)_mm512_castpd512_pd256((__m512d)x),
+                             (__m256)_mm512_extractf64x4_pd((__m512d)x, 1));
+#elif defined(__AVX2__)
+  const __m256 half = (__m256)x;
+#endif
+#if defined(__AVX2__)
+  const __m128 fours = larger(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+#else
+  const Vec fours = x;
+#endif
+  return larger(larger(fours[0], fours[1]), larger(fours[2], fours[3]));
+}
+
+// Minimax polynomial of 2^f on an interval of length 1, by Horner's rule; relative error 7.5e-8.
+template <class... Coefficients>
+KD_INLINE Vec horner(Vec x, float first, Coefficients... rest) {
+  Vec result = splat<Vec>(first);
+  ((result = result * x + rest), ...);
+  return result;
+}
+
+// 2^x for any x, NaN for NaN; relative error below 1.5e-7.
+KD_INLINE Vec exp2(Vec x) {
+#if defined(__AVX512DQ__)
+  // x - floor(x), and 0 for infinities; scalef multiplies by 2^floor(x).
+  const Vec f = (Vec)_mm512_reduce_ps((__m512)x, 1);
+  const Vec power = horner(f, 1.87756785e-3f, 8.98936111e-3f, 5.58262989e-2f, 2.40153626e-1f,
+                           6.93153083e-1f, 0.99999994f);
+  return (Vec)_mm512_scalef_ps((__m512)power, (__m512)x);
+#else
+  x = max(splat<Vec>(-160.0f), x);  // keeps x - round(x) finite
+  x = select(x > 160.0f, splat<Vec>(160.0f), x);
+  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
+  const Vec shifted = x + 12582912.0f;
+  const Vec f = x - (shifted - 12582912.0f);
+  const Vec power = horner(f, 1.32764096e-3f, 9.67554096e-3f, 5.55071346e-2f, 2.40221202e-1f,
+                           6.93146944e-1f, 1.00000012f);
+  // Two factors, since 2^-160 and 2^160 are no floats of their own.
+  const Mask n = (Mask)shifted - 0x4b400000;
+  const Mask half = n >> 1;
+  return power * (Vec)((half + 127) << 23) * (Vec)((n - half + 127) << 23);
+#endif
+}
+
+constexpr float kLog2E = 1.44269504f;
+
+KD_INLINE Vec exp(Vec x) { return exp2(x * kLog2E); }
+
+// log(1 + x) for x > -1, -inf for -1; relative error below 1.5e-7.
+KD_INLINE Vec log1p(Vec x) {
+  const Vec w = 1.0f + x;
+  const Vec lost = x - (w - 1.0f);  // what rounding took from w
+  // w = mantissa 2^n with the mantissa in [sqrt(1/2), sqrt(2)).
+  const Mask n = ((Mask)w - 0x3f3504f3) >> 23;
+  const Vec mantissa = (Vec)((Mask)w - (n << 23));
+  const Vec f = (mantissa - 1.0f) + lost * (Vec)((127 - n) << 23);
+  // Minimax polynomial of (log(1 + f) - f + f^2 / 2) / f^3 on that interval.
+  const Vec polynomial = horner(f, 8.70035961e-2f, -1.42674759e-1f, 1.49147868e-1f, -1.65775865e-1f,
+                                1.99630618e-1f, -2.50013381e-1f, 3.33339095e-1f);
+  const Vec exponent = __builtin_convertvector(n, Vec);
+  const Vec result = exponent * 6.93147181e-1f + (f + f * f * (polynomial * f - 0.5f));
+  return select(w == 0.0f, splat<Vec>(-__builtin_inff()), result);
+}
+
+}  // namespace kd::KD_NAMESPACE

@@ -1,0 +1,45 @@
+"""Backends and the choice between them.
+
+A backend says why it cannot serve a call, as a list of reasons that drives the choice, the errors
+and the test skips; an explicit ``backend=`` never falls back.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..divergences import Divergence
+from . import cpu
+
+#: In order of preference; "reference" last, since it serves nearly everything.
+BACKENDS = ("cpu", "reference")
+
+LOW_PRECISION = "float32, bfloat16 or float16"
+
+
+def why_not(
+    backend: str, student: Tensor, teacher: Tensor, divergence: Divergence, inplace_grad: bool
+) -> list[str]:
+    """Why ``backend`` cannot serve a call; empty if it can."""
+    if backend == "cpu":
+        return cpu.why_not(student, teacher, divergence)
+    if inplace_grad:
+        return ["its gradient comes from autograd and cannot overwrite student_logits"]
+    return []
+
+
+def choose(
+    backend: str, student: Tensor, teacher: Tensor, divergence: Divergence, inplace_grad: bool
+) -> str:
+    """The backend that serves a call, or a ValueError with every refusal."""
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(
+            f"backend is {backend!r}, expected 'auto', {', '.join(map(repr, BACKENDS))}"
+        )
+    refusals = []
+    for name in BACKENDS if backend == "auto" else (backend,):
+        reasons = why_not(name, student, teacher, divergence, inplace_grad)
+        if not reasons:
+            return name
+        refusals.append(f"{name}: {'; '.join(reasons)}")
+    raise ValueError("no backend can serve this call. " + ". ".join(refusals))

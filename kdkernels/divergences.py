@@ -1,0 +1,263 @@
+"""The divergences between a teacher p and a student q: the one list everything iterates over.
+
+Each is a small frozen dataclass. ``value`` is its definition, a plain PyTorch function of log p and
+log q whose sum over the vocabulary is the divergence; the reference backend differentiates it.
+``kernel`` names what the compiled backends run, with parameters at a limit mapped to the divergence
+they become there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+
+def _times(x: Tensor, y: Tensor) -> Tensor:
+    """``x * y``, and 0 with gradient 0 where ``x`` is 0, even if ``y`` is infinite."""
+    zero = x == 0
+    return torch.where(zero, 0.0, x * torch.where(zero, 0.0, y))
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """The terms of KL(p || q)."""
+    p = log_p.exp()
+    return _times(p, torch.where(p == 0, 0.0, log_p) - torch.where(p == 0, 0.0, log_q))
+
+
+def _log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
+    """log(share p + (1 - share) q), -inf where both are 0."""
+    empty = (log_p == -math.inf) & (log_q == -math.inf)
+    log_p, log_q = torch.where(empty, 0.0, log_p), torch.where(empty, 0.0, log_q)
+    mixed = torch.logaddexp(log_p + math.log(share), log_q + math.log1p(-share))
+    return torch.where(empty, -math.inf, mixed)
+
+
+def _in_range(
+    name: str, value: float, low: float, high: float, *, open_above: bool = False
+) -> None:
+    if not (low <= value < high if open_above else low <= value <= high):
+        bracket = ")" if open_above else "]"
+        raise ValueError(f"{name} is {value}, expected a number in [{low:g}, {high:g}{bracket}")
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Base of the divergences.
+
+    A custom one needs ``name`` and ``value``; it runs on the reference backend.
+    """
+
+    name: ClassVar[str] = ""
+
+    def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        """Terms of the divergence, elementwise, for log-probabilities of any equal shape."""
+        raise TypeError(f"{type(self).__name__} does not define value(log_p, log_q)")
+
+    def kernel(self) -> tuple[str, float, float]:
+        """The compiled divergence's name and its two parameters (0 where it has fewer)."""
+        parameters = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        first, second = [*parameters, 0.0, 0.0][:2]
+        return self.name, first, second
+
+
+@dataclass(frozen=True)
+class ForwardKL(Divergence):
+    """KL(p || q) = sum p (log p - log q). Hinton et al. 2015, arXiv:1503.02531."""
+
+    name: ClassVar[str] = "forward_kl"
+
+    def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return _kl(log_p, log_q)
+
+
+@dataclass(frozen=True)
+class ReverseKL(Divergence):
+    """KL(q || p) = sum q (log q - log p). MiniLLM, Gu et al. 2023, arXiv:2306.08543."""
+
+    name: ClassVar[str] = "reverse_kl"
+
+    def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return _kl(log_q, log_p)
+
+
+@dataclass(frozen=True)
+class JSD(Divergence):
+    """Generalised Jensen-Shannon: beta KL(p || m) + (1 - beta) KL(q || m).
+
+    m = beta p + (1 - beta) q. ``beta=0`` means forward KL and ``beta=1`` reverse KL, the limits of
+    the divergence divided by beta (1 - beta). GKD, Agarwal et al. 2023, arXiv:2306.13649.
+    """
+
+    name: ClassVar[str] = "jsd"
+    beta: float = 0.5
+
+    def __post_init__(self) -> None:
+        _in_range("beta", self.beta, 0, 1)
+
+    def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        if self.beta in (0, 1):
+            return ForwardKL().value(log_p, log_q) if self.beta == 0 else _kl(log_q, log_p)
+        log_m = _log_mixture(log_p, log_q, self.beta)
+        return self.beta * _kl(log_p, log_m) + (1 - self.beta) * _kl(log_q, log_m)
+
+    def kernel(self) -> tuple[str, float, float]:
+        limits: dict[float, Divergence] = {0: ForwardKL(), 1: ReverseKL()}
+        return limits[self.beta].kernel() if self.beta in limits else super().kernel()
+
+
+@dataclass(frozen=True)
+class SkewForwardKL(Divergence):
+    """KL(p || alpha p + (1 - alpha) q). DistiLLM, Ko et al. 2024, arXiv:2402.03898."""
+
+    name: ClassVar[str] = "skew_forward_kl"
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        _in_range("alpha", self.alpha, 0, 1, open_above=True)
+
+    def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return _kl(log_p, _log_mixture(log_p, log_q, self.alpha) if self.alpha else log_q)
+
+    def kernel(self) -> tuple[str, float, float]:
+        return super().kernel() if self.alpha else ForwardKL().kernel()
+
+
+@dataclass(frozen=True)
+class SkewReverseKL(Divergence):
+    """KL(q || alpha q + (1 - alpha) p). DistiLLM, Ko et al. 2024, arXiv:2402.03898."""
+
+    name: ClassVar[str] = "skew_reverse_kl"
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        _in_range("alpha", self.alpha, 0, 1, open_above=True)
+
+    def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return _kl(log_q, _log_mixture(log_q, log_p, self.alpha) if self.alpha else log_p)
+
+    def kernel(self) -> tuple[str, float, float]:
+        return super().kernel() if self.alpha else ReverseKL().kernel()
+
+
+@dataclass(frozen=True)
+class SymmetricKL(Divergence):
+    """weight KL(p || q) + (1 - weight) KL(q || p). Jeffreys 1946."""
+
+    name: ClassVar[str] = "symmetric_kl"
+    weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        _in_range("weight", self.weight, 0, 1)
+
+    def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        if self.weight in (0, 1):
+            return _kl(log_p, log_q) if self.weight == 1 else _kl(log_q, log_p)
+        return self.weight * _kl(log_p, log_q) + (1 - self.weight) * _kl(log_q, log_p)
+
+    def kernel(self) -> tuple[str, float, float]:
+        limits: dict[float, Divergence] = {0: ReverseKL(), 1: ForwardKL()}
+        return limits[self.weight].kernel() if self.weight in limits else super().kernel()
+
+
+@dataclass(frozen=True)
+class TVD(Divergence):
+    """Total variation: 1/2 sum |p - q|, slope 0 where p = q. Wen et al. 2023, arXiv:2307.15190."""
+
+    name: ClassVar[str] = "tvd"
+
+    def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return (log_p.exp() - log_q.exp()).abs() / 2
+
+
+@dataclass(frozen=True)
+class AlphaBeta(Divergence):
+    """-1/(ab) sum [p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)], a = alpha, b = beta.
+
+    Its limits are taken at a = 0, b = 0 and a + b = 0; (1, 0) is forward KL and (0, 1) reverse KL.
+    Finite on -inf logits for positive parameters. ABKD, Wang et al. 2025, arXiv:2505.04560;
+    Cichocki et al. 2011.
+    """
+
+    name: ClassVar[str] = "alpha_beta"
+    alpha: float
+    beta: float
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "beta"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a finite number")
+
+    def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        a, b = self.alpha, self.beta
+        empty = (log_p == -math.inf) & (log_q == -math.inf)
+        log_p, log_q = torch.where(empty, 0.0, log_p), torch.where(empty, 0.0, log_q)
+
+        def power(x: float, y: float) -> Tensor:
+            """p^x q^y; a power of 0 is left out, so that 0 * inf cannot arise."""
+            terms = [c * log for c, log in ((x, log_p), (y, log_q)) if c != 0]
+            return torch.exp(sum(terms, torch.zeros_like(log_p)))
+
+        d = log_p - log_q
+        if a == 0 and b == 0:
+            value = d.square() / 2
+        elif a == 0:
+            value = (power(b, 0) - power(0, b) - b * _times(power(0, b), d)) / b**2
+        elif b == 0:
+            value = (power(0, a) - power(a, 0) + a * _times(power(a, 0), d)) / a**2
+        elif a + b == 0:
+            value = (power(a, b) - 1 - a * d) / a**2
+        else:
+            value = (power(a + b, 0) / b + power(0, a + b) / a) / (a + b) - power(a, b) / (a * b)
+        return torch.where(empty, 0.0, value)
+
+    def kernel(self) -> tuple[str, float, float]:
+        limits: dict[tuple[float, float], Divergence] = {(1, 0): ForwardKL(), (0, 1): ReverseKL()}
+        limit = limits.get((self.alpha, self.beta))
+        return limit.kernel() if limit else super().kernel()
+
+
+@dataclass(frozen=True)
+class SoftCrossEntropy(Divergence):
+    """-sum p log q: forward KL plus the teacher's entropy, with the same gradient."""
+
+    name: ClassVar[str] = "soft_cross_entropy"
+
+    def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return -_times(log_p.exp(), log_q)
+
+
+#: Every built-in divergence by name, in kernel order. All but ``alpha_beta`` have defaults.
+DIVERGENCES: dict[str, type[Divergence]] = {
+    cls.name: cls
+    for cls in (
+        ForwardKL,
+        ReverseKL,
+        JSD,
+        SkewForwardKL,
+        SkewReverseKL,
+        SymmetricKL,
+        TVD,
+        AlphaBeta,
+        SoftCrossEntropy,
+    )
+}
+
+
+def as_divergence(divergence: str | Divergence) -> Divergence:
+    """The instance behind a name of the table; an instance is returned as it is."""
+    if isinstance(divergence, Divergence):
+        return divergence
+    if not isinstance(divergence, str):
+        raise TypeError(
+            f"divergence is a {type(divergence).__name__}, expected a name or a Divergence instance"
+        )
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"divergence is {divergence!r}, expected one of {', '.join(DIVERGENCES)}")
+    if divergence == AlphaBeta.name:
+        raise ValueError("divergence 'alpha_beta' has no defaults; pass AlphaBeta(alpha, beta)")
+    return DIVERGENCES[divergence]()

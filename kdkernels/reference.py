@@ -1,0 +1,123 @@
+"""The definition of the loss in plain PyTorch: readable, slow, on any device, in float64.
+
+It is the oracle of the tests and the fallback of ``backend="auto"``. Its gradient is autograd's.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .divergences import Divergence
+from .options import METRICS, LogitsOptions
+
+
+def transform(logits: Tensor, scale: float, softcap: float) -> Tensor:
+    """x -> softcap tanh(scale x / softcap), or scale x without a softcap; -inf stays -inf."""
+    if not softcap:
+        return logits if scale == 1 else logits * scale
+    masked = logits == -math.inf
+    capped = softcap * torch.tanh(torch.where(masked, 0.0, logits) * (scale / softcap))
+    return torch.where(masked, -math.inf, capped)
+
+
+def kd_loss(
+    student: Tensor,  # (..., vocab_s)
+    teacher: Tensor,  # (..., vocab_t)
+    labels: Tensor | None,  # (...)
+    token_weight: Tensor | None,  # (...)
+    normalizer: Tensor | None,  # ()
+    divergence: Divergence,
+    o: LogitsOptions,
+) -> tuple[Tensor, Tensor | None]:
+    """The loss and, with ``o.metrics``, the stacked metrics ``(5, ...)``."""
+    with torch.autocast(student.device.type, enabled=False):
+        return _kd_loss(student, teacher, labels, token_weight, normalizer, divergence, o)
+
+
+def _kd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    token_weight: Tensor | None,
+    normalizer: Tensor | None,
+    divergence: Divergence,
+    o: LogitsOptions,
+) -> tuple[Tensor, Tensor | None]:
+    compute = torch.float32 if student.device.type == "mps" else torch.float64
+    out = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+
+    weight = torch.ones(student.shape[:-1], dtype=compute, device=student.device)
+    if token_weight is not None:
+        weight = token_weight.to(compute)
+    if labels is not None:
+        weight = torch.where(labels == o.ignore_index, 0.0, weight)
+    kept = weight != 0
+
+    # Masked before the softmax: 0 * NaN in its backward would be NaN.
+    s = torch.where(kept.unsqueeze(-1), student[..., : o.vocab].to(compute), 0.0)
+    t = torch.where(kept.unsqueeze(-1), teacher[..., : o.vocab].detach().to(compute), 0.0)
+    s_logits = transform(s, o.student_scale, o.student_softcap)
+    t_logits = transform(t, o.teacher_scale, o.teacher_softcap)
+
+    loss = torch.zeros_like(weight)
+    values: dict[str, Tensor] = {}
+    if o.kd_weight != 0 or o.metrics:
+        log_q = F.log_softmax(s_logits / o.temperature, dim=-1)
+        log_p = F.log_softmax(t_logits / o.temperature, dim=-1)
+        values["divergence"] = divergence.value(log_p, log_q).sum(-1)
+        if o.kd_weight != 0:
+            loss = loss + o.kd_weight * values["divergence"]
+        if o.metrics:
+            values["teacher_entropy"] = _entropy(log_p)
+            values["student_entropy"] = _entropy(log_q)
+            values["agreement"] = _agreement(s, t, log_p.sum(-1) + log_q.sum(-1))
+    if labels is not None and (o.ce_weight != 0 or o.metrics):
+        values["cross_entropy"] = _cross_entropy(s_logits, labels, kept, o.vocab)
+        if o.ce_weight != 0:
+            loss = loss + o.ce_weight * values["cross_entropy"]
+
+    loss = torch.where(kept, loss, 0.0) * weight
+    metrics = None
+    if o.metrics:
+        zero = torch.zeros_like(weight)
+        stacked = torch.stack([values.get(name, zero) for name in METRICS])
+        metrics = torch.where(kept, stacked, 0.0).detach().to(torch.float32)
+    if o.reduction == "none":
+        return loss.to(out), metrics
+    loss = loss.sum()
+    if o.reduction == "mean":
+        if normalizer is None:
+            total = weight.sum()
+            normalizer = torch.where(total <= 0, 1.0, total)
+        loss = loss / normalizer.to(compute)
+    return loss.to(out), metrics
+
+
+def _entropy(log_p: Tensor) -> Tensor:
+    p = log_p.exp()
+    return -torch.where(p == 0, 0.0, p * log_p).sum(-1)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, kept: Tensor, vocab: int) -> Tensor:
+    outside = kept & ((labels < 0) | (labels >= vocab))
+    if logits.device.type == "cpu" and not torch.compiler.is_compiling() and bool(outside.any()):
+        raise ValueError(
+            f"labels: got {int(labels[outside][0])}, expected 0 to {vocab - 1} or ignore_index"
+        )
+    index = torch.where(kept & ~outside, labels, 0).unsqueeze(-1)
+    log_q = F.log_softmax(logits, dim=-1).gather(-1, index).squeeze(-1)
+    return torch.where(outside, log_q * math.nan, -log_q)
+
+
+def _agreement(s: Tensor, t: Tensor, undefined: Tensor) -> Tensor:
+    def first_top(x: Tensor) -> Tensor:
+        position = torch.arange(x.shape[-1], device=x.device)
+        top = x.amax(-1, keepdim=True)
+        return torch.where(x == top, position, x.shape[-1]).amin(-1)
+
+    agree = (first_top(s) == first_top(t)).to(s.dtype)
+    return torch.where(undefined.isnan(), math.nan, agree)
