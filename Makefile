@@ -1,21 +1,26 @@
 # make test   everything the tests need, then the tests
 # make demo   everything the demo needs, then a real distillation run
+# make bench  the CPU benchmarks (BENCH_ARGS=--help for what they take)
 # make lint   formatters, linters and types, pinned in pyproject.toml
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
 BUILD_INPUTS := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: test demo lint format clean
+.PHONY: test demo bench lint format clean
 
 test: $(VENV)/.built $(VENV)/.test
 	$(BIN)/python -m pytest
 
 demo: $(VENV)/.built $(VENV)/.demo
 	$(BIN)/python examples/distill.py $(DEMO_ARGS)
+
+bench: $(VENV)/.built $(VENV)/.bench
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 lint: $(VENV)/.torch $(VENV)/.lint
 	$(BIN)/ruff check
@@ -42,8 +47,13 @@ $(VENV)/.test: $(VENV)/.built pyproject.toml
 	$(BIN)/pip install --quiet --editable ".[test]"
 	touch $@
 
+$(VENV)/.bench: $(VENV)/.built pyproject.toml
+	$(BIN)/pip install --quiet --editable ".[bench]"
+	touch $@
+
 $(VENV)/.lint: $(VENV)/.torch pyproject.toml
-	$(BIN)/pip install --quiet ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
+	$(BIN)/pip install --quiet $$($(BIN)/python -c 'import tomllib; \
+	  print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["lint"])')
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.torch examples/requirements.txt examples/requirements-data.txt

@@ -7,6 +7,7 @@ Environment:
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,11 +22,14 @@ ROOT = Path(__file__).parent.resolve()
 class CMakeBuild(build_ext):
     def build_extension(self, extension: Extension) -> None:
         target = Path(self.get_ext_fullpath(extension.name)).resolve().parent
+        # Afresh each time: a cache remembers the tools of a build environment that is gone.
         build = Path(self.build_temp).resolve()
-        build.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(build, ignore_errors=True)
+        build.mkdir(parents=True)
         options = [
             "-GNinja",
             "-DCMAKE_BUILD_TYPE=Release",
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -37,9 +38,15 @@ def _log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
     return torch.where(empty, -math.inf, mixed)
 
 
+def _check_number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} is a {type(value).__name__}, expected a number")
+
+
 def _in_range(
     name: str, value: float, low: float, high: float, *, open_above: bool = False
 ) -> None:
+    _check_number(name, value)
     if not (low <= value < high if open_above else low <= value <= high):
         bracket = ")" if open_above else "]"
         raise ValueError(f"{name} is {value}, expected a number in [{low:g}, {high:g}{bracket}")
@@ -189,6 +196,7 @@ class AlphaBeta(Divergence):
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta"):
+            _check_number(name, getattr(self, name))
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a finite number")
 

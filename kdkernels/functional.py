@@ -114,6 +114,8 @@ def kd_loss(
     ce_weight = _number("ce_weight", ce_weight)
     if ce_weight != 0 and labels is None:
         raise ValueError(f"ce_weight is {ce_weight}, which needs labels, and labels is None")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index is a {type(ignore_index).__name__}, expected an int")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}, expected one of {', '.join(REDUCTIONS)}")
     if inplace_grad:
@@ -183,7 +185,8 @@ def kd_loss(
 def _number(name: str, value: float, *, positive: bool = False) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name} is a {type(value).__name__}, expected a number")
-    if not math.isfinite(value) or (positive and value <= 0):
+    # Comparisons, since torch.compile cannot trace math.isfinite of a symbolic number.
+    if not (0 if positive else -math.inf) < value < math.inf:
         kind = "positive and finite" if positive else "finite"
         raise ValueError(f"{name} is {value}, expected {kind}")
     return float(value)

@@ -56,6 +56,14 @@ def _kd_loss(
     if labels is not None:
         weight = torch.where(labels == o.ignore_index, 0.0, weight)
     kept = weight != 0
+    outside = torch.zeros_like(kept)
+    if labels is not None:
+        outside = kept & ((labels < 0) | (labels >= o.vocab))
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling() and outside.any():
+            raise ValueError(
+                f"labels: got {int(labels[outside][0])}, expected 0 to {o.vocab - 1} or "
+                f"ignore_index ({o.ignore_index})"
+            )
 
     # Masked before the softmax: 0 * NaN in its backward would be NaN.
     s = torch.where(kept.unsqueeze(-1), student[..., : o.vocab].to(compute), 0.0)
@@ -63,12 +71,17 @@ def _kd_loss(
     s_logits = transform(s, o.student_scale, o.student_softcap)
     t_logits = transform(t, o.teacher_scale, o.teacher_softcap)
 
-    loss = torch.zeros_like(weight)
+    # A sum of zeros with a gradient of zeros, for a loss without terms.
+    loss = torch.where(torch.zeros_like(s, dtype=torch.bool), s, 0.0).sum(-1)
     values: dict[str, Tensor] = {}
     if o.kd_weight != 0 or o.metrics:
         log_q = F.log_softmax(s_logits / o.temperature, dim=-1)
         log_p = F.log_softmax(t_logits / o.temperature, dim=-1)
-        values["divergence"] = divergence.value(log_p, log_q).sum(-1)
+        # NaN reaches the whole row and its gradient, through whatever the divergence selects.
+        bad = (log_p.isnan() | log_q.isnan()).any(-1, keepdim=True)
+        value = divergence.value(log_p, log_q * torch.where(bad, math.nan, 1.0)).sum(-1)
+        # Rounding may fall below 0, a divergence does not.
+        values["divergence"] = torch.where(value < 0, value - value.detach(), value)
         if o.kd_weight != 0:
             loss = loss + o.kd_weight * values["divergence"]
         if o.metrics:
@@ -76,7 +89,7 @@ def _kd_loss(
             values["student_entropy"] = _entropy(log_q)
             values["agreement"] = _agreement(s, t, log_p.sum(-1) + log_q.sum(-1))
     if labels is not None and (o.ce_weight != 0 or o.metrics):
-        values["cross_entropy"] = _cross_entropy(s_logits, labels, kept, o.vocab)
+        values["cross_entropy"] = _cross_entropy(s_logits, labels, kept, outside)
         if o.ce_weight != 0:
             loss = loss + o.ce_weight * values["cross_entropy"]
 
@@ -102,15 +115,11 @@ def _entropy(log_p: Tensor) -> Tensor:
     return -torch.where(p == 0, 0.0, p * log_p).sum(-1)
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor, kept: Tensor, vocab: int) -> Tensor:
-    outside = kept & ((labels < 0) | (labels >= vocab))
-    if logits.device.type == "cpu" and not torch.compiler.is_compiling() and bool(outside.any()):
-        raise ValueError(
-            f"labels: got {int(labels[outside][0])}, expected 0 to {vocab - 1} or ignore_index"
-        )
+def _cross_entropy(logits: Tensor, labels: Tensor, kept: Tensor, outside: Tensor) -> Tensor:
+    """NaN, gradient included, for a label outside the vocabulary."""
     index = torch.where(kept & ~outside, labels, 0).unsqueeze(-1)
     log_q = F.log_softmax(logits, dim=-1).gather(-1, index).squeeze(-1)
-    return torch.where(outside, log_q * math.nan, -log_q)
+    return -log_q * torch.where(outside, math.nan, 1.0)
 
 
 def _agreement(s: Tensor, t: Tensor, undefined: Tensor) -> Tensor:

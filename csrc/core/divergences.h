@@ -24,8 +24,16 @@ struct Term {
   F value, slope;
 };
 
+struct Defaults {
+  // Whether the gradient needs no sum of slopes, and so one sweep less.
+  static constexpr bool kSlopeSumsToZero = false;
+  // Whether one rounding error common to all log q changes the divergence at first order, so that
+  // the kernel has to take it back.
+  static constexpr bool kFeelsShift = false;
+};
+
 // KL(p || q). Hinton et al. 2015.
-struct ForwardKL {
+struct ForwardKL : Defaults {
   static constexpr bool kSlopeSumsToZero = true;
   ForwardKL(float, float) {}
 
@@ -37,8 +45,7 @@ struct ForwardKL {
 };
 
 // KL(q || p). Gu et al. 2023 (MiniLLM).
-struct ReverseKL {
-  static constexpr bool kSlopeSumsToZero = false;
+struct ReverseKL : Defaults {
   ReverseKL(float, float) {}
 
   template <class F>
@@ -64,8 +71,7 @@ KD_INLINE MixtureLogs<F> mixture_logs(F r, float share) {
 }
 
 // beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q. Agarwal et al. 2023 (GKD).
-struct JSD {
-  static constexpr bool kSlopeSumsToZero = false;
+struct JSD : Defaults {
   float beta;
   JSD(float beta, float) : beta(beta) {}
 
@@ -80,8 +86,7 @@ struct JSD {
 };
 
 // KL(p || alpha p + (1 - alpha) q). Ko et al. 2024 (DistiLLM).
-struct SkewForwardKL {
-  static constexpr bool kSlopeSumsToZero = false;
+struct SkewForwardKL : Defaults {
   float alpha;
   SkewForwardKL(float alpha, float) : alpha(alpha) {}
 
@@ -89,15 +94,14 @@ struct SkewForwardKL {
   KD_INLINE Term<F> operator()(const Point<F>& x) const {
     const F m = alpha * x.p + (1.0f - alpha) * x.q;
     const F difference = bregman(x.p, x.q, x.r).difference;
-    const F share = select(x.q == 0.0f, splat<F>(0.0f), x.q / m);
+    const F share = select(m == 0.0f, splat<F>(0.0f), x.q / m);
     return {bregman(x.p, m, mixture_logs(x.r, alpha).over_p).excess,
             (1.0f - alpha) * (1.0f - alpha) * share * difference};
   }
 };
 
 // KL(q || alpha q + (1 - alpha) p). Ko et al. 2024 (DistiLLM).
-struct SkewReverseKL {
-  static constexpr bool kSlopeSumsToZero = false;
+struct SkewReverseKL : Defaults {
   float alpha;
   SkewReverseKL(float alpha, float) : alpha(alpha) {}
 
@@ -105,7 +109,7 @@ struct SkewReverseKL {
   KD_INLINE Term<F> operator()(const Point<F>& x) const {
     const F m = alpha * x.q + (1.0f - alpha) * x.p;
     const F difference = bregman(x.p, x.q, x.r).difference;
-    const F share = select(x.q == 0.0f, splat<F>(0.0f), x.q / m);
+    const F share = select(m == 0.0f, splat<F>(0.0f), x.q / m);
     const F over_q = mixture_logs(x.r, 1.0f - alpha).over_q;
     return {bregman(x.q, m, over_q).excess,
             -times_or_zero(x.q, over_q) - alpha * (1.0f - alpha) * share * difference};
@@ -113,8 +117,7 @@ struct SkewReverseKL {
 };
 
 // weight KL(p || q) + (1 - weight) KL(q || p), 0 < weight < 1. Jeffreys 1946.
-struct SymmetricKL {
-  static constexpr bool kSlopeSumsToZero = false;
+struct SymmetricKL : Defaults {
   float weight;
   SymmetricKL(float weight, float) : weight(weight) {}
 
@@ -128,8 +131,7 @@ struct SymmetricKL {
 };
 
 // Total variation, sum |p - q| / 2; slope 0 where p = q. Wen et al. 2023.
-struct TVD {
-  static constexpr bool kSlopeSumsToZero = false;
+struct TVD : Defaults {
   TVD(float, float) {}
 
   template <class F>
@@ -150,8 +152,8 @@ struct TVD {
 //   K = phi((a+b) d) / (b (a+b)) - phi(a d) / (ab),      slope = -q^(a+b) (exp(a d) - 1) / a,
 // and by symmetry p^(a+b) K(b, a, -d). The larger of p and q is factored out, so that positive
 // parameters never overflow. K keeps one shape in the limits at a = 0, b = 0 and a + b = 0.
-struct AlphaBeta {
-  static constexpr bool kSlopeSumsToZero = false;
+struct AlphaBeta : Defaults {
+  static constexpr bool kFeelsShift = true;
 
   // With x = first d:
   // K = sum_phi phi((a+b) d) + first_phi phi(x) + first_product (x (exp(x) - 1) - phi(x))
@@ -210,10 +212,14 @@ struct AlphaBeta {
     const auto of_sum = exponential(splat<F>(a + b) * d);
     const auto of_first = exponential(first);
     const F product = select(first > -30.0f, first * of_first.expm1 - of_first.phi, splat<F>(1.0f));
-    const F value = times_or_zero(pick(&Coefficients::sum_phi), of_sum.phi) +
-                    times_or_zero(pick(&Coefficients::first_phi), of_first.phi) +
-                    times_or_zero(pick(&Coefficients::first_product), product) +
-                    times_or_zero(pick(&Coefficients::square), d * d);
+    // The linear parts of the two phi cancel; far from 0 they are left out, being infinite at last.
+    const bool two_terms = a != 0 && b != 0 && a + b != 0;
+    const auto far = d < (two_terms ? -1.0f : -INFINITY);
+    const F value =
+        times_or_zero(pick(&Coefficients::sum_phi), select(far, of_sum.expm1, of_sum.phi)) +
+        times_or_zero(pick(&Coefficients::first_phi), select(far, of_first.expm1, of_first.phi)) +
+        times_or_zero(pick(&Coefficients::first_product), product) +
+        times_or_zero(pick(&Coefficients::square), d * d);
     const F slope = times_or_zero(pick(&Coefficients::sum_expm1), of_sum.expm1) +
                     times_or_zero(pick(&Coefficients::first_expm1), of_first.expm1) +
                     times_or_zero(pick(&Coefficients::linear), d) +
@@ -223,7 +229,7 @@ struct AlphaBeta {
 };
 
 // -sum p log q.
-struct SoftCrossEntropy {
+struct SoftCrossEntropy : Defaults {
   static constexpr bool kSlopeSumsToZero = true;
   SoftCrossEntropy(float, float) {}
 

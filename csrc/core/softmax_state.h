@@ -8,11 +8,15 @@
 
 namespace kd::KD_NAMESPACE {
 
+// Where a maximum starts. Finite, so that a row of -inf needs no guard against -inf - (-inf) and
+// its sum stays 0; small enough that it can be divided by a temperature. Lower logits, such as the
+// lowest float as padding, work like -inf.
+constexpr float kLowestLogit = -1e30f;
+
 // Sum is double where it is free (CPU) and float elsewhere.
 template <class Sum>
 struct SoftmaxState {
-  // Finite, so that a row of -inf needs no guard against -inf - (-inf): its sum stays 0.
-  float max = -FLT_MAX;
+  float max = kLowestLogit;
   Sum sum = 0;
 
   KD_INLINE void merge(const SoftmaxState& other, float inverse_temperature) {

@@ -9,9 +9,7 @@
 
 namespace kd::KD_NAMESPACE {
 
-// Three float blocks fit a 32 KiB first-level cache, and a float lane sums few terms before the sum
-// goes on in double.
-constexpr int kBlock = 128 * kLanes;
+constexpr int kBlock = 2048;  // three float blocks fit a 32 KiB first-level cache
 constexpr float kInfinity = __builtin_inff();
 
 KD_INLINE Half load_half(const uint16_t* from) {
@@ -38,14 +36,15 @@ KD_INLINE Vec from_float16(Half x) {
   return (Vec)(value | (bits & 0x8000u) << 16);
 }
 
-// To nearest, ties to even; finite values beyond the range and infinities become +-65504.
-KD_INLINE Half to_float16_saturating(Vec x) {
-  const Vec magnitude = select(abs(x) > 65504.0f, splat<Vec>(65504.0f), abs(x));
+// To nearest, ties to even.
+KD_INLINE Half to_float16(Vec x) {
+  const Vec magnitude = abs(x);
   const Bits bits = (Bits)magnitude;
   const Bits normal = (bits + 0xfffu + ((bits >> 13) & 1u) - 0x38000000u) >> 13;
   // The spacing of floats in [1/2, 1) is that of subnormal halves.
   const Bits subnormal = (Bits)(magnitude + 0.5f) - 0x3f000000u;
   Bits half = bits < 0x38800000u ? subnormal : normal;
+  half = magnitude >= 65520.0f ? 0x7c00u + Bits{} : half;
   half = x == x ? half : 0x7e00u + Bits{};
   return narrow(half | ((Bits)x >> 16 & 0x8000u));
 }
@@ -62,7 +61,7 @@ KD_INLINE void store_from_float(char* to, int index, Vec x) {
   if constexpr (dtype == DType::kFloat32) {
     store((float*)to + index, x);
   } else {
-    const Half half = dtype == DType::kBFloat16 ? to_bfloat16(x) : to_float16_saturating(x);
+    const Half half = dtype == DType::kBFloat16 ? to_bfloat16(x) : to_float16(x);
     std::memcpy((uint16_t*)to + index, &half, sizeof half);
   }
 }
@@ -96,6 +95,14 @@ KD_INLINE Vec tanh(Vec x) {
   const Vec magnitude = -e / (2.0f + e);
   return (Vec)((Bits)magnitude | ((Bits)x & 0x80000000u));
 }
+
+// Memory that will be read soon.
+struct Upcoming {
+  const char* data;
+  int64_t item;
+
+  KD_INLINE void fetch(int64_t index) const { __builtin_prefetch(data + index * item); }
+};
 
 // One row of logits as blocks of floats.
 class Reader {
@@ -137,6 +144,10 @@ class Reader {
       return buffer;
     }
     return from;
+  }
+
+  Upcoming upcoming(int64_t begin) const {
+    return {data_ + begin * item_size(dtype_), item_size(dtype_)};
   }
 
   float at(int64_t index) const {

@@ -32,8 +32,8 @@ struct Exponent {
     return exp2(kFusedMultiplyAdd ? x * c - shift : (x - shift) * c);
   }
 
-  const float c, shift;
-  const double correction;
+  float c, shift;
+  double correction;
 };
 
 // The largest of n logits; NaN may be lost.
@@ -44,28 +44,51 @@ inline float block_max(const float* x, int n) {
     even = max(even, load(x + i));
     odd = max(odd, load(x + i + kLanes));
   }
-  if (i < n) even = max(even, load(x + i));
+  for (; i < n; i += kLanes) even = max(even, load(x + i));
   return largest(max(even, odd));
 }
 
-// Adds n logits to a softmax state at temperature log2(e) / c.
-inline void push_block(State& state, const float* x, int n, float c) {
-  const float new_max = block_max(x, n);
-  if (new_max > state.max) {
-    state.sum *= ::exp2(((double)state.max - new_max) * c);
-    state.max = new_max;
+// Adds n logits to a softmax state at temperature log2(e) / c, in one pass: exponentials are
+// relative to the largest logit seen before the block, and done again only where the block exceeds
+// that by so much that they might overflow. Fetches what comes next meanwhile.
+inline void push_block(State& state, const float* x, int n, float c, const Upcoming& upcoming) {
+  constexpr float kHeadroom = 40;  // in powers of two
+  if (state.sum == 0) state.max = larger(block_max(x, n), kLowestLogit);
+  for (;;) {
+    const Exponent exponent(state.max, c);
+    // What rounding takes from the sum is summed apart: the ratio of two sums enters every
+    // log q - log p, where it must not drown close logits.
+    Vec total = {}, lost = {}, tops[4];
+    for (Vec& top : tops) top = splat<Vec>(-kInfinity);
+    const auto add = [&](Vec term) {
+      const Vec sum = total + term;
+      lost += term - (sum - total);
+      total = sum;
+    };
+    int i = 0;
+    for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+      Vec terms[4];
+      for (int k = 0; k < 4; ++k) {
+        const Vec y = load(x + i + k * kLanes);
+        terms[k] = exponent(y);
+        tops[k] = max(tops[k], y);
+        upcoming.fetch(i + k * kLanes);
+      }
+      add((terms[0] + terms[1]) + (terms[2] + terms[3]));
+    }
+    for (; i < n; i += kLanes) {
+      const Vec y = load(x + i);
+      add(exponent(y));
+      tops[0] = max(tops[0], y);
+    }
+    const float top = largest(max(max(tops[0], tops[1]), max(tops[2], tops[3])));
+    if (!((top - state.max) * c > kHeadroom)) {
+      state.sum += (sum(total) + sum(lost)) * exponent.correction;
+      return;
+    }
+    state.sum *= ::exp2(((double)state.max - top) * c);
+    state.max = top;
   }
-  const Exponent exponent(state.max, c);
-  // Four short sums round less than one long one, and the ratio of two sums enters every log q -
-  // log p.
-  Vec totals[4] = {};
-  int i = 0;
-  for (; i + 4 * kLanes <= n; i += 4 * kLanes)
-    for (int k = 0; k < 4; ++k) totals[k] += exponent(load(x + i + k * kLanes));
-  for (; i < n; i += kLanes) totals[0] += exponent(load(x + i));
-  double total = 0;
-  for (const Vec& part : totals) total += sum(part);
-  state.sum += total * exponent.correction;
 }
 
 // sum y 2^y with y = (x - max) c over a block: the part of an entropy that needs a sweep.
@@ -93,7 +116,7 @@ inline int64_t top_token(const Reader& reader, int64_t vocab, float* buffer) {
     const float block_top = block_max(x, n);
     if (!(block_top > top_logit)) return;
     top_logit = block_top;
-    for (top = begin; x[top - begin] != block_top;) ++top;
+    for (top = begin; x[top - begin] != block_top && top < begin + n - 1;) ++top;
   });
   return top;
 }
@@ -126,13 +149,15 @@ class RowPair {
     read_states();
     const bool both_valid = student_state_.valid() && teacher_state_.valid();
     const bool kd_gradient = kGradient && params_.kd_weight != 0;
+    // Before the sweeps: the gradient may overwrite the student.
+    const double cross_entropy = uses_cross_entropy() ? this->cross_entropy() : 0;
+    if (params_.metrics) write_metrics(cross_entropy, both_valid);
     double divergence = NAN;
     if (!uses_divergence())
       divergence = 0;
     else if (both_valid)
       divergence = kd_gradient ? sweep<true>() : sweep<false>();
-    const double cross_entropy = uses_cross_entropy() ? this->cross_entropy() : 0;
-    if (params_.metrics) write_metrics(divergence, cross_entropy, both_valid);
+    if (params_.metrics) metric(kDivergence) = (float)divergence;
 
     if (kGradient) {
       if (!student_state_.valid() || (kd_gradient && !both_valid))
@@ -158,10 +183,11 @@ class RowPair {
     const bool apart = uses_cross_entropy() && params_.temperature != 1;
     for_blocks(params_.vocab, [&](int64_t begin, int n) {
       const float* s = student_.block(begin, n, student_block_);
-      push_block(student_state_, s, n, c_);
-      if (apart) push_block(state_at_1_, s, n, kLog2E);
+      push_block(student_state_, s, n, c_, student_.upcoming(begin + n));
+      if (apart) push_block(state_at_1_, s, n, kLog2E, student_.upcoming(begin + n));
       if (uses_divergence())
-        push_block(teacher_state_, teacher_.block(begin, n, teacher_block_), n, c_);
+        push_block(teacher_state_, teacher_.block(begin, n, teacher_block_), n, c_,
+                   teacher_.upcoming(begin + n));
     });
     if (!apart) state_at_1_ = student_state_;
   }
@@ -198,12 +224,12 @@ class RowPair {
         (float)((((double)t_max - t_origin) - ((double)s_max - s_origin)) / params_.temperature +
                 ::log(teacher_state_.sum / student_state_.sum));
 
-    double value_sum = 0, slope_sum = 0;
+    double value_sum = 0, slope_sum = 0, shift_sum = 0;
     for_blocks(params_.vocab, [&](int64_t begin, int n) {
       const float* s = student_.block(begin, n, student_block_);
       const float* t = teacher_.block(begin, n, teacher_block_);
       float* g = kGradient && Divergence::kSlopeSumsToZero ? gradient_target(begin, n) : nullptr;
-      Vec values = {}, slopes = {};
+      Vec values = {}, slopes = {}, shifts = {};
       for (int i = 0; i < n; i += kLanes) {
         const Vec x = load(s + i), y = load(t + i);
         Point<Vec> point;
@@ -216,6 +242,11 @@ class RowPair {
         point.r = apart * inverse_temperature + offset;
         const Term<Vec> term = divergence(point);
         values += term.value;
+        if constexpr (Divergence::kFeelsShift) {
+          const Vec difference = bregman(point.p, point.q, point.r).difference;
+          shifts += difference;
+          if constexpr (!kGradient) slopes += term.slope;
+        }
         if constexpr (kGradient && Divergence::kSlopeSumsToZero) {
           store(g + i, term.slope * kd_scale_);
         } else if constexpr (kGradient) {
@@ -225,11 +256,20 @@ class RowPair {
         }
       }
       value_sum += sum(values);
+      if constexpr (Divergence::kFeelsShift) {
+        shift_sum += sum(shifts);
+        if constexpr (!kGradient) slope_sum += sum(slopes);
+      }
       if constexpr (kGradient && Divergence::kSlopeSumsToZero)
         finish_gradient(begin, n, s, g);
       else if constexpr (kGradient)
         slope_sum += sum(slopes);
     });
+    // sum q - p is 0; what it comes to is how far rounding of the softmax sums moved all log q.
+    if constexpr (Divergence::kFeelsShift) {
+      if (::fabs(slope_sum) <= FLT_MAX) value_sum -= shift_sum * slope_sum;
+      if (value_sum < 0) value_sum = 0;
+    }
     // The probabilities sum to 1 up to the rounding of s_inverse, known exactly here.
     const double total = s_inverse * (student_state_.sum / s_exponent.correction);
     if constexpr (kGradient && !Divergence::kSlopeSumsToZero)
@@ -289,28 +329,25 @@ class RowPair {
     if (g == gradient_block_) gradient_.write(begin, n, g);
   }
 
-  void write_metrics(double divergence, double cross_entropy, bool both_valid) {
-    double student_entropy = 0, teacher_entropy = 0;
-    for_blocks(params_.vocab, [&](int64_t begin, int n) {
-      const float* s = student_.block(begin, n, student_block_);
-      student_entropy += entropy_block(s, n, student_state_.max, c_);
-      const float* t = teacher_.block(begin, n, teacher_block_);
-      teacher_entropy += entropy_block(t, n, teacher_state_.max, c_);
-    });
-    const auto entropy = [](const State& state, double total) {
-      return ::log(state.sum) - total / kLog2E / state.sum;
-    };
+  // All but the divergence, which the sweeps give.
+  void write_metrics(double cross_entropy, bool both_valid) {
+    metric(kCrossEntropy) = (float)cross_entropy;
+    metric(kTeacherEntropy) = entropy(teacher_, teacher_state_, teacher_block_);
+    metric(kStudentEntropy) = entropy(student_, student_state_, student_block_);
     const bool agree = top_token(student_, params_.vocab, student_block_) ==
                        top_token(teacher_, params_.vocab, teacher_block_);
-    float* metrics = params_.metrics + row_;
-    const auto write = [&](Metric which, double value) {
-      metrics[which * params_.rows] = (float)value;
-    };
-    write(kDivergence, divergence);
-    write(kCrossEntropy, cross_entropy);
-    write(kTeacherEntropy, both_valid ? entropy(teacher_state_, teacher_entropy) : NAN);
-    write(kStudentEntropy, both_valid ? entropy(student_state_, student_entropy) : NAN);
-    write(kAgreement, both_valid ? agree : NAN);
+    metric(kAgreement) = both_valid ? agree : NAN;
+  }
+
+  float& metric(Metric which) { return params_.metrics[which * params_.rows + row_]; }
+
+  float entropy(const Reader& reader, const State& state, float* buffer) const {
+    if (!state.valid()) return NAN;
+    double total = 0;
+    for_blocks(params_.vocab, [&](int64_t begin, int n) {
+      total += entropy_block(reader.block(begin, n, buffer), n, state.max, c_);
+    });
+    return (float)(::log(state.sum) - total / kLog2E / state.sum);
   }
 
   const LogitsParams& params_;

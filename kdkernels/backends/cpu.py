@@ -36,22 +36,32 @@ def why_not(student: Tensor, teacher: Tensor, divergence: Divergence) -> list[st
     return reasons
 
 
-def _rows(tensor: Tensor) -> tuple[int, int, int, int, int, int] | None:
-    """Address, dtype, width, inner size, outer and inner stride; None if two strides don't do."""
-    head = tensor.data_ptr(), DTYPES[tensor.dtype], tensor.shape[-1]
-    if tensor.is_contiguous():
-        return (*head, max(1, tensor.numel() // max(1, tensor.shape[-1])), 0, tensor.shape[-1])
-    groups: list[tuple[int, int]] = []  # (size, stride), outermost first
+def _leading(tensor: Tensor) -> list[tuple[int, int]]:
+    """Leading dimensions as (size, stride), outermost first, merged where they lie end to end."""
+    merged: list[tuple[int, int]] = []
     for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
         if size == 1:
             continue
-        if groups and groups[-1][1] == size * stride:
-            groups[-1] = (groups[-1][0] * size, stride)
+        if merged and merged[-1][1] == size * stride:
+            merged[-1] = (merged[-1][0] * size, stride)
         else:
-            groups.append((size, stride))
-    if len(groups) > 2:
-        return None
-    (_, outer), (inner_size, inner) = [(1, 0), (1, 0), *groups][-2:]
+            merged.append((size, stride))
+    return merged
+
+
+def _in_rows(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where its rows do not lie at two strides."""
+    if tensor.is_contiguous() or len(_leading(tensor)) <= 2:
+        return tensor
+    return tensor.contiguous()
+
+
+def _rows(tensor: Tensor) -> tuple[int, int, int, int, int, int]:
+    """Address, dtype, width, inner size, outer stride and inner stride: csrc/core/params.h."""
+    head = tensor.data_ptr(), DTYPES[tensor.dtype], tensor.shape[-1]
+    if tensor.is_contiguous():
+        return (*head, max(1, tensor.numel() // max(1, tensor.shape[-1])), 0, tensor.shape[-1])
+    (_, outer), (inner_size, inner) = [(1, 0), (1, 0), *_leading(tensor)][-2:]
     return (*head, max(1, inner_size), outer, inner)
 
 
@@ -60,13 +70,13 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def _gradient_scale(o: LogitsOptions) -> float:
-    """The power of two that puts a float16 gradient's largest entries near 2**10.
+    """The power of two that puts a float16 gradient's largest entries near 2**12.
 
-    An entry is at most 2 |kd_weight| / temperature + |ce_weight| times the scale, for a divergence
-    with bounded slopes; 2**6 is left for the others.
+    An entry is at most 2 |kd_weight| / temperature + |ce_weight| times the scale where slopes are
+    below 1; the kernel lowers a row's power for larger ones, and 2**4 is left for what it misses.
     """
     bound = (2 * abs(o.kd_weight) / o.temperature + abs(o.ce_weight)) * o.student_scale
-    return math.ldexp(1.0, max(-100, min(100, 10 - math.frexp(bound)[1]))) if bound else 1.0
+    return math.ldexp(1.0, max(-100, min(100, 12 - math.frexp(bound)[1]))) if bound else 1.0
 
 
 def logits_loss(
@@ -81,19 +91,13 @@ def logits_loss(
     """Loss, metrics and row scales; the gradient, if any, is written into ``gradient``."""
     lead = student.shape[:-1]
     rows = math.prod(lead)
-    s = _rows(student)
-    if s is None:
-        if gradient is student:
-            raise ValueError(
-                f"inplace_grad: student_logits of shape {tuple(student.shape)} and strides "
-                f"{student.stride()} do not lie in rows at two strides; make them contiguous"
-            )
-        student = student.contiguous()
-        s = _rows(student)
-    t = _rows(teacher)
-    if t is None:
-        teacher = teacher.contiguous()
-        t = _rows(teacher)
+    in_rows = _in_rows(student)
+    if gradient is student and in_rows is not student:
+        raise ValueError(
+            f"inplace_grad: student_logits of shape {tuple(student.shape)} and strides "
+            f"{student.stride()} do not lie in rows at two strides; make them contiguous"
+        )
+    teacher = _in_rows(teacher)
     with_scale = gradient is not None and gradient.dtype == torch.float16
     gradient_scale = _gradient_scale(o) if with_scale else 1.0
     loss = torch.empty(lead if o.reduction == "none" else ())
@@ -104,9 +108,9 @@ def logits_loss(
     _C.logits_cpu(
         rows,
         o.vocab,
-        s,
-        t,
-        s if gradient is student else gradient if gradient is None else _rows(gradient),
+        _rows(in_rows),
+        _rows(teacher),
+        None if gradient is None else _rows(gradient),
         _KERNEL[o.divergence],
         o.parameter_0,
         o.parameter_1,

@@ -1,0 +1,131 @@
+"""Writes the tables of README.md and docs/performance.md from the JSON files they name.
+
+    python -m benchmarks.report           rewrite the tables
+    python -m benchmarks.report --check   fail if one is stale
+
+A table stands between `<!-- table NAME FILE -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = ("README.md", "docs/performance.md")
+MARKED = re.compile(r"(<!-- table (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def _milliseconds(result: dict | None) -> str:
+    if result is None:
+        return ""
+    return "wrong: " + result["wrong"] if "wrong" in result else f"{result['ms']:.0f} ms"
+
+
+def _memory(result: dict, case: dict) -> str:
+    """Peak extra memory in tensors of the logits' size."""
+    return f"{result['peak_mib'] / case['tensor_mib']:.1f}"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _source(report: dict, file: str) -> str:
+    e = report["environment"]
+    return (
+        f"\n\n{e['cpu']}, {e['threads']} threads, {e['instruction_set']}, torch {e['torch']}, "
+        f"{e['date']}, commit {e['commit']}: [`{file}`]({{root}}{file}), `{e['command']}`.\n"
+    )
+
+
+def forward_kl(report: dict, file: str) -> str:
+    rows = []
+    for case in report["cases"]:
+        if case["divergence"] != "forward_kl" or "eager" not in case["results"]:
+            continue
+        r = case["results"]
+        row = [f"{case['rows']} x {case['vocab']} {case['dtype']}"]
+        for name in ("eager", "torch.compile", "kdkernels", "kdkernels in place", "floor"):
+            cell = _milliseconds(r.get(name))
+            if name != "floor" and name in r:
+                cell += f", {_memory(r[name], case)}"
+            row.append(cell)
+        row.append(f"{r['eager']['ms'] / r['kdkernels']['ms']:.1f}x")
+        row.append(f"{r['eager']['ms'] / r['kdkernels in place']['ms']:.1f}x")
+        rows.append(row)
+    header = [
+        "logits",
+        "eager",
+        "torch.compile",
+        "kd_loss",
+        "kd_loss in place",
+        "add(s, t, out=g)",
+        "eager / kd_loss",
+        "in place",
+    ]
+    return _table(header, rows) + _source(report, file)
+
+
+def divergences(report: dict, file: str) -> str:
+    cases = [case for case in report["cases"] if "eager" not in case["results"]]
+    columns = list(dict.fromkeys((c["vocab"], c["dtype"]) for c in cases))
+    names = list(dict.fromkeys(c["divergence"] for c in cases))
+    rows = []
+    for name in names:
+        row = [f"`{name}`"]
+        for vocab, dtype in columns:
+            case = next(
+                c
+                for c in cases
+                if (c["divergence"], c["vocab"], c["dtype"]) == (name, vocab, dtype)
+            )
+            r = case["results"]
+            row.append(
+                f"{r['kdkernels in place']['ms']:.1f} ({r['kdkernels in place']['speed_of_floor']:.0%})"
+            )
+        rows.append(row)
+    header = ["in place, ms (speed of floor)", *(f"{v} {d}" for v, d in columns)]
+    return _table(header, rows) + _source(report, file)
+
+
+TABLES: dict[str, Callable[[dict, str], str]] = {
+    "forward_kl": forward_kl,
+    "divergences": divergences,
+}
+
+
+def render(text: str, root: str) -> str:
+    def replace(match: re.Match) -> str:
+        begin, name, file, end = match.groups()
+        report = json.loads((ROOT / file).read_text())
+        return begin + TABLES[name](report, file).replace("{root}", root) + end
+
+    return MARKED.sub(replace, text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    stale = []
+    for name in DOCUMENTS:
+        path = ROOT / name
+        rendered = render(path.read_text(), "../" * name.count("/"))
+        if rendered != path.read_text():
+            stale.append(name)
+            if not check:
+                path.write_text(rendered)
+    print("stale:" if check else "rewritten:", ", ".join(stale) or "none")
+    sys.exit(bool(check and stale))
+
+
+if __name__ == "__main__":
+    main()

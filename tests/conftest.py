@@ -1,0 +1,65 @@
+"""Fixtures: the backends under test, and memory that shows what was not written."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from .harness import BACKENDS
+
+settings.register_profile(
+    "kdkernels",
+    deadline=None,
+    max_examples=15,
+    derandomize=True,
+    # The backend fixture only sets the environment, the same for every example.
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("kdkernels")
+
+# Small tensors gain nothing from more; test_properties.py shows that the bits are the same.
+torch.set_num_threads(1)
+
+
+def _poisoned(function):
+    def allocate(*args, **kwargs):
+        tensor = function(*args, **kwargs)
+        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+    return allocate
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Memory from torch.empty and torch.empty_like holds NaN: an unwritten output fails."""
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
+
+
+def _enter(config, monkeypatch):
+    if config.skip:
+        pytest.skip(f"{config.name}: {config.skip}")
+    for name, value in config.environment.items():
+        monkeypatch.setenv(name, value)
+    return config
+
+
+@pytest.fixture(params=BACKENDS, ids=str)
+def backend(request, monkeypatch, poison):
+    """Each backend in turn, with poisoned outputs."""
+    return _enter(request.param, monkeypatch)
+
+
+@pytest.fixture(params=[config for config in BACKENDS if config.kernel], ids=str)
+def kernel(request, monkeypatch, poison):
+    """The backends with kernels of their own: in-place gradients, consumed by one backward."""
+    return _enter(request.param, monkeypatch)
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

@@ -1,0 +1,188 @@
+"""Backends under test, one way to run a loss on any of them, and comparison with the oracle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import kdkernels
+from kdkernels.backends import cpu
+
+from . import tolerances
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One configuration that the shared tests run on; a new backend is a new entry of BACKENDS."""
+
+    name: str
+    backend: str
+    device: str = "cpu"
+    environment: dict[str, str] = field(default_factory=dict)
+    skip: str = ""  # why it cannot run here
+    kernel: bool = True  # has a gradient of its own: in place, consumed by one backward
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _cpu_backends() -> list[Backend]:
+    if cpu._C is None:
+        return [Backend("cpu", "cpu", skip=f"kdkernels._C is not built: {cpu._missing}")]
+    here = cpu._C.instruction_sets()
+    return [
+        Backend(
+            f"cpu-{isa}",
+            "cpu",
+            environment={"KDKERNELS_CPU_ISA": isa},
+            skip="" if isa in here else f"this machine or build has no {isa}, only {here}",
+        )
+        for isa in dict.fromkeys(("avx512", "avx2", "baseline", *here))
+    ]
+
+
+BACKENDS = [*_cpu_backends(), Backend("reference", "reference", kernel=False)]
+
+
+class Result(NamedTuple):
+    """What a call gave, on the CPU."""
+
+    loss: Tensor
+    gradient: Tensor
+    metrics: dict[str, Tensor | None] | None
+
+
+def move(value: Any, device: str) -> Any:
+    """To the device, keeping strides on the CPU."""
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def loss_of(backend: Backend, student: Tensor, teacher: Tensor, **options: Any) -> Any:
+    options = {name: move(value, backend.device) for name, value in options.items()}
+    return kdkernels.kd_loss(
+        move(student, backend.device),
+        move(teacher, backend.device),
+        backend=backend.backend,
+        **options,
+    )
+
+
+def run(
+    backend: Backend,
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    grad_output: Tensor | None = None,
+    **options: Any,
+) -> Result:
+    """Loss, gradient and metrics; ``reduction="none"`` sums before the backward."""
+    leaf = move(student, backend.device).detach().requires_grad_()
+    # An in-place gradient needs a student that is no leaf, of the same strides.
+    logits = Relay.apply(leaf) if options.get("inplace_grad") else leaf
+    result = loss_of(backend, logits, teacher, **options)
+    loss, metrics = result if options.get("return_metrics") else (result, None)
+    loss.backward(torch.ones_like(loss) if grad_output is None else move(grad_output, loss.device))
+    if metrics is not None:
+        metrics = {name: None if m is None else m.cpu() for name, m in metrics.items()}
+    return Result(loss.detach().cpu(), leaf.grad.cpu(), metrics)
+
+
+class Relay(torch.autograd.Function):
+    """A copy with the strides of its input, which ``clone`` does not promise."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.clone()
+
+
+REFERENCE = Backend("oracle", "reference", kernel=False)
+
+
+def oracle(student: Tensor, teacher: Tensor, **options: Any) -> Result:
+    """Plain PyTorch in float64, differentiated by autograd."""
+    options.pop("inplace_grad", None)
+    for name in ("token_weight", "normalizer"):
+        if isinstance(options.get(name), Tensor):
+            options[name] = options[name].double()
+    if isinstance(options.get("grad_output"), Tensor):
+        options["grad_output"] = options["grad_output"].double()
+    return run(REFERENCE, student.double(), teacher.double(), **options)
+
+
+def assert_close(
+    actual: Tensor, expected: Tensor, tolerance: tuple[float, float], what: str = "loss"
+) -> None:
+    """Elementwise within (relative, absolute); NaN and infinities at the same places."""
+    assert actual.shape == expected.shape, f"{what}: shape {actual.shape} != {expected.shape}"
+    actual, expected = actual.double(), expected.double()
+    assert_same_specials(actual, expected, what)
+    finite = expected.isfinite()
+    relative, absolute = tolerance
+    error = (actual - expected)[finite].abs()
+    excess = error - torch.clamp(relative * expected[finite].abs(), min=absolute)
+    if excess.numel() and not bool((excess <= 0).all()):
+        worst = int(excess.argmax())
+        raise AssertionError(
+            f"{what}: got {actual[finite][worst]:.9g}, expected {expected[finite][worst]:.9g}, "
+            f"off by {error[worst]:.3g} with tolerance {relative:g} relative, {absolute:g} absolute"
+        )
+
+
+def assert_same_specials(actual: Tensor, expected: Tensor, what: str = "loss") -> None:
+    for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+        different = kind(actual) != kind(expected)
+        assert not bool(different.any()), (
+            f"{what}: {kind.__name__} differs at {different.nonzero()[:5].tolist()}: "
+            f"got {actual[different][:5].tolist()}, expected {expected[different][:5].tolist()}"
+        )
+
+
+def assert_gradient(
+    actual: Tensor, expected: Tensor, relative: float, per_element: float = 0.0
+) -> None:
+    """Within a relative L2 error; NaN and infinities at the same places, rows of 0 exactly 0."""
+    assert actual.shape == expected.shape
+    actual, expected = actual.double(), expected.double()
+    assert_same_specials(actual, expected, "gradient")
+    empty = (expected == 0).all(-1)
+    assert not actual[empty].any(), "gradient: a row without any is not 0"
+    finite = expected.isfinite()
+    error = float((actual - expected)[finite].norm())
+    size = float(expected[finite].norm())
+    bound = relative * size + per_element * expected.numel() ** 0.5
+    assert error <= bound, (
+        f"gradient: off by {error:.3g} in L2, its norm is {size:.3g}: relative error "
+        f"{error / (size or 1):.3g} with tolerance {relative:g}"
+    )
+
+
+def assert_matches(
+    actual: Result, expected: Result, divergence: str, dtype: torch.dtype, *, close: bool = False
+) -> None:
+    """Loss and gradient (of the student's ``dtype``) within the suite's tolerances."""
+    assert_close(actual.loss, expected.loss, tolerances.loss_tolerance(divergence))
+    assert actual.gradient.dtype == dtype
+    subnormal = tolerances.FLOAT16_SUBNORMAL if dtype == torch.float16 else 0.0
+    relative = tolerances.gradient_tolerance(divergence, dtype, close=close)
+    assert_gradient(actual.gradient, expected.gradient, relative, subnormal)
+
+
+def assert_metrics(actual: dict, expected: dict, divergence: str) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        if value is None:
+            assert actual[name] is None
+            continue
+        assert actual[name].dtype == torch.float32
+        assert not actual[name].requires_grad
+        tolerance = tolerances.METRIC
+        if name == "divergence":
+            tolerance = tolerances.loss_tolerance(divergence)
+        assert_close(actual[name], value, tolerance, name)

@@ -1,0 +1,139 @@
+"""Loss and gradient against float64, for every divergence, dtype and temperature."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+import kdkernels
+
+from . import tolerances
+from .cases import ALL, ONE_OF_EACH, close_pair, correlated_pair, labels_for, without_ties
+from .harness import assert_close, assert_matches, loss_of, oracle, run
+
+TEMPERATURES = (0.5, 1.0, 2.5, 100.0)
+
+
+def make_pair(divergence, rows, vocab, temperature, close):
+    if close:
+        student, teacher = close_pair(rows, vocab, temperature=temperature)
+    else:
+        student, teacher = correlated_pair(rows, vocab)
+    if divergence.name == "tvd":
+        student = without_ties(student, teacher, temperature, tolerances.TVD_TIE)
+    return student, teacher
+
+
+@functools.lru_cache(maxsize=1000)
+def expectation(divergence, rows, vocab, temperature, close, dtype=torch.float32):
+    """Inputs and the oracle's answer, computed once for all backends."""
+    pair = make_pair(divergence, rows, vocab, temperature, close)
+    student, teacher = (x.to(dtype) for x in pair)
+    options = {"divergence": divergence, "temperature": temperature, "reduction": "none"}
+    return student, teacher, options, oracle(student, teacher, **options)
+
+
+def check_float32(backend, divergence, rows, vocab, temperature, close):
+    case = expectation(divergence, rows, vocab, temperature, close)
+    student, teacher, options, expected = case
+    actual = run(backend, student, teacher, **options)
+    assert actual.loss.dtype == torch.float32
+    assert_matches(actual, expected, divergence.name, torch.float32, close=close)
+    with torch.no_grad():
+        loss_only = loss_of(backend, student, teacher, **options)
+    assert_close(loss_only.cpu(), expected.loss, tolerances.loss_tolerance(divergence.name))
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES, ids="T={}".format)
+@pytest.mark.parametrize("close", [False, True], ids=["correlated", "close"])
+@pytest.mark.parametrize("divergence", ALL, ids=str)
+def test_float32(backend, divergence, close, temperature):
+    # One row of less than a block, and rows of several blocks that end within a vector.
+    check_float32(backend, divergence, 3, 517, temperature, close)
+    check_float32(backend, divergence, 4, 2503, temperature, close)
+
+
+@pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=str)
+def test_float32_at_the_vocabulary_of_gpt2(backend, divergence):
+    check_float32(backend, divergence, 2, 50257, 1.0, close=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("close", [False, True], ids=["correlated", "close"])
+@pytest.mark.parametrize("divergence", ALL, ids=str)
+def test_16_bits(backend, divergence, close, dtype):
+    for temperature in (1.0, 2.5):
+        case = expectation(divergence, 3, 2503, temperature, close, dtype)
+        student, teacher, options, expected = case
+        actual = run(backend, student, teacher, **options)
+        assert_matches(actual, expected, divergence.name, dtype, close=close)
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("teacher_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("student_dtype", DTYPES, ids=str)
+def test_every_pair_of_dtypes(backend, student_dtype, teacher_dtype):
+    student, teacher = correlated_pair(5, 2051)
+    student, teacher = student.to(student_dtype), teacher.to(teacher_dtype)
+    options = {"labels": labels_for(5, vocab=2051), "ce_weight": 0.3, "temperature": 2.0}
+    for divergence in ("forward_kl", "jsd"):
+        expected = oracle(student, teacher, divergence=divergence, **options)
+        actual = run(backend, student, teacher, divergence=divergence, **options)
+        assert_matches(actual, expected, divergence, student_dtype)
+
+
+def test_kl_of_1e_9_keeps_its_digits(backend):
+    student, teacher = close_pair(3, 5003, kl=1e-9)
+    for divergence in ("forward_kl", "reverse_kl", "jsd", "symmetric_kl"):
+        options = {"divergence": divergence, "reduction": "none"}
+        expected = oracle(student, teacher, **options)
+        assert 5e-11 < float(expected.loss.min()) < float(expected.loss.max()) < 5e-9
+        actual = run(backend, student, teacher, **options)
+        error = (actual.loss.double() / expected.loss - 1).abs().max()
+        assert error < 1e-3, f"{divergence}: relative error {error}"
+
+
+def test_bfloat16_gradient_is_far_better_than_eager_bfloat16():
+    student, teacher = (x.bfloat16() for x in close_pair(4, 50257))
+    expected = oracle(student, teacher)
+    assert 3e-5 < expected.loss < 3e-4
+    leaf = student.clone().requires_grad_()
+    kdkernels.kd_loss(leaf, teacher).backward()
+    log_q, log_p = student.requires_grad_().log_softmax(-1), teacher.log_softmax(-1)
+    torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean").backward()
+
+    def error(gradient):
+        return (gradient.double() - expected.gradient).norm() / expected.gradient.norm()
+
+    assert error(leaf.grad) < tolerances.BFLOAT16_GRADIENT < 0.05 < error(student.grad)
+
+
+@pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=str)
+def test_temperature_squared_scales_loss_and_gradient_alike(backend, divergence):
+    student, teacher = correlated_pair(3, 300)
+    options = {"divergence": divergence, "temperature": 2.0}
+    squared = run(backend, student, teacher, **options)
+    plain = run(backend, student, teacher, temperature_squared=False, **options)
+    assert torch.equal(squared.loss, 4 * plain.loss)
+    assert torch.equal(squared.gradient, 4 * plain.gradient)
+
+
+@pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=str)
+def test_name_and_instance_are_the_same(backend, divergence):
+    if divergence.name == "alpha_beta":
+        return  # has no defaults
+    student, teacher = correlated_pair(3, 300)
+    by_name = run(backend, student, teacher, divergence=divergence.name)
+    by_instance = run(backend, student, teacher, divergence=type(divergence)())
+    assert torch.equal(by_name.loss, by_instance.loss)
+    assert torch.equal(by_name.gradient, by_instance.gradient)
+
+
+def test_default_is_forward_kl_at_temperature_1(backend):
+    student, teacher = correlated_pair(3, 300)
+    explicit = run(backend, student, teacher, divergence="forward_kl", temperature=1.0)
+    assert torch.equal(run(backend, student, teacher).gradient, explicit.gradient)

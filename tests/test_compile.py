@@ -1,0 +1,204 @@
+"""torch.compile without a break in the graph, and opcheck of every operator."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+import torch._dynamo.testing
+
+import kdkernels
+from kdkernels import kd_loss
+from kdkernels.options import LogitsOptions
+
+from .cases import correlated_pair, labels_for, normal
+
+COMPILER = pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")),
+    reason="torch.compile needs a C++ compiler (g++ or clang++) on the CPU",
+)
+BACKENDS = ["aot_eager", pytest.param("inductor", marks=COMPILER)]
+VOCAB = 37
+
+
+def step(hidden, head, teacher, labels, inplace, options):
+    """A loss of computed logits and the gradients of what they were computed from."""
+    logits = hidden @ head
+    loss = kd_loss(logits, teacher, labels=labels, inplace_grad=inplace, **options)
+    return loss * 2
+
+
+def gradients(function, rows, inplace, options, dtype=torch.float32, seed=0):
+    hidden = normal(rows, 8, seed=seed).to(dtype).requires_grad_()
+    head = normal(8, VOCAB, seed=seed + 1).to(dtype).requires_grad_()
+    teacher = 2 * normal(rows, VOCAB, seed=seed + 2)
+    labels = labels_for(rows, vocab=VOCAB, seed=seed)
+    loss = function(hidden, head, teacher, labels, inplace, options)
+    loss.sum().backward()
+    return loss.detach(), hidden.grad, head.grad
+
+
+# Inductor of torch 2.13 and opcheck use parts of torch that warn.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+OPTION_SETS = [
+    {},
+    {"divergence": "jsd", "temperature": 2.0, "ce_weight": 0.5},
+    {"divergence": kdkernels.AlphaBeta(0.2, 0.7), "reduction": "none", "student_softcap": 5.0},
+]
+
+
+@pytest.mark.parametrize("compiler", BACKENDS)
+@pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
+@pytest.mark.parametrize("options", OPTION_SETS, ids=str)
+def test_static_shapes(compiler, inplace, options):
+    compiled = torch.compile(step, fullgraph=True, backend=compiler, dynamic=False)
+    expected = gradients(step, 5, inplace, options)
+    for _ in range(2):
+        for actual, wanted in zip(gradients(compiled, 5, inplace, options), expected, strict=True):
+            torch.testing.assert_close(actual, wanted)
+
+
+@pytest.mark.parametrize("compiler", BACKENDS)
+@pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
+def test_dynamic_shapes(compiler, inplace):
+    compiled = torch.compile(step, fullgraph=True, backend=compiler, dynamic=True)
+    options = {"divergence": "jsd", "ce_weight": 0.5}
+    for rows in (5, 6, 17):
+        expected = gradients(step, rows, inplace, options)
+        for actual, wanted in zip(
+            gradients(compiled, rows, inplace, options), expected, strict=True
+        ):
+            torch.testing.assert_close(actual, wanted)
+
+
+@pytest.mark.parametrize("compiler", BACKENDS)
+def test_shapes_that_turn_out_to_be_dynamic(compiler):
+    compiled = torch.compile(step, fullgraph=True, backend=compiler)
+    for rows in (5, 6, 17):
+        expected = gradients(step, rows, False, {"temperature": 2.0})
+        for actual, wanted in zip(
+            gradients(compiled, rows, False, {"temperature": 2.0}), expected, strict=True
+        ):
+            torch.testing.assert_close(actual, wanted)
+
+
+def test_dynamic_shapes_compile_once():
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend=counter, dynamic=True)
+    gradients(compiled, 5, False, {})
+    first = counter.frame_count
+    for rows in (6, 17):
+        gradients(compiled, rows, False, {})
+    assert counter.frame_count == first
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
+def test_16_bits(dtype, inplace):
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    expected = gradients(step, 5, inplace, {}, dtype)
+    for actual, wanted in zip(gradients(compiled, 5, inplace, {}, dtype), expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
+
+
+def test_loss_only_metrics_and_module():
+    student, teacher = correlated_pair(5, VOCAB)
+    criterion = kdkernels.KDLoss(divergence="jsd", return_metrics=True)
+    compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        loss, metrics = compiled(student, teacher, labels=labels_for(5, vocab=VOCAB))
+    expected_loss, expected = criterion(student, teacher, labels=labels_for(5, vocab=VOCAB))
+    assert torch.equal(loss, expected_loss)
+    for name, value in expected.items():
+        assert torch.equal(metrics[name], value)
+
+
+def test_normalizer_and_weights_as_tensors():
+    def weighted(student, teacher, weight, count):
+        return kd_loss(student, teacher, token_weight=weight, normalizer=count)
+
+    student, teacher = correlated_pair(5, VOCAB)
+    compiled = torch.compile(weighted, fullgraph=True, backend="aot_eager")
+    arguments = teacher, normal(5).abs(), torch.tensor(3)
+    leaves = [student.clone().requires_grad_() for _ in range(2)]
+    for function, leaf in zip((weighted, compiled), leaves, strict=True):
+        function(leaf, *arguments).backward()
+    assert torch.equal(leaves[0].grad, leaves[1].grad)
+
+
+def test_reference_backend_compiles():
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    options = {"backend": "reference", "divergence": "jsd"}
+    expected = gradients(step, 5, False, options)
+    for actual, wanted in zip(gradients(compiled, 5, False, options), expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
+
+
+def test_a_second_backward_is_never_silently_wrong():
+    student, teacher = correlated_pair(5, VOCAB)
+    compiled = torch.compile(kd_loss, fullgraph=True, backend="aot_eager")
+    leaf = student.requires_grad_()
+    loss = 3 * compiled(leaf, teacher)
+    loss.backward(retain_graph=True)
+    first = leaf.grad.clone()
+    leaf.grad = None
+    try:
+        loss.backward()
+    except RuntimeError:
+        return  # as in eager mode
+    torch.testing.assert_close(leaf.grad, first)
+
+
+def options(divergence="jsd", reduction="mean", metrics=True, **changes):
+    index = {"jsd": (0.5, 0.0), "alpha_beta": (0.2, 0.7)}.get(divergence, (0.0, 0.0))
+    base = LogitsOptions(
+        divergence, *index, 2.0, 4.0, 0.5, -100, reduction, VOCAB, 1.0, 0.0, 1.0, 0.0, metrics
+    )
+    return base._replace(**changes)
+
+
+def operands(dtype):
+    student, teacher = correlated_pair(2, 3, VOCAB)
+    labels = labels_for(2, 3, vocab=VOCAB)
+    return student.to(dtype), teacher, labels, normal(2, 3).abs(), torch.tensor(3.0), "cpu"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["logits_loss", "logits_loss_and_grad", "logits_loss_and_grad_"])
+def test_opcheck(name, dtype):
+    operator = getattr(torch.ops.kdkernels, name).default
+    for choice in (options(), options("forward_kl", "none", metrics=False, student_softcap=5.0)):
+        torch.library.opcheck(operator, (*operands(dtype), *choice))
+    student, teacher, *_ = operands(dtype)
+    bare = options("alpha_beta", "sum", metrics=False, ce_weight=0.0)
+    torch.library.opcheck(operator, (student, teacher, None, None, None, "cpu", *bare))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_opcheck_of_scale_gradient(dtype):
+    operator = torch.ops.kdkernels.scale_gradient_.default
+    half = dtype == torch.float16
+    for grad_output in (torch.tensor(3.0), normal(2, 3)):
+        row_scale = normal(2, 3) if half else torch.empty(0)
+        gradient = normal(2, 3, VOCAB).to(dtype)
+        torch.library.opcheck(operator, (gradient, grad_output, row_scale, "cpu"))
+
+
+def test_every_operator_is_checked():
+    library = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("kdkernels::")]
+    assert sorted(library) == [
+        "kdkernels::logits_loss",
+        "kdkernels::logits_loss_and_grad",
+        "kdkernels::logits_loss_and_grad_",
+        "kdkernels::scale_gradient_",
+    ]

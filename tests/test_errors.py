@@ -1,0 +1,234 @@
+"""Bad input: the right exception, which names the argument, what was got and what is expected."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import kdkernels
+from kdkernels import (
+    JSD,
+    AlphaBeta,
+    KDLoss,
+    SkewForwardKL,
+    SkewReverseKL,
+    SymmetricKL,
+    kd_loss,
+)
+
+S, T = torch.zeros(2, 3, 8), torch.zeros(2, 3, 8)
+LABELS = torch.zeros(2, 3, dtype=torch.int64)
+STRIDED = torch.zeros(2, 3, 16)[..., ::2]
+META = torch.zeros(2, 3, 8, device="meta")
+
+LOGITS = [
+    # student, teacher, exception, the message
+    (None, T, TypeError, "student_logits is a NoneType, expected a torch.Tensor"),
+    (S, [[0.0]], TypeError, "teacher_logits is a list, expected a torch.Tensor"),
+    (S.numpy(), T, TypeError, "student_logits is a ndarray, expected a torch.Tensor"),
+    (S.long(), T, TypeError, "student_logits is torch.int64, expected float32, bfloat16"),
+    (S, T.bool(), TypeError, "teacher_logits is torch.bool, expected float32, bfloat16"),
+    (S, T.to(torch.complex64), TypeError, "teacher_logits is torch.complex64, expected float32"),
+    (S.to(torch.float8_e4m3fn), T, TypeError, "student_logits is torch.float8_e4m3fn, expected"),
+    (S[0, 0, 0], T[0], ValueError, r"student_logits has shape \(\), expected \(\.\.\., vocab\)"),
+    (S, T[:1], ValueError, r"teacher_logits has shape \(1, 3, 8\), expected .* \(2, 3\)"),
+    (S, T[0], ValueError, r"teacher_logits has shape \(3, 8\), expected .* \(2, 3\)"),
+    (S.view(6, 8), T, ValueError, r"teacher_logits has shape \(2, 3, 8\), expected .* \(6,\)"),
+    (S[..., :0], T, ValueError, "student_logits.*vocabulary of 0"),
+    (S, T[..., :0], ValueError, "teacher_logits.*vocabulary of 0"),
+    (STRIDED, T, ValueError, "student_logits has stride 2 in its last dimension, expected 1"),
+    (S, STRIDED, ValueError, "teacher_logits has stride 2 in its last dimension, expected 1"),
+    (S, T[..., :1].expand(2, 3, 8), ValueError, "teacher_logits has stride 0 in its last dim"),
+    (S, META, ValueError, "teacher_logits is on meta, expected the device of student_logits, cpu"),
+    (META, T, ValueError, "teacher_logits is on cpu, expected the device of student_logits, meta"),
+    (S, T.clone().requires_grad_(), ValueError, r"teacher_logits requires grad, .*detach\(\)"),
+]
+
+
+@pytest.mark.parametrize(("student", "teacher", "error", "match"), LOGITS)
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+def test_logits(student, teacher, error, match, backend):
+    with pytest.raises(error, match=match):
+        kd_loss(student, teacher, backend=backend)
+
+
+OPTIONS = [
+    # option, value, exception, the message
+    ("temperature", 0, ValueError, "temperature is 0, expected positive and finite"),
+    ("temperature", -1.0, ValueError, "temperature is -1.0, expected positive and finite"),
+    ("temperature", math.nan, ValueError, "temperature is nan, expected positive and finite"),
+    ("temperature", math.inf, ValueError, "temperature is inf, expected positive and finite"),
+    ("temperature", "2", TypeError, "temperature is a str, expected a number"),
+    ("temperature", None, TypeError, "temperature is a NoneType, expected a number"),
+    ("temperature", True, TypeError, "temperature is a bool, expected a number"),
+    ("temperature", torch.tensor(2.0), TypeError, "temperature is a Tensor, expected a number"),
+    ("kd_weight", math.nan, ValueError, "kd_weight is nan, expected finite"),
+    ("kd_weight", "1", TypeError, "kd_weight is a str, expected a number"),
+    ("ce_weight", math.inf, ValueError, "ce_weight is inf, expected finite"),
+    ("ce_weight", 0.5, ValueError, "ce_weight is 0.5, which needs labels"),
+    ("ce_weight", -0.5, ValueError, "ce_weight is -0.5, which needs labels"),
+    ("divergence", "kl", ValueError, "divergence is 'kl', expected one of forward_kl, reverse_kl"),
+    ("divergence", "alpha_beta", ValueError, r"divergence 'alpha_beta'.*AlphaBeta\(alpha, beta\)"),
+    ("divergence", None, TypeError, "divergence is a NoneType, expected a name or a Divergence"),
+    ("divergence", JSD, TypeError, "divergence is a type, expected a name or a Divergence"),
+    ("divergence", 3, TypeError, "divergence is a int, expected a name or a Divergence"),
+    ("labels", LABELS.int(), TypeError, "labels is torch.int32, expected int64"),
+    ("labels", LABELS.float(), TypeError, "labels is torch.float32, expected int64"),
+    ("labels", LABELS[:1], ValueError, r"labels has shape \(1, 3\), expected \(2, 3\)"),
+    ("labels", LABELS.view(6), ValueError, r"labels has shape \(6,\), expected \(2, 3\)"),
+    ("labels", LABELS.to("meta"), ValueError, "labels is on meta, expected cpu"),
+    ("labels", [[0]], TypeError, "labels is a list, expected a torch.Tensor"),
+    ("ignore_index", "x", TypeError, "ignore_index is a str, expected an int"),
+    ("ignore_index", 1.5, TypeError, "ignore_index is a float, expected an int"),
+    ("ignore_index", None, TypeError, "ignore_index is a NoneType, expected an int"),
+    ("token_weight", LABELS, TypeError, "token_weight is torch.int64, expected .*float32"),
+    ("token_weight", S, ValueError, r"token_weight has shape \(2, 3, 8\), expected \(2, 3\)"),
+    ("token_weight", META[..., 0], ValueError, "token_weight is on meta, expected cpu"),
+    ("token_weight", 1.0, TypeError, "token_weight is a float, expected a torch.Tensor"),
+    ("reduction", "average", ValueError, "reduction is 'average', expected one of none, sum, mean"),
+    ("reduction", None, ValueError, "reduction is None, expected one of none, sum, mean"),
+    ("normalizer", 0, ValueError, "normalizer is 0, expected positive and finite"),
+    ("normalizer", -2.0, ValueError, "normalizer is -2.0, expected positive and finite"),
+    ("normalizer", math.nan, ValueError, "normalizer is nan, expected positive and finite"),
+    ("normalizer", "3", TypeError, "normalizer is a str, expected a number"),
+    ("normalizer", torch.ones(2), ValueError, r"normalizer has shape \(2,\), expected a 0-d"),
+    ("normalizer", torch.ones(1), ValueError, r"normalizer has shape \(1,\), expected a 0-d"),
+    ("vocab_size", 9, ValueError, "vocab_size is 9, expected 1 to 8.*8 .student. and 8 .teacher."),
+    ("vocab_size", 0, ValueError, "vocab_size is 0, expected 1 to 8"),
+    ("vocab_size", -1, ValueError, "vocab_size is -1, expected 1 to 8"),
+    ("vocab_size", 4.0, TypeError, "vocab_size is a float, expected an int"),
+    ("vocab_size", True, TypeError, "vocab_size is a bool, expected an int"),
+    ("student_scale", 0, ValueError, "student_scale is 0, expected positive and finite"),
+    ("teacher_scale", math.inf, ValueError, "teacher_scale is inf, expected positive and finite"),
+    ("student_scale", "1", TypeError, "student_scale is a str, expected a number"),
+    ("student_softcap", 0, ValueError, "student_softcap is 0, expected positive and finite"),
+    ("student_softcap", -30.0, ValueError, "student_softcap is -30.0, expected positive"),
+    ("teacher_softcap", 0.0, ValueError, "teacher_softcap is 0.0, expected positive"),
+    ("teacher_softcap", math.nan, ValueError, "teacher_softcap is nan, expected positive"),
+    ("teacher_softcap", "30", TypeError, "teacher_softcap is a str, expected a number"),
+    ("backend", "cuda", ValueError, "backend is 'cuda', expected 'auto', 'cpu', 'reference'"),
+    ("backend", None, ValueError, "backend is None, expected 'auto', 'cpu', 'reference'"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "error", "match"), OPTIONS)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_option(name, value, error, match, backend):
+    options = {"backend": backend, name: value}
+    with pytest.raises(error, match=match):
+        kd_loss(S, T, **options)
+
+
+def test_teacher_narrower_than_vocab_size():
+    with pytest.raises(ValueError, match=r"vocab_size is 7, expected 1 to 6.*8 .*6"):
+        kd_loss(S, T[..., :6], vocab_size=7)
+
+
+@pytest.mark.parametrize("label", [-1, -99, 8, 9, 2**40])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("ce_weight", [0.0, 1.0])
+def test_labels_outside_the_vocabulary(label, backend, ce_weight):
+    labels = LABELS.clone()
+    labels[1, 2] = label
+    with pytest.raises(ValueError, match=f"labels.*{label}, expected 0 to 7 or ignore_index"):
+        kd_loss(S, T, labels=labels, ce_weight=ce_weight, backend=backend)
+    # A row that takes no part may hold anything.
+    weight = torch.ones(2, 3)
+    weight[1, 2] = 0
+    kd_loss(S, T, labels=labels, ce_weight=ce_weight, backend=backend, token_weight=weight)
+    kd_loss(S, T, labels=labels, ce_weight=ce_weight, backend=backend, ignore_index=label)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_labels_beyond_vocab_size(backend):
+    with pytest.raises(ValueError, match=r"labels.*6, expected 0 to 5"):
+        kd_loss(S, T, labels=LABELS + 6, ce_weight=1.0, vocab_size=6, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: JSD(-0.1), r"beta is -0.1, expected a number in \[0, 1\]"),
+        (lambda: JSD(beta=1.1), r"beta is 1.1, expected a number in \[0, 1\]"),
+        (lambda: JSD(math.nan), r"beta is nan, expected a number in \[0, 1\]"),
+        (lambda: SkewForwardKL(1), r"alpha is 1, expected a number in \[0, 1\)"),
+        (lambda: SkewForwardKL(-0.1), r"alpha is -0.1, expected a number in \[0, 1\)"),
+        (lambda: SkewReverseKL(1.0), r"alpha is 1.0, expected a number in \[0, 1\)"),
+        (lambda: SymmetricKL(2), r"weight is 2, expected a number in \[0, 1\]"),
+        (lambda: AlphaBeta(math.inf, 1), "alpha is inf, expected a finite number"),
+        (lambda: AlphaBeta(1, math.nan), "beta is nan, expected a finite number"),
+    ],
+)
+def test_parameters_of_divergences(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: JSD("0.5"), "beta"),
+        (lambda: SkewForwardKL(None), "alpha"),
+        (lambda: SymmetricKL([1]), "weight"),
+        (lambda: AlphaBeta("a", 1), "alpha"),
+        (lambda: AlphaBeta(1, None), "beta"),
+    ],
+)
+def test_parameters_of_divergences_are_numbers(make, name):
+    with pytest.raises(TypeError, match=f"{name} is a .*, expected a number"):
+        make()
+
+
+def test_unknown_keywords():
+    with pytest.raises(TypeError, match="temprature"):
+        kd_loss(S, T, temprature=2.0)
+    with pytest.raises(TypeError, match="temprature"):
+        KDLoss(temprature=2.0)
+    with pytest.raises(TypeError, match="labels"):
+        KDLoss(labels=LABELS)
+    with pytest.raises(ValueError, match="divergence is 'kl'"):
+        KDLoss(divergence="kl")
+    with pytest.raises(TypeError, match="positional"):
+        kd_loss(S, T, "jsd")
+
+
+def test_backends_say_why_not():
+    with pytest.raises(ValueError, match=r"cpu: student_logits is torch.float64.*takes float32"):
+        kd_loss(S.double(), T, backend="cpu")
+    with pytest.raises(ValueError, match=r"cpu: teacher_logits is torch.float64"):
+        kd_loss(S, T.double(), backend="cpu")
+    leaf = S.double().requires_grad_()
+    with pytest.raises(ValueError, match=r"cpu: .*float64.*reference: .*cannot overwrite"):
+        kd_loss(leaf * 1, T, inplace_grad=True)
+
+
+def test_unknown_instruction_set(monkeypatch):
+    monkeypatch.setenv("KDKERNELS_CPU_ISA", "bogus")
+    with pytest.raises(ValueError, match=r"KDKERNELS_CPU_ISA=bogus is not.*baseline"):
+        kd_loss(S, T, backend="cpu")
+
+
+def test_nothing_is_written_before_a_check():
+    leaf = S.clone().requires_grad_()
+    labels = LABELS.clone()
+    labels[1, 2] = 99
+    bad = [
+        {"labels": labels, "ce_weight": 1.0},
+        {"temperature": 0},
+        {"vocab_size": 9},
+        {"student_softcap": -1},
+        {"backend": "reference"},
+        {"normalizer": 0},
+    ]
+    for options in bad:
+        logits = leaf + 1
+        with pytest.raises(ValueError, match=r"."):
+            kd_loss(logits, T, inplace_grad=True, **options)
+        assert torch.equal(logits, torch.ones_like(logits))
+        assert logits._version == 0
+
+
+def test_tables_of_divergences_agree():
+    assert kdkernels._C.divergences() == list(kdkernels.divergences.DIVERGENCES)

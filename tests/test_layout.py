@@ -1,0 +1,195 @@
+"""Shapes, strides and sizes: what lies where in memory must not matter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import kdkernels
+
+from . import tolerances
+from .cases import ONE_OF_EACH, correlated_pair, labels_for, normal
+from .harness import Relay, assert_close, assert_gradient, assert_matches, loss_of, oracle, run
+
+VOCAB = 37
+
+
+def transposed(x):
+    """(B, S, V) whose memory is (S, B, V)."""
+    return x.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def wide(x):
+    """The same values as a prefix of wider rows."""
+    return torch.cat([x, torch.full_like(x, torch.nan)], -1)[..., : x.shape[-1]]
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "without the last token": lambda x: torch.cat([x, x[:, :1]], 1)[:, :-1],
+    "without the first token": lambda x: torch.cat([x[:, :1], x], 1)[:, 1:],
+    "transposed": transposed,
+    "every other token": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+    "wide rows": wide,
+    "wide rows, transposed": lambda x: wide(transposed(x)),
+    "permuted, too many strides": lambda x: (
+        x.unflatten(1, (2, 2)).permute(2, 1, 0, 3).contiguous().permute(2, 1, 0, 3).flatten(1, 2)
+    ),
+}
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
+@pytest.mark.parametrize("teacher_layout", ["contiguous", "transposed", "without the last token"])
+@pytest.mark.parametrize("student_layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_strides(kernel, student_layout, teacher_layout, dtype, inplace):
+    student, teacher = (x.to(dtype) for x in correlated_pair(3, 4, VOCAB))
+    options = {
+        "labels": transposed(labels_for(3, 4, 1, vocab=VOCAB)).squeeze(-1),
+        "token_weight": transposed(normal(3, 4, 1)).squeeze(-1),
+        "ce_weight": 0.5,
+        "reduction": "none",
+        "return_metrics": True,
+        # (3, 4), not contiguous either.
+        "grad_output": transposed(normal(3, 4, 1, seed=5)).squeeze(-1),
+    }
+    expected = run(kernel, student, teacher, **options)
+    strided = LAYOUTS[student_layout](student), LAYOUTS[teacher_layout](teacher)
+    actual = run(kernel, *strided, inplace_grad=inplace, **options)
+    assert torch.equal(actual.loss, expected.loss)
+    assert torch.equal(actual.gradient, expected.gradient)
+    for name, metric in expected.metrics.items():
+        assert torch.equal(actual.metrics[name], metric), name
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2, 3), (2, 1, 3), (2, 3, 2, 2)], ids=str)
+def test_leading_shapes(backend, shape):
+    student, teacher = correlated_pair(*shape, VOCAB)
+    labels = labels_for(*shape, vocab=VOCAB)
+    for reduction in ("none", "mean"):
+        options = {"labels": labels, "ce_weight": 0.5, "reduction": reduction}
+        expected = oracle(student, teacher, return_metrics=True, **options)
+        actual = run(backend, student, teacher, return_metrics=True, **options)
+        assert actual.loss.shape == (shape if reduction == "none" else ())
+        assert_matches(actual, expected, "forward_kl", torch.float32)
+        assert actual.metrics["agreement"].shape == shape
+
+
+def test_four_dimensions_that_are_no_rows_at_two_strides(kernel):
+    student, teacher = correlated_pair(2, 3, 2, 4, VOCAB)
+    expected = run(kernel, student, teacher)
+    for order in ((3, 2, 1, 0, 4), (1, 0, 3, 2, 4), (2, 0, 3, 1, 4), (0, 2, 1, 3, 4)):
+        back = [order.index(i) for i in range(5)]
+        s, t = (x.permute(order).contiguous().permute(back) for x in (student, teacher))
+        actual = run(kernel, s, t)
+        assert_close(actual.loss, expected.loss, tolerances.PLAIN_LOSS)
+        assert torch.equal(actual.gradient, expected.gradient)
+
+
+def test_expanded_teacher_and_labels(backend):
+    student, teacher = correlated_pair(3, 4, VOCAB)
+    labels = torch.tensor([1, 2, 3, 4]).expand(3, 4)
+    weight = torch.tensor([[1.0], [0.5], [2.0]]).expand(3, 4)
+    options = {"labels": labels, "ce_weight": 0.5, "token_weight": weight}
+    for expanded in (teacher[:1].expand(3, 4, VOCAB), teacher[:, :1].expand(3, 4, VOCAB)):
+        actual = run(backend, student, expanded, **options)
+        expected = run(backend, student, expanded.clone(), **options)
+        assert torch.equal(actual.loss, expected.loss)
+        assert torch.equal(actual.gradient, expected.gradient)
+
+
+def test_expanded_student(backend):
+    student, teacher = correlated_pair(3, 4, VOCAB)
+    expanded = student[:1].expand(3, 4, VOCAB)
+    leaf = student[:1].clone().requires_grad_()
+    loss = loss_of(backend, leaf.expand(3, 4, VOCAB), teacher)
+    loss.backward()
+    expected = oracle(expanded, teacher)
+    assert_close(loss.detach(), expected.loss, tolerances.PLAIN_LOSS)
+    gradient = expected.gradient.sum(0, keepdim=True)
+    assert_gradient(leaf.grad, gradient, tolerances.OTHER_LOSS[0])
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 7, 15, 16, 17, 31, 63, 1023, 1025, 2047, 2048, 2049])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_vocabularies(backend, dtype, vocab):
+    # Rows of a width that is no multiple of a vector, so that most are not aligned either.
+    student, teacher = (x.to(dtype) for x in correlated_pair(5, vocab + 3))
+    for divergence in ONE_OF_EACH:
+        options = {"divergence": divergence, "vocab_size": vocab, "reduction": "none"}
+        expected = oracle(student, teacher, **options)
+        actual = run(backend, student, teacher, **options)
+        assert not actual.gradient[:, vocab:].any()
+        if vocab > 1:
+            assert_matches(actual, expected, divergence.name, dtype)
+        else:  # p = q = 1 up to rounding
+            assert_close(actual.loss, expected.loss, (0.0, tolerances.ROUNDING_OF_1))
+            assert actual.gradient.abs().max() <= tolerances.ROUNDING_OF_1
+
+
+def test_nothing_is_written_outside_the_rows(kernel):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        memory = torch.full((6, 40), 7.0, dtype=dtype)
+        before = memory.clone()
+        student, teacher = (x.to(dtype) for x in correlated_pair(4, VOCAB))
+        memory[1:5, 1 : 1 + VOCAB] = student
+        view = memory[1:5, 1 : 1 + VOCAB]
+        expected = run(kernel, student, teacher)
+        gradient = InPlace.apply(torch.zeros((), requires_grad=True), view)
+        loss_of(kernel, gradient, teacher, inplace_grad=True).backward()
+        assert torch.equal(view, expected.gradient)
+        before[1:5, 1 : 1 + VOCAB] = memory[1:5, 1 : 1 + VOCAB] = 0
+        assert torch.equal(memory, before)
+
+
+class InPlace(torch.autograd.Function):
+    """Makes a tensor the output of a computation without copying it."""
+
+    @staticmethod
+    def forward(ctx, seed, tensor):
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.new_zeros(()), None
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 3)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_empty_batch(backend, shape, reduction, dtype):
+    student, teacher = correlated_pair(*shape, VOCAB)
+    options = {
+        "labels": torch.zeros(shape, dtype=torch.int64),
+        "token_weight": torch.ones(shape),
+        "ce_weight": 0.5,
+        "reduction": reduction,
+        "return_metrics": True,
+    }
+    actual = run(backend, student.to(dtype), teacher.to(dtype), **options)
+    assert actual.loss.shape == (shape if reduction == "none" else ())
+    assert not actual.loss.any()
+    assert actual.gradient.shape == student.shape
+    assert actual.metrics["divergence"].shape == shape
+
+
+def test_more_rows_than_a_grid_dimension(kernel):
+    student, teacher = correlated_pair(70_000, 4)
+    labels = labels_for(70_000, vocab=4)
+    for options in ({"reduction": "none"}, {}):
+        options |= {"labels": labels, "ce_weight": 0.1, "return_metrics": True}
+        expected = oracle(student, teacher, **options)
+        actual = run(kernel, student, teacher, **options)
+        assert_matches(actual, expected, "forward_kl", torch.float32)
+        assert_close(
+            actual.metrics["divergence"], expected.metrics["divergence"], tolerances.PLAIN_LOSS
+        )
+
+
+def test_relay_keeps_strides():
+    x = transposed(normal(3, 4, VOCAB))[:, :-1]
+    assert Relay.apply(x).stride() == x.stride()
+
+
+def test_module_of_functions_is_complete():
+    assert set(kdkernels.__all__) <= set(dir(kdkernels))

@@ -1,0 +1,262 @@
+"""Every option alone, and random mixtures of them, against the oracle."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+import kdkernels
+
+from . import tolerances
+from .cases import ALL, ONE_OF_EACH, correlated_pair, labels_for, normal
+from .harness import (
+    assert_close,
+    assert_gradient,
+    assert_matches,
+    assert_metrics,
+    loss_of,
+    oracle,
+    run,
+)
+
+VOCAB = 517
+LABELS = labels_for(2, 4, vocab=VOCAB)
+SOME_IGNORED = torch.where(torch.arange(8).view(2, 4) % 3 == 0, -100, LABELS)
+WEIGHT = torch.tensor([[0.5, 1.0, 0.0, 3.0], [0.25, 0.0, 2.0, 1.0]])
+
+SINGLE = {
+    "labels without ce_weight": {"labels": SOME_IGNORED},
+    "ce_weight": {"labels": LABELS, "ce_weight": 0.5},
+    "ce_weight, T = 2": {"labels": SOME_IGNORED, "ce_weight": 0.5, "temperature": 2.0},
+    "ce_weight alone": {"labels": SOME_IGNORED, "kd_weight": 0, "ce_weight": 2, "temperature": 3.0},
+    "negative ce_weight": {"labels": LABELS, "ce_weight": -0.1},
+    "kd_weight": {"kd_weight": 0.3},
+    "negative kd_weight": {"kd_weight": -0.3},
+    "ignore_index": {"labels": LABELS, "ignore_index": int(LABELS[0, 0]), "ce_weight": 1.0},
+    "token_weight": {"token_weight": WEIGHT},
+    "token_weight, bool": {"token_weight": WEIGHT > 0.4},
+    "token_weight, bfloat16": {"token_weight": WEIGHT.bfloat16()},
+    "token_weight, float64": {"token_weight": WEIGHT.double()},
+    "token_weight, transposed": {"token_weight": WEIGHT.t().contiguous().t()},
+    "token_weight, negative": {"token_weight": -WEIGHT},
+    "token_weight, of both signs": {"token_weight": WEIGHT - 0.5},
+    "token_weight and labels": {"token_weight": WEIGHT, "labels": SOME_IGNORED, "ce_weight": 1.0},
+    "normalizer": {"normalizer": 5},
+    "normalizer, tensor": {"normalizer": torch.tensor(5.0)},
+    "normalizer, int64 tensor": {"normalizer": torch.tensor(5)},
+    "normalizer and weights": {"normalizer": torch.tensor(5.0), "token_weight": WEIGHT},
+    "temperature": {"temperature": 3.0},
+    "temperature_squared": {"temperature": 3.0, "temperature_squared": False},
+    "vocab_size": {"vocab_size": 500},
+    "vocab_size of 2": {"vocab_size": 2},
+    "student_scale": {"student_scale": 0.7},
+    "teacher_scale": {"teacher_scale": 1.7},
+    "student_softcap": {"student_softcap": 5.0},
+    "teacher_softcap": {"teacher_softcap": 5.0},
+    "scale and softcap, hard labels": {
+        "student_scale": 1.5,
+        "student_softcap": 4.0,
+        "teacher_softcap": 30.0,
+        "labels": LABELS,
+        "ce_weight": 0.5,
+        "temperature": 2.0,
+    },
+}
+
+
+def check(backend, student, teacher, divergence, **options):
+    """All reductions; metrics in one of them."""
+    for reduction in ("none", "sum", "mean"):
+        options["reduction"] = reduction
+        options["return_metrics"] = reduction == "none"
+        expected = oracle(student, teacher, divergence=divergence, **options)
+        actual = run(backend, student, teacher, divergence=divergence, **options)
+        if options.get("token_weight") is None:
+            assert_matches(actual, expected, divergence.name, student.dtype)
+        else:  # weights of both signs cancel in a sum: it is as exact as its terms
+            tolerance = tolerances.loss_tolerance(divergence.name)
+            weight = options["token_weight"].double().abs()
+            terms = options | {"reduction": "none", "token_weight": weight}
+            size = oracle(student, teacher, divergence=divergence, **terms).loss.sum().item()
+            assert_close(actual.loss, expected.loss, (tolerance[0], tolerance[0] * size))
+            relative = tolerances.gradient_tolerance(divergence.name, student.dtype)
+            assert_gradient(actual.gradient, expected.gradient, relative)
+        if actual.metrics is not None:
+            assert_metrics(actual.metrics, expected.metrics, divergence.name)
+
+
+@pytest.mark.parametrize("options", SINGLE.values(), ids=SINGLE.keys())
+def test_one_option(backend, options):
+    student, teacher = correlated_pair(2, 4, VOCAB)
+    for divergence in (kdkernels.ForwardKL(), kdkernels.JSD(0.3)):
+        check(backend, student, teacher, divergence, **options)
+
+
+def mixture(seed):
+    """A divergence, a pair and options, drawn at random."""
+    draw = random.Random(seed)
+    lead = draw.choice([(3,), (2, 2), (1, 2, 2)])
+    vocab = draw.choice([5, 16, 33, 300, 1100])
+    student, teacher = correlated_pair(*lead, vocab, seed=seed)
+    student = torch.cat([student, normal(*lead, draw.choice([0, 3]), seed=seed)], -1)
+    teacher = torch.cat([teacher, normal(*lead, draw.choice([0, 5]), seed=seed)], -1)
+    limit = min(student.shape[-1], teacher.shape[-1])
+    options = {"temperature": draw.choice([1.0, 1.0, 0.8, 2.0])}
+
+    def maybe(name, *values):
+        if draw.random() < 0.5:
+            options[name] = draw.choice(values)
+
+    maybe("kd_weight", 0.5, 2, 0)
+    maybe("temperature_squared", False)
+    maybe("vocab_size", limit, limit - 1)
+    maybe("student_scale", 0.8)
+    maybe("teacher_scale", 1.2)
+    maybe("student_softcap", 4.0)
+    maybe("teacher_softcap", 5.0)
+    maybe("token_weight", normal(*lead, seed=seed).abs(), normal(*lead, seed=seed) > 0)
+    maybe("normalizer", 7.5, torch.tensor(3.0))
+    labels = labels_for(*lead, vocab=options.get("vocab_size", limit), seed=seed)
+    maybe("labels", labels, torch.where(labels % 2 == 0, -100, labels))
+    if "labels" in options:
+        maybe("ce_weight", 0.3, 1.0)
+    return draw.choice(ALL), student, teacher, options
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_mixture_of_options(backend, seed):
+    divergence, student, teacher, options = mixture(seed)
+    if divergence.name == "alpha_beta" and min(divergence.alpha, divergence.beta) < 0:
+        divergence = kdkernels.AlphaBeta(0.2, 0.7)  # powers of small p magnify every rounding
+    if options.get("kd_weight") == 0 and not options.get("ce_weight"):
+        options.pop("kd_weight")
+    check(backend, student, teacher, divergence, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("seed", range(20))
+def test_inplace_is_the_same_to_the_bit(kernel, seed, dtype):
+    divergence, student, teacher, options = mixture(seed)
+    student = student.to(dtype)
+    options |= {"divergence": divergence, "return_metrics": True}
+    fresh = run(kernel, student, teacher, **options)
+    inplace = run(kernel, student, teacher, inplace_grad=True, **options)
+    assert torch.equal(fresh.loss, inplace.loss)
+    assert torch.equal(fresh.gradient, inplace.gradient)
+    for name, metric in fresh.metrics.items():
+        assert metric is None or torch.equal(metric, inplace.metrics[name]), name
+
+
+@pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=str)
+@pytest.mark.parametrize("options", [{}, {"ce_weight": 0.5}, {"student_softcap": 3.0}], ids=str)
+def test_inplace_of_every_divergence(kernel, divergence, options):
+    student, teacher = correlated_pair(3, 2500)
+    options = options | {"divergence": divergence, "labels": labels_for(3, vocab=2500)}
+    fresh = run(kernel, student, teacher, **options)
+    inplace = run(kernel, student, teacher, inplace_grad=True, **options)
+    assert torch.equal(fresh.loss, inplace.loss)
+    assert torch.equal(fresh.gradient, inplace.gradient)
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
+def test_metrics_with_hard_labels(kernel, inplace):
+    student, teacher = correlated_pair(2, 4, VOCAB)
+    options = {
+        "labels": SOME_IGNORED,
+        "ce_weight": 0.5,
+        "temperature": 2.0,
+        "return_metrics": True,
+    }
+    expected = oracle(student, teacher, **options)
+    actual = run(kernel, student, teacher, inplace_grad=inplace, **options)
+    assert_matches(actual, expected, "forward_kl", torch.float32)
+    assert_metrics(actual.metrics, expected.metrics, "forward_kl")
+    for metric in actual.metrics.values():
+        assert not metric[SOME_IGNORED == -100].any()
+
+
+def test_metrics_without_gradient_or_divergence(backend):
+    student, teacher = correlated_pair(2, 4, VOCAB)
+    for options in ({"kd_weight": 0, "ce_weight": 1.0}, {"ce_weight": 0}, {"temperature": 2.0}):
+        options = {"labels": SOME_IGNORED, "return_metrics": True, **options}
+        _, actual = loss_of(backend, student, teacher, **options)
+        _, expected = kdkernels.kd_loss(student.double(), teacher.double(), **options)
+        assert_metrics({n: m.cpu() for n, m in actual.items()}, expected, "forward_kl")
+
+
+def test_agreement_takes_the_lowest_index_of_a_tie(backend):
+    student = torch.zeros(4, 40)
+    teacher = torch.zeros(4, 40)
+    student[0, [3, 30]] = 1.0
+    teacher[0, 3] = 2.0  # the first of the student's two
+    student[1, [3, 30]] = 1.0
+    teacher[1, 30] = 2.0  # the second
+    student[2, [5, 6]] = teacher[2, [5, 39]] = 1.0  # the firsts are the same
+    student[3, [5, 6]] = teacher[3, [4, 6]] = 1.0  # only a later one is
+    _, metrics = loss_of(backend, student, teacher, return_metrics=True)
+    assert metrics["agreement"].tolist() == [1.0, 0.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "widths", [(151936, 152064), (152064, 151936)], ids=["teacher wider", "student wider"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_unequal_vocabularies(backend, widths, dtype):
+    student, teacher = correlated_pair(1, max(widths))
+    student, teacher = student[:, : widths[0]].to(dtype), teacher[:, : widths[1]].to(dtype)
+    # What lies beyond takes no part, even if it is not a number.
+    (student if widths[0] > widths[1] else teacher)[:, min(widths) :] = torch.nan
+    expected = oracle(student, teacher)
+    actual = run(backend, student, teacher)
+    assert_matches(actual, expected, "forward_kl", dtype)
+    assert actual.gradient.shape == student.shape
+    assert not actual.gradient[:, min(widths) :].any()
+
+
+def test_softcap_of_huge_logits(backend):
+    student, teacher = correlated_pair(3, 300)
+    student[0, :3] = torch.tensor([1e4, -1e4, 3e38])
+    teacher[0, :3] = torch.tensor([-1e4, 1e4, -3e38])
+    student[1, 7] = teacher[1, 7] = -torch.inf
+    student[2] *= 1e-6  # where tanh must not lose digits
+    for options in ({"student_softcap": 30.0}, {"student_softcap": 30.0, "teacher_softcap": 5.0}):
+        expected = oracle(student, teacher, **options)
+        actual = run(backend, student, teacher, **options)
+        assert_matches(actual, expected, "forward_kl", torch.float32)
+        assert actual.gradient[0].isfinite().all()
+
+
+def test_a_term_of_weight_0_is_not_evaluated(backend):
+    student, teacher = correlated_pair(3, 300)
+    labels = labels_for(3, vocab=300)
+    options = {"labels": labels, "kd_weight": 0.0, "ce_weight": 0.5}
+    clean = run(backend, student, teacher, **options)
+    poisoned = run(backend, student, torch.full_like(teacher, torch.nan), **options)
+    assert torch.equal(clean.loss, poisoned.loss)
+    assert torch.equal(clean.gradient, poisoned.gradient)
+
+    # A label of probability 0: infinite cross-entropy.
+    student[torch.arange(3), labels] = teacher[torch.arange(3), labels] = -torch.inf
+    without = run(backend, student, teacher, labels=labels, ce_weight=0.0)
+    assert without.loss.isfinite()
+    assert torch.equal(without.gradient, run(backend, student, teacher).gradient)
+
+
+def test_both_weights_0(backend):
+    student, teacher = correlated_pair(3, 300)
+    result = run(backend, student, teacher, kd_weight=0)
+    assert result.loss == 0
+    assert not result.gradient.any()
+
+
+def test_module(backend):
+    student, teacher = correlated_pair(2, 4, VOCAB)
+    options = {"divergence": "jsd", "temperature": 2.0, "ce_weight": 0.5, "reduction": "sum"}
+    criterion = kdkernels.KDLoss(backend=backend.backend, **options)
+    per_call = {"labels": SOME_IGNORED, "token_weight": WEIGHT}
+    expected = loss_of(backend, student, teacher, **options, **per_call)
+    assert torch.equal(criterion(student, teacher, **per_call), expected)
+    assert "temperature=2.0" in repr(criterion)
+    assert not list(criterion.parameters())

@@ -1,0 +1,122 @@
+"""Properties that hold for any logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from . import tolerances
+from .cases import ALL, ONE_OF_EACH, correlated_pair, labels_for, normal
+from .harness import assert_close, assert_gradient, loss_of, run
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+divergences = st.sampled_from(
+    [d for d in ALL if d.name != "alpha_beta" or min(d.alpha, d.beta) >= 0]
+)
+seeds = st.integers(0, 10_000)
+vocabularies = st.one_of(st.integers(2, 70), st.integers(500, 2200))
+
+
+@given(divergence=divergences, seed=seeds, vocab=vocabularies, shift=st.integers(-500, 500))
+def test_shift_invariance(backend, divergence, seed, vocab, shift):
+    # Multiples of 1/64, so that the shifted logits are exact in float32.
+    student, teacher = ((x * 64).round() / 64 for x in correlated_pair(3, vocab, seed=seed))
+    options = {"divergence": divergence, "reduction": "none"}
+    expected = run(backend, student, teacher, **options)
+    for shifted in ((student + shift, teacher), (student, teacher + shift)):
+        actual = run(backend, *shifted, **options)
+        assert_close(actual.loss, expected.loss, (tolerances.SHIFT, tolerances.OTHER_LOSS[1]))
+        assert_gradient(actual.gradient, expected.gradient, 3 * tolerances.SHIFT)
+
+
+@given(divergence=divergences, seed=seeds, vocab=vocabularies)
+def test_permutation_equivariance(backend, divergence, seed, vocab):
+    student, teacher = correlated_pair(3, vocab, seed=seed)
+    order = torch.randperm(vocab, generator=torch.Generator().manual_seed(seed))
+    options = {"divergence": divergence, "reduction": "none"}
+    expected = run(backend, student, teacher, **options)
+    actual = run(backend, student[:, order], teacher[:, order], **options)
+    assert_close(actual.loss, expected.loss, tolerances.OTHER_LOSS)
+    assert_gradient(actual.gradient, expected.gradient[:, order], tolerances.OTHER_LOSS[0])
+
+
+@given(
+    divergence=st.sampled_from(ALL),
+    seed=seeds,
+    vocab=vocabularies,
+    dtype=st.sampled_from(DTYPES),
+    spread=st.sampled_from([0.0, 1e-3, 1.0, 20.0]),
+)
+def test_non_negativity(backend, divergence, seed, vocab, dtype, spread):
+    teacher = 3 * normal(4, vocab, seed=seed)
+    student = teacher + spread * normal(4, vocab, seed=seed + 1)
+    loss = run(
+        backend, student.to(dtype), teacher.to(dtype), divergence=divergence, reduction="none"
+    ).loss
+    # The reference adds terms of both signs, in float64.
+    assert (loss >= (0 if backend.kernel else -tolerances.IDENTICAL_LOSS)).all()
+
+
+@given(divergence=divergences, seed=seeds, vocab=vocabularies, dtype=st.sampled_from(DTYPES))
+def test_a_row_does_not_depend_on_the_others(backend, divergence, seed, vocab, dtype):
+    student, teacher = (x.to(dtype) for x in correlated_pair(5, vocab, seed=seed))
+    options = {"divergence": divergence, "reduction": "none"}
+    labels = labels_for(5, vocab=vocab, seed=seed)
+    together = run(backend, student, teacher, labels=labels, ce_weight=0.5, **options)
+    for i in (0, 3):
+        alone = run(
+            backend,
+            student[i : i + 1],
+            teacher[i : i + 1],
+            labels=labels[i : i + 1],
+            ce_weight=0.5,
+            **options,
+        )
+        assert torch.equal(together.loss[i], alone.loss[0])
+        assert torch.equal(together.gradient[i], alone.gradient[0])
+
+
+@given(divergence=divergences, seed=seeds, vocab=vocabularies)
+def test_gradient_of_a_row_sums_to_0(backend, divergence, seed, vocab):
+    student, teacher = correlated_pair(3, vocab, seed=seed)
+    options = {"labels": labels_for(3, vocab=vocab, seed=seed), "ce_weight": 0.5}
+    gradient = run(
+        backend, student, teacher, divergence=divergence, reduction="sum", **options
+    ).gradient.double()
+    # The scale is that of the terms, probabilities: the gradient may be much smaller.
+    assert (gradient.sum(-1).abs() <= tolerances.ROW_SUM * (1 + gradient.abs().sum(-1))).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=str)
+def test_same_bits_with_any_number_of_threads(kernel, threads, divergence, dtype):
+    student, teacher = (x.to(dtype) for x in correlated_pair(23, 5003))
+    labels = labels_for(23, vocab=5003)
+    labels[::3] = -100
+    options = {
+        "divergence": divergence,
+        "labels": labels,
+        "ce_weight": 0.5,
+        "token_weight": normal(23).abs(),
+        "return_metrics": True,
+        "grad_output": torch.tensor(3.0),
+    }
+    results = []
+    for count in (1, 2, 3, 2):
+        threads(count)
+        results.append(run(kernel, student, teacher, **options))
+    for other in results[1:]:
+        assert torch.equal(results[0].loss, other.loss)
+        assert torch.equal(results[0].gradient, other.gradient)
+        for name, metric in results[0].metrics.items():
+            assert torch.equal(metric, other.metrics[name]), name
+
+
+@given(divergence=divergences, seed=seeds, vocab=vocabularies)
+def test_loss_without_gradient_has_the_same_bits(kernel, divergence, seed, vocab):
+    student, teacher = correlated_pair(3, vocab, seed=seed)
+    with_gradient = run(kernel, student, teacher, divergence=divergence, reduction="none")
+    loss = loss_of(kernel, student, teacher, divergence=divergence, reduction="none")
+    assert torch.equal(with_gradient.loss, loss.cpu())
