@@ -85,10 +85,8 @@ def divergences(report: dict, file: str) -> str:
                 for c in cases
                 if (c["divergence"], c["vocab"], c["dtype"]) == (name, vocab, dtype)
             )
-            r = case["results"]
-            row.append(
-                f"{r['kdkernels in place']['ms']:.1f} ({r['kdkernels in place']['speed_of_floor']:.0%})"
-            )
+            r = case["results"]["kdkernels in place"]
+            row.append(f"{r['ms']:.1f} ({r['speed_of_floor']:.0%})")
         rows.append(row)
     header = ["in place, ms (speed of floor)", *(f"{v} {d}" for v, d in columns)]
     return _table(header, rows) + _source(report, file)

@@ -21,9 +21,13 @@ KD_INLINE Half load_half(const uint16_t* from) {
 KD_INLINE Vec from_bfloat16(Half x) { return (Vec)(widen(x) << 16); }
 
 KD_INLINE Half to_bfloat16(Vec x) {
+#if defined(__AVX512BF16__)
+  return (Half)_mm512_cvtneps_pbh((__m512)x);
+#else
   const Bits bits = (Bits)x;
   const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
   return narrow(x == x ? rounded : 0x7fc0u + Bits{});
+#endif
 }
 
 KD_INLINE Vec from_float16(Half x) {
@@ -65,6 +69,14 @@ KD_INLINE void store_from_float(char* to, int index, Vec x) {
     std::memcpy((uint16_t*)to + index, &half, sizeof half);
   }
 }
+
+// Logits of a row as vectors of floats, straight from memory.
+template <DType dtype>
+struct View {
+  const char* data;
+
+  KD_INLINE Vec operator()(int index) const { return load_as_float<dtype>(data, index); }
+};
 
 // Widens n values into `to`, padded with -inf to a whole number of vectors: -inf in both models is
 // a term of 0 in every divergence.
@@ -148,6 +160,17 @@ class Reader {
 
   Upcoming upcoming(int64_t begin) const {
     return {data_ + begin * item_size(dtype_), item_size(dtype_)};
+  }
+
+  // Calls use(view) with a View of the transformed logits [begin, begin + n), padded with -inf;
+  // skips the buffer where there is nothing to do on the way.
+  template <class Use>
+  void view(int64_t begin, int n, float* buffer, Use use) const {
+    const char* from = data_ + begin * item_size(dtype_);
+    const bool as_is = transform_.scale == 1 && transform_.softcap == 0 && n % kLanes == 0;
+    if (as_is && dtype_ == DType::kBFloat16) return use(View<DType::kBFloat16>{from});
+    if (as_is && dtype_ == DType::kFloat16) return use(View<DType::kFloat16>{from});
+    use(View<DType::kFloat32>{(const char*)block(begin, n, buffer)});
   }
 
   float at(int64_t index) const {

@@ -26,8 +26,10 @@ std::vector<const InstructionSet*> supported() {
   std::vector<const InstructionSet*> result;
 #if defined(KD_X86_64)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+    if (__builtin_cpu_supports("avx512bf16")) result.push_back(&kAvx512Bf16);
     result.push_back(&kAvx512);
+  }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) result.push_back(&kAvx2);
 #endif
   result.push_back(&kBaseline);

@@ -30,7 +30,7 @@ struct InstructionSet {
 
 extern const InstructionSet kBaseline;
 #if defined(KD_X86_64)
-extern const InstructionSet kAvx2, kAvx512;
+extern const InstructionSet kAvx2, kAvx512, kAvx512Bf16;
 #endif
 
 }  // namespace kd

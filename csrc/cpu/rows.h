@@ -37,21 +37,23 @@ struct Exponent {
 };
 
 // The largest of n logits; NaN may be lost.
-inline float block_max(const float* x, int n) {
+template <class View>
+float block_max(const View& x, int n) {
   Vec even = splat<Vec>(-kInfinity), odd = even;
   int i = 0;
   for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    even = max(even, load(x + i));
-    odd = max(odd, load(x + i + kLanes));
+    even = max(even, x(i));
+    odd = max(odd, x(i + kLanes));
   }
-  for (; i < n; i += kLanes) even = max(even, load(x + i));
+  for (; i < n; i += kLanes) even = max(even, x(i));
   return largest(max(even, odd));
 }
 
 // Adds n logits to a softmax state at temperature log2(e) / c, in one pass: exponentials are
 // relative to the largest logit seen before the block, and done again only where the block exceeds
 // that by so much that they might overflow. Fetches what comes next meanwhile.
-inline void push_block(State& state, const float* x, int n, float c, const Upcoming& upcoming) {
+template <class View>
+void push_block(State& state, const View& x, int n, float c, const Upcoming& upcoming) {
   constexpr float kHeadroom = 40;  // in powers of two
   if (state.sum == 0) state.max = larger(block_max(x, n), kLowestLogit);
   for (;;) {
@@ -69,7 +71,7 @@ inline void push_block(State& state, const float* x, int n, float c, const Upcom
     for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
       Vec terms[4];
       for (int k = 0; k < 4; ++k) {
-        const Vec y = load(x + i + k * kLanes);
+        const Vec y = x(i + k * kLanes);
         terms[k] = exponent(y);
         tops[k] = max(tops[k], y);
         upcoming.fetch(i + k * kLanes);
@@ -77,7 +79,7 @@ inline void push_block(State& state, const float* x, int n, float c, const Upcom
       add((terms[0] + terms[1]) + (terms[2] + terms[3]));
     }
     for (; i < n; i += kLanes) {
-      const Vec y = load(x + i);
+      const Vec y = x(i);
       add(exponent(y));
       tops[0] = max(tops[0], y);
     }
@@ -113,7 +115,7 @@ inline int64_t top_token(const Reader& reader, int64_t vocab, float* buffer) {
   float top_logit = -kInfinity;
   for_blocks(vocab, [&](int64_t begin, int n) {
     const float* x = reader.raw(begin, n, buffer);
-    const float block_top = block_max(x, n);
+    const float block_top = block_max(View<DType::kFloat32>{(const char*)x}, n);
     if (!(block_top > top_logit)) return;
     top_logit = block_top;
     for (top = begin; x[top - begin] != block_top && top < begin + n - 1;) ++top;
@@ -182,12 +184,14 @@ class RowPair {
   void read_states() {
     const bool apart = uses_cross_entropy() && params_.temperature != 1;
     for_blocks(params_.vocab, [&](int64_t begin, int n) {
-      const float* s = student_.block(begin, n, student_block_);
-      push_block(student_state_, s, n, c_, student_.upcoming(begin + n));
-      if (apart) push_block(state_at_1_, s, n, kLog2E, student_.upcoming(begin + n));
-      if (uses_divergence())
-        push_block(teacher_state_, teacher_.block(begin, n, teacher_block_), n, c_,
-                   teacher_.upcoming(begin + n));
+      student_.view(begin, n, student_block_, [&](const auto& s) {
+        push_block(student_state_, s, n, c_, student_.upcoming(begin + n));
+        if (apart) push_block(state_at_1_, s, n, kLog2E, student_.upcoming(begin + n));
+      });
+      if (!uses_divergence()) return;
+      teacher_.view(begin, n, teacher_block_, [&](const auto& t) {
+        push_block(teacher_state_, t, n, c_, teacher_.upcoming(begin + n));
+      });
     });
     if (!apart) state_at_1_ = student_state_;
   }
