@@ -132,7 +132,8 @@ void logits(const LogitsParams& params, int threads) {
   const bool with_gradient = params.gradient.data != nullptr;
   const InstructionSet& set = active();
   const RowsFunction rows = (with_gradient ? set.loss_and_gradient : set.loss)[params.divergence];
-  if (with_gradient && params.rows > 0) advise_large_pages(params.gradient, params.rows);
+  const bool fresh = with_gradient && params.gradient.data != params.student.data;
+  if (fresh && params.rows > 0) advise_large_pages(params.gradient, params.rows);
 
   std::vector<double> row_loss(params.rows);
   const RowPlan plan{weights.data(), normalizer, row_loss.data()};
