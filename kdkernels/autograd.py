@@ -46,7 +46,7 @@ class LogitsLoss(torch.autograd.Function):
             return (None,) * 8
         gradient, row_scale = ctx.saved_tensors
         gradient = gradient.detach()
-        scale = grad_output.to(torch.float32).contiguous()
+        scale = grad_output.to(torch.float32).contiguous()  # from sum() it comes expanded
         _ops.scale_gradient_.default(gradient, scale, row_scale, ctx.backend)
         return gradient, *(None,) * 7
 

@@ -30,7 +30,7 @@ class Backend:
 
 
 def _cpu_backends() -> list[Backend]:
-    if cpu._C is None:
+    if cpu._missing:
         return [Backend("cpu", "cpu", skip=f"kdkernels._C is not built: {cpu._missing}")]
     here = cpu._C.instruction_sets()
     return [
