@@ -272,3 +272,13 @@ def test_custom_divergence():
     torch.testing.assert_close(loss, (p - q).square().sum(-1).mean().float())
     with pytest.raises(ValueError, match="SquaredDistance is not compiled"):
         kdkernels.kd_loss(student, teacher, divergence=SquaredDistance(), backend="cpu")
+
+
+def test_a_subclass_with_another_value_is_not_taken_for_its_base():
+    class Doubled(kdkernels.ForwardKL):
+        def value(self, log_p, log_q):
+            return 2 * super().value(log_p, log_q)
+
+    student, teacher = correlated_pair(3, 30)
+    doubled = kdkernels.kd_loss(student, teacher, divergence=Doubled())
+    torch.testing.assert_close(doubled, 2 * kdkernels.kd_loss(student, teacher))
