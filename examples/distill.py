@@ -73,7 +73,7 @@ def parse_args() -> argparse.Namespace:
     add("--teacher", metavar="DIR", help="local transformers checkpoint to learn from")
     add("--student", metavar="DIR", help="local checkpoint to train; the same tokenizer")
     add("--text", type=Path, metavar="FILE", help="text to train on, UTF-8 (Shakespeare)")
-    add("--steps", type=int, default=30, help="optimizer steps of each training (%(default)s)")
+    add("--steps", type=int, default=24, help="optimizer steps of each training (%(default)s)")
     add("--batch-size", type=int, default=4, help="sequences per step (%(default)s)")
     add("--seq-len", type=int, default=128, help="tokens per sequence (%(default)s)")
     add("--divergence", choices=DIVERGENCES, default="forward_kl", help="(%(default)s)")

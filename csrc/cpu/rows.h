@@ -56,7 +56,7 @@ class RowPair {
     if (params_.metrics) metric(kDivergence) = (float)divergence;
 
     if (kGradient) {
-      if (!student_state_.valid() || (kd_gradient && !both_valid))
+      if ((kd_gradient && !both_valid) || (ce_scale_ != 0 && !state_at_1_.valid()))
         gradient_.fill(0, params_.vocab, NAN);
       else if (!kd_gradient)
         hard_label_gradient();

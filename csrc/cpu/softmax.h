@@ -28,8 +28,8 @@ struct Exponent {
 };
 
 // The largest of n logits; NaN may be lost.
-template <class View>
-float block_max(const View& x, int n) {
+template <class Source>
+float block_max(const Source& x, int n) {
   Vec even = splat<Vec>(-kInfinity), odd = even;
   int i = 0;
   for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
@@ -43,8 +43,8 @@ float block_max(const View& x, int n) {
 // Adds n logits to a softmax state at temperature log2(e) / c, in one pass: exponentials are
 // relative to the largest logit seen before the block, and done again only where the block exceeds
 // that by so much that they might overflow. Fetches what comes next meanwhile.
-template <class View>
-void push_block(State& state, const View& x, int n, float c, const Upcoming& upcoming) {
+template <class Source>
+void push_block(State& state, const Source& x, int n, float c, const Upcoming& upcoming) {
   constexpr float kHeadroom = 40;  // in powers of two
   if (state.sum == 0) state.max = larger(block_max(x, n), kLowestLogit);
   for (;;) {
