@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import shlex
+import statistics
 import subprocess
 import sys
 import time
@@ -23,7 +24,7 @@ import kdkernels
 from kdkernels import _C
 from kdkernels.divergences import DIVERGENCES
 
-from .measure import interleaved, median, peak_bytes, ratios, verify
+from .measure import interleaved, peak_bytes, ratios, verify
 from .providers import PROVIDERS, Case, Step
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -74,7 +75,7 @@ def run_case(case: Case, names: list[str], rounds: int, memory: bool) -> dict[st
     speed = ratios(times, "floor")
     for name, seconds in times.items():
         results[name] |= {
-            "ms": round(median(seconds) * 1e3, 3),
+            "ms": round(statistics.median(seconds) * 1e3, 3),
             "ms_min": round(min(seconds) * 1e3, 3),
             "ms_max": round(max(seconds) * 1e3, 3),
             "speed_of_floor": round(speed[name], 4),
@@ -109,7 +110,10 @@ def small_call(rounds: int = 2000) -> dict[str, float]:
             start = time.perf_counter()
             loss().backward()
             times.append(time.perf_counter() - start)
-        report |= {name: round(median(times) * 1e6, 1), f"{name}_min": round(min(times) * 1e6, 1)}
+        report |= {
+            name: round(statistics.median(times) * 1e6, 1),
+            f"{name}_min": round(min(times) * 1e6, 1),
+        }
     return report
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import statistics
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -92,7 +91,3 @@ def peak_bytes(step: Step) -> int | None:
     peak = read("VmHWM") - before
     del keep
     return max(0, peak)
-
-
-def median(values: Iterable[float]) -> float:
-    return statistics.median(values)

@@ -102,6 +102,18 @@ class Relay(torch.autograd.Function):
         return gradient.clone()
 
 
+class InPlace(torch.autograd.Function):
+    """Makes a tensor the output of a computation without copying it."""
+
+    @staticmethod
+    def forward(ctx, seed, tensor):
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.new_zeros(()), None
+
+
 REFERENCE = Backend("oracle", "reference", kernel=False)
 
 

@@ -9,7 +9,16 @@ import kdkernels
 
 from . import tolerances
 from .cases import ONE_OF_EACH, correlated_pair, labels_for, normal
-from .harness import Relay, assert_close, assert_gradient, assert_matches, loss_of, oracle, run
+from .harness import (
+    InPlace,
+    Relay,
+    assert_close,
+    assert_gradient,
+    assert_matches,
+    loss_of,
+    oracle,
+    run,
+)
 
 VOCAB = 37
 
@@ -140,18 +149,6 @@ def test_nothing_is_written_outside_the_rows(kernel):
         assert torch.equal(view, expected.gradient)
         before[1:5, 1 : 1 + VOCAB] = memory[1:5, 1 : 1 + VOCAB] = 0
         assert torch.equal(memory, before)
-
-
-class InPlace(torch.autograd.Function):
-    """Makes a tensor the output of a computation without copying it."""
-
-    @staticmethod
-    def forward(ctx, seed, tensor):
-        return tensor.detach()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient.new_zeros(()), None
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])

@@ -15,9 +15,8 @@ import kdkernels
 
 from . import tolerances
 from .cases import correlated_pair
-from .harness import assert_close, assert_gradient, oracle
+from .harness import InPlace, assert_close, assert_gradient, oracle
 from .test_compile import COMPILER
-from .test_layout import InPlace
 
 MIB = 2**20
 ROWS, VOCAB = 512, 32768

@@ -14,8 +14,6 @@ from . import cpu
 #: In order of preference; "reference" last, since it serves nearly everything.
 BACKENDS = ("cpu", "reference")
 
-LOW_PRECISION = "float32, bfloat16 or float16"
-
 
 def why_not(
     backend: str, student: Tensor, teacher: Tensor, divergence: Divergence, inplace_grad: bool
