@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..divergences import DIVERGENCES, Divergence
 from ..options import METRICS, REDUCTIONS, LogitsOptions
+from .rows import DTYPES, address, check_in_place, gradient_scale, in_rows, rows_of
 
 try:
     from .. import _C
@@ -17,7 +18,6 @@ except ImportError as error:  # a source tree that was not built
 else:
     _missing = ""
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _KERNEL = {name: index for index, name in enumerate(DIVERGENCES)}
 
 
@@ -37,49 +37,6 @@ def why_not(student: Tensor, teacher: Tensor, divergence: Divergence) -> list[st
     return reasons
 
 
-def _leading(tensor: Tensor) -> list[tuple[int, int]]:
-    """Leading dimensions as (size, stride), outermost first, merged where they lie end to end."""
-    merged: list[tuple[int, int]] = []
-    for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
-        if size == 1:
-            continue
-        if merged and merged[-1][1] == size * stride:
-            merged[-1] = (merged[-1][0] * size, stride)
-        else:
-            merged.append((size, stride))
-    return merged
-
-
-def _in_rows(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy where its rows do not lie at two strides."""
-    if tensor.is_contiguous() or len(_leading(tensor)) <= 2:
-        return tensor
-    return tensor.contiguous()
-
-
-def _rows(tensor: Tensor) -> tuple[int, int, int, int, int, int]:
-    """Address, dtype, width, inner size, outer stride and inner stride: csrc/core/params.h."""
-    head = tensor.data_ptr(), DTYPES[tensor.dtype], tensor.shape[-1]
-    if tensor.is_contiguous():
-        return (*head, max(1, tensor.numel() // max(1, tensor.shape[-1])), 0, tensor.shape[-1])
-    (_, outer), (inner_size, inner) = [(1, 0), (1, 0), *_leading(tensor)][-2:]
-    return (*head, max(1, inner_size), outer, inner)
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
-
-
-def _gradient_scale(o: LogitsOptions) -> float:
-    """The power of two that puts a float16 gradient's largest entries near 2**12.
-
-    An entry is at most 2 |kd_weight| / temperature + |ce_weight| times the scale where slopes are
-    below 1; the kernel lowers a row's power for larger ones, and 2**4 is left for what it misses.
-    """
-    bound = (2 * abs(o.kd_weight) / o.temperature + abs(o.ce_weight)) * o.student_scale
-    return math.ldexp(1.0, max(-100, min(100, 12 - math.frexp(bound)[1]))) if bound else 1.0
-
-
 def logits_loss(
     student: Tensor,
     teacher: Tensor,
@@ -92,26 +49,21 @@ def logits_loss(
     """Loss, metrics and row scales; the gradient, if any, is written into ``gradient``."""
     lead = student.shape[:-1]
     rows = math.prod(lead)
-    in_rows = _in_rows(student)
-    if gradient is student and in_rows is not student:
-        raise ValueError(
-            f"inplace_grad: student_logits of shape {tuple(student.shape)} and strides "
-            f"{student.stride()} do not lie in rows at two strides; make them contiguous"
-        )
-    teacher = _in_rows(teacher)
+    if gradient is student:
+        check_in_place(student)
     with_scale = gradient is not None and gradient.dtype == torch.float16
-    gradient_scale = _gradient_scale(o) if with_scale else 1.0
     loss = torch.empty(lead if o.reduction == "none" else ())
     metrics = torch.empty((len(METRICS), *lead) if o.metrics else 0)
     row_scale = torch.empty(lead if with_scale else 0)
+    student, teacher = in_rows(student), in_rows(teacher)
     labels = None if labels is None else labels.contiguous()
     token_weight = None if token_weight is None else token_weight.contiguous()
     _C.logits_cpu(
         rows,
         o.vocab,
-        _rows(in_rows),
-        _rows(teacher),
-        None if gradient is None else _rows(gradient),
+        rows_of(student),
+        rows_of(teacher),
+        None if gradient is None else rows_of(gradient),
         _KERNEL[o.divergence],
         o.parameter_0,
         o.parameter_1,
@@ -122,15 +74,15 @@ def logits_loss(
         o.teacher_softcap,
         o.kd_weight,
         o.ce_weight,
-        _address(labels),
+        address(labels),
         o.ignore_index,
-        _address(token_weight),
+        address(token_weight),
         REDUCTIONS.index(o.reduction),
-        _address(normalizer),
-        gradient_scale,
-        _address(row_scale),
+        address(normalizer),
+        gradient_scale(o) if with_scale else 1.0,
+        address(row_scale),
         loss.data_ptr(),
-        _address(metrics),
+        address(metrics),
         torch.get_num_threads(),
     )
     return loss, metrics, row_scale
@@ -141,9 +93,9 @@ def scale_gradient(gradient: Tensor, grad_output: Tensor, row_scale: Tensor) -> 
     per_row = grad_output.dim() > 0
     _C.scale_cpu(
         math.prod(gradient.shape[:-1]),
-        _rows(gradient),
+        rows_of(gradient),
         grad_output.data_ptr(),
         1 if per_row else 0,
-        _address(row_scale),
+        address(row_scale),
         torch.get_num_threads(),
     )

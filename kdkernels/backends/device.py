@@ -1,0 +1,40 @@
+"""What the GPU backends compute with a few small PyTorch kernels, never waiting for the device."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..options import LogitsOptions
+
+
+class RowPlan(NamedTuple):
+    """Per-row inputs of a call: the gradient is multiplied by weight / (normalizer * divisor)."""
+
+    weight: Tensor | None  # (rows,) float32, 0: the row takes no part; None: all 1
+    normalizer: Tensor | None  # () float32; None: 1
+    divisor: float  # what the host knows of the normalizer
+
+
+def row_plan(
+    labels: Tensor | None,  # (...)
+    token_weight: Tensor | None,  # (...) float32
+    normalizer: Tensor | None,  # () float32
+    o: LogitsOptions,
+    rows: int,
+) -> RowPlan:
+    """Weights of the rows, 0 for ignored ones, and what the reduction divides by."""
+    weight = None if token_weight is None else token_weight.reshape(-1)
+    if labels is not None:
+        kept = labels.reshape(-1) != o.ignore_index
+        weight = kept.to(torch.float32) if weight is None else torch.where(kept, weight, 0.0)
+    if o.reduction != "mean":
+        return RowPlan(weight, None, 1.0)
+    if normalizer is not None:
+        return RowPlan(weight, normalizer, 1.0)
+    if weight is None:
+        return RowPlan(None, None, float(max(1, rows)))
+    total = weight.sum()
+    return RowPlan(weight, torch.where(total <= 0, 1.0, total), 1.0)

@@ -1,0 +1,73 @@
+"""Tensors as kernels see them: addresses, and rows at two strides."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..options import LogitsOptions
+
+#: Dtypes that compiled backends take, as numbered by csrc/core/params.h.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def _leading(tensor: Tensor) -> list[tuple[int, int]]:
+    """Leading dimensions as (size, stride), outermost first, merged where they lie end to end."""
+    merged: list[tuple[int, int]] = []
+    for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == size * stride:
+            merged[-1] = (merged[-1][0] * size, stride)
+        else:
+            merged.append((size, stride))
+    return merged
+
+
+def _in_two_strides(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() or len(_leading(tensor)) <= 2
+
+
+def in_rows(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where its rows do not lie at two strides."""
+    return tensor if _in_two_strides(tensor) else tensor.contiguous()
+
+
+def check_in_place(student: Tensor) -> None:
+    """Refuses a student whose rows a kernel could only write into a copy."""
+    if not _in_two_strides(student):
+        raise ValueError(
+            f"inplace_grad: student_logits of shape {tuple(student.shape)} and strides "
+            f"{student.stride()} do not lie in rows at two strides; make them contiguous"
+        )
+
+
+def row_strides(tensor: Tensor) -> tuple[int, int, int]:
+    """Inner size, outer stride and inner stride: row = outer * inner size + inner."""
+    width = tensor.shape[-1]
+    if tensor.is_contiguous():
+        return max(1, tensor.numel() // max(1, width)), 0, width
+    (_, outer), (inner_size, inner) = [(1, 0), (1, 0), *_leading(tensor)][-2:]
+    return max(1, inner_size), outer, inner
+
+
+def rows_of(tensor: Tensor) -> tuple[int, int, int, int, int, int]:
+    """Address, dtype, width and row strides: Rows of csrc/core/params.h."""
+    return tensor.data_ptr(), DTYPES[tensor.dtype], tensor.shape[-1], *row_strides(tensor)
+
+
+def address(tensor: Tensor | None) -> int:
+    """Of the first element; 0 for nothing."""
+    return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
+
+
+def gradient_scale(o: LogitsOptions) -> float:
+    """The power of two that puts a float16 gradient's largest entries near 2**12.
+
+    An entry is at most 2 |kd_weight| / temperature + |ce_weight| times the scale where slopes are
+    below 1; the kernel lowers a row's power for larger ones, and 2**4 is left for what it misses.
+    """
+    bound = (2 * abs(o.kd_weight) / o.temperature + abs(o.ce_weight)) * o.student_scale
+    return math.ldexp(1.0, max(-100, min(100, 12 - math.frexp(bound)[1]))) if bound else 1.0
