@@ -16,6 +16,7 @@ from .divergences import (
     SkewReverseKL,
     SoftCrossEntropy,
     SymmetricKL,
+    register_divergence,
 )
 from .functional import kd_loss
 from .modules import KDLoss
@@ -34,4 +35,5 @@ __all__ = [
     "SymmetricKL",
     "__version__",
     "kd_loss",
+    "register_divergence",
 ]

@@ -9,10 +9,12 @@ they become there.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import numbers
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -256,16 +258,102 @@ DIVERGENCES: dict[str, type[Divergence]] = {
 }
 
 
+class Registered(NamedTuple):
+    """What :func:`register_divergence` was given."""
+
+    divergence: Divergence
+    value: Any  # triton.JITFunction
+    slope: Any
+
+
+REGISTERED: dict[str, Registered] = {}
+
+
+def register_divergence(
+    name: str, *, value: Any, slope: Any, reference: Callable[[Tensor, Tensor], Tensor]
+) -> Divergence:
+    """Adds a divergence of your own, without a compiler: two Triton functions and their definition.
+
+    D = sum over the vocabulary of a pointwise function of log p (teacher) and log q (student). It
+    runs on the Triton backend on GPUs and on the reference backend elsewhere, with every option of
+    :func:`kdkernels.kd_loss`. Registering a name again replaces what it meant.
+
+    Args:
+        name: what to pass as ``divergence=``; not the name of a built-in one.
+        value: a ``@triton.jit`` function ``(p, q, log_p, log_q, r)`` of float32 blocks that returns
+            the terms of the divergence. r = log q - log p is accurate where p and q are close, as
+            differences of p and q are not. Where one of them is 0, r and a logarithm are infinite;
+            where both are, r is 0 and the term must be 0: ``kdkernels.triton.math`` has
+            ``times_or_zero``, ``expm1``, ``log1p`` and more.
+        slope: likewise d value / d log q, up to a multiple of q, which cancels in the gradient.
+        reference: the definition in PyTorch: terms for ``log_p`` and ``log_q`` of any equal shape,
+            differentiable; the oracle of the other two.
+
+    Returns:
+        The divergence, which ``divergence=`` takes as well as the name.
+
+    Raises:
+        TypeError: ``value`` or ``slope`` is no ``@triton.jit`` function, or ``reference`` no
+            function.
+        ValueError: ``name`` is taken by a built-in divergence or no identifier, or a function takes
+            other arguments.
+
+    Example:
+        The squared Hellinger distance; ``docs/triton.md`` derives it.
+
+        >>> import torch, triton, triton.language as tl  # doctest: +SKIP
+        >>> from kdkernels.triton.math import expm1  # doctest: +SKIP
+        >>> @triton.jit  # doctest: +SKIP
+        ... def value(p, q, log_p, log_q, r):
+        ...     gap = expm1(-0.5 * tl.abs(r))
+        ...     return 0.5 * tl.maximum(p, q) * gap * gap
+        >>> @triton.jit  # doctest: +SKIP
+        ... def slope(p, q, log_p, log_q, r):
+        ...     gap = expm1(-0.5 * tl.abs(r))
+        ...     return 0.5 * tl.where(r > 0, -q * gap, p * gap * (1.0 + gap))
+        >>> def reference(log_p, log_q):  # doctest: +SKIP
+        ...     return ((log_p / 2).exp() - (log_q / 2).exp()).square() / 2
+        >>> register_divergence(  # doctest: +SKIP
+        ...     "squared_hellinger", value=value, slope=slope, reference=reference
+        ... )
+        squared_hellinger()
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name is a {type(name).__name__}, expected a str")
+    if not name.isidentifier() or name in DIVERGENCES:
+        raise ValueError(f"name is {name!r}, expected an identifier other than a built-in name")
+    for role, function in (("value", value), ("slope", slope)):
+        if not callable(getattr(function, "fn", None)):
+            raise TypeError(
+                f"{role} is a {type(function).__name__}, expected a function under @triton.jit"
+            )
+        arguments = list(inspect.signature(function.fn).parameters)
+        if len(arguments) != 5:
+            raise ValueError(f"{role} takes {arguments}, expected (p, q, log_p, log_q, r)")
+    if not callable(reference):
+        raise TypeError(f"reference is a {type(reference).__name__}, expected a function")
+
+    def terms(self: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return reference(log_p, log_q)
+
+    kind: type[Divergence] = type(name, (Divergence,), {"name": name, "value": terms})
+    REGISTERED[name] = Registered(dataclass(frozen=True)(kind)(), value, slope)
+    return REGISTERED[name].divergence
+
+
 def as_divergence(divergence: str | Divergence) -> Divergence:
-    """The instance behind a name of the table; an instance is returned as it is."""
+    """The instance behind a name; an instance is returned as it is."""
     if isinstance(divergence, Divergence):
         return divergence
     if not isinstance(divergence, str):
         raise TypeError(
             f"divergence is a {type(divergence).__name__}, expected a name or a Divergence instance"
         )
+    if divergence in REGISTERED:
+        return REGISTERED[divergence].divergence
     if divergence not in DIVERGENCES:
-        raise ValueError(f"divergence is {divergence!r}, expected one of {', '.join(DIVERGENCES)}")
+        names = ", ".join([*DIVERGENCES, *REGISTERED])
+        raise ValueError(f"divergence is {divergence!r}, expected one of {names}")
     if divergence == AlphaBeta.name:
         raise ValueError("divergence 'alpha_beta' has no defaults; pass AlphaBeta(alpha, beta)")
     return DIVERGENCES[divergence]()

@@ -57,10 +57,12 @@ def kd_loss(
             padding. A constant: it must not require grad.
         divergence: a name (``forward_kl``, ``reverse_kl``, ``jsd``, ``skew_forward_kl``,
             ``skew_reverse_kl``, ``symmetric_kl``, ``tvd``, ``soft_cross_entropy``) or an instance
-            such as ``JSD(beta=0.1)`` or ``AlphaBeta(0.2, 0.7)``.
+            such as ``JSD(beta=0.1)`` or ``AlphaBeta(0.2, 0.7)``;
+            :func:`kdkernels.register_divergence` adds others.
         temperature: T > 0, dividing both logits in the divergence (not in the hard-label term).
         labels: ``(...)`` int64 token ids, already shifted. Rows equal to ``ignore_index`` drop out
-            of both terms and of the mean.
+            of both terms and of the mean. One outside the vocabulary raises on the CPU; on a GPU,
+            where looking would wait for the device, it makes its row NaN.
         kd_weight: weight of the divergence; at 0 it is not evaluated.
         ce_weight: weight of the cross-entropy against ``labels``; at 0 it is not evaluated.
         ignore_index: the label of rows to leave out.
@@ -83,7 +85,8 @@ def kd_loss(
         return_metrics: also return a dict of detached float32 tensors ``(...)``: ``divergence``
             (before weights and T^2), ``cross_entropy`` (None without labels), ``teacher_entropy``,
             ``student_entropy``, ``agreement`` (1.0 where both have the same top token).
-        backend: ``"auto"``, ``"cpu"`` or ``"reference"``. A named one never falls back.
+        backend: ``"auto"``, ``"cpu"``, ``"triton"`` or ``"reference"``. A named one never falls
+            back.
 
     Returns:
         The loss, float32 (float64 for float64 logits), a scalar or ``(...)`` for ``"none"``; with

@@ -11,10 +11,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .backends import cpu
+from .backends import cpu, triton
 from .options import METRICS, LogitsOptions
 
-_IMPLEMENTATIONS = {"cpu": cpu}
+_IMPLEMENTATIONS = {"cpu": cpu, "triton": triton}
 
 _TENSORS = "Tensor teacher, Tensor? labels, Tensor? token_weight, Tensor? normalizer, str backend"
 _SCALARS = (

@@ -93,7 +93,7 @@ def _kd_loss(
         if o.ce_weight != 0:
             loss = loss + o.ce_weight * values["cross_entropy"]
 
-    loss = torch.where(kept, loss, 0.0) * weight
+    loss = torch.where(kept, loss * torch.where(outside, math.nan, 1.0), 0.0) * weight
     metrics = None
     if o.metrics:
         zero = torch.zeros_like(weight)

@@ -11,7 +11,7 @@ from torch import Tensor
 import kdkernels
 from kdkernels.backends import cpu
 
-from . import tolerances
+from . import interpreter, tolerances
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class Backend:
     environment: dict[str, str] = field(default_factory=dict)
     skip: str = ""  # why it cannot run here
     kernel: bool = True  # has a gradient of its own: in place, consumed by one backward
+    checks_labels: bool = True  # before anything is written; on a GPU that would wait for it
+    interpreted: bool = False  # milliseconds per row: fewer rows where a test takes many
 
     def __str__(self) -> str:
         return self.name
@@ -44,7 +46,15 @@ def _cpu_backends() -> list[Backend]:
     ]
 
 
-BACKENDS = [*_cpu_backends(), Backend("reference", "reference", kernel=False)]
+TRITON = Backend(
+    "triton",
+    "triton",
+    device=interpreter.DEVICE,
+    checks_labels=False,
+    interpreted=interpreter.DEVICE == "cpu",
+    skip="" if interpreter.INSTALLED else "Triton is not installed",
+)
+BACKENDS = [*_cpu_backends(), TRITON, Backend("reference", "reference", kernel=False)]
 
 
 class Result(NamedTuple):

@@ -275,8 +275,8 @@ def test_identical_logits(kernel, divergence):
 
 @pytest.mark.parametrize("kl", [1e-13, 1e-11, 1e-8, 1e-4])
 def test_never_negative(backend, kl):
-    student, teacher = close_pair(300, 101, kl=kl)
-    for divergence in ALL:
+    student, teacher = close_pair(20 if backend.interpreted else 300, 101, kl=kl)
+    for divergence in ONE_OF_EACH if backend.interpreted else ALL:
         with torch.no_grad():
             loss = loss_of(backend, student, teacher, divergence=divergence, reduction="none")
         assert (loss >= 0).all(), divergence

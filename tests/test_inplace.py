@@ -124,6 +124,8 @@ def test_refuses_memory_shared_with_the_teacher(kernel):
 
 
 def test_refuses_labels_before_it_writes(kernel):
+    if not kernel.checks_labels:
+        pytest.skip("a label outside the vocabulary is NaN on a device: test_triton.py")
     student, teacher = correlated_pair(3, VOCAB)
     labels = labels_for(3, vocab=VOCAB)
     labels[2] = VOCAB

@@ -9,10 +9,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..divergences import Divergence
-from . import cpu
+from . import cpu, triton
 
 #: In order of preference; "reference" last, since it serves nearly everything.
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "triton", "reference")
 
 
 def why_not(
@@ -21,6 +21,8 @@ def why_not(
     """Why ``backend`` cannot serve a call; empty if it can."""
     if backend == "cpu":
         return cpu.why_not(student, teacher, divergence)
+    if backend == "triton":
+        return triton.why_not(student, teacher, divergence)
     if inplace_grad:
         return ["its gradient comes from autograd and cannot overwrite student_logits"]
     return []

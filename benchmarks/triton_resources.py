@@ -1,0 +1,187 @@
+"""Compiles the Triton kernels for GPUs that need not be here and reports what they take.
+
+    python -m benchmarks.triton_resources --output benchmarks/results/triton_resources.json
+    python -m benchmarks.triton_resources --check      fail where a kernel spills
+
+Registers, spilled bytes and instructions come from the compiled code, through the disassembler in
+Triton's package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from kdkernels.divergences import DIVERGENCES
+from kdkernels.options import METRICS, LogitsOptions
+
+ROWS = 64
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class Target(NamedTuple):
+    """A GPU, with what the schedule depends on."""
+
+    name: str
+    arch: int
+    multiprocessors: int
+    cache_mib: int
+
+
+TARGETS = (Target("sm_80", 80, 108, 40), Target("sm_90", 90, 132, 50))
+
+
+class Kernel(NamedTuple):
+    """One compiled kernel."""
+
+    target: Target
+    divergence: str
+    dtype: str
+    vocab: int
+    gradient: bool = True
+    options: bool = False  # labels and cross-entropy, weights, metrics, softcaps
+
+
+class _Driver:
+    """Stands in for a GPU, so that the JIT specialises and compiles as it would for one."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.target.arch, 32)
+
+    def get_current_device(self):
+        return self.target.arch
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("meta")
+
+
+def kernels() -> list[Kernel]:
+    """Every divergence with every schedule, and the rarer variants once."""
+    result = []
+    for target in TARGETS:
+        for divergence in DIVERGENCES:
+            for vocab in (1000, 32000, 128256):
+                for dtype in ("bfloat16", "float32"):
+                    result.append(Kernel(target, divergence, dtype, vocab))
+            result.append(Kernel(target, divergence, "bfloat16", 128256, gradient=False))
+            result.append(Kernel(target, divergence, "float16", 128256, options=True))
+    return result
+
+
+def compile_kernel(kernel: Kernel):
+    """The compiled kernel of one configuration, from tensors without memory."""
+    from kdkernels.triton import launch, schedule
+
+    driver.set_active(_Driver(kernel.target))
+    dtype = getattr(torch, kernel.dtype)
+    student = torch.empty(ROWS, kernel.vocab, dtype=dtype, device="meta")
+    per_row = torch.empty(ROWS, device="meta")
+    half = kernel.gradient and dtype == torch.float16
+    cap = 30.0 if kernel.options else 0.0
+    options = LogitsOptions(
+        divergence=kernel.divergence,
+        parameter_0=0.5,
+        parameter_1=0.3,
+        temperature=2.0,
+        kd_weight=4.0,
+        ce_weight=0.5 if kernel.options else 0.0,
+        ignore_index=-100,
+        reduction="mean",
+        vocab=kernel.vocab,
+        student_scale=1.0,
+        student_softcap=cap,
+        teacher_scale=1.0,
+        teacher_softcap=cap,
+        metrics=kernel.options,
+    )
+    target = kernel.target
+    device = schedule.Device(target.multiprocessors, target.cache_mib * 2**20, 32, 65536)
+    arguments, launch_options = launch.loss_arguments(
+        student,
+        student.clone(),
+        student.clone() if kernel.gradient else None,
+        torch.empty(ROWS, dtype=torch.int64, device="meta") if kernel.options else None,
+        per_row if kernel.options else None,
+        None,
+        per_row,
+        per_row if half else None,
+        torch.empty(len(METRICS), ROWS, device="meta") if kernel.options else None,
+        options,
+        device,
+    )
+    return launch.loss_kernel.warmup(*arguments, grid=(ROWS,), **launch_options)
+
+
+def resources(kernel: Kernel) -> dict[str, object]:
+    """Registers, spills and instructions of one configuration."""
+    compiled = compile_kernel(kernel)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+
+        def tool(option: str) -> str:
+            command = [str(TOOLS / "cuobjdump"), option, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage = dict(re.findall(r"(\w+):(\d+)", tool("--dump-resource-usage").splitlines()[-1]))
+        code = tool("-sass")
+    return {
+        "target": kernel.target.name,
+        "divergence": kernel.divergence,
+        "dtype": kernel.dtype,
+        "vocab": kernel.vocab,
+        "gradient": kernel.gradient,
+        "options": kernel.options,
+        "threads": 32 * compiled.metadata.num_warps,
+        "registers": int(usage["REG"]),
+        "stack": int(usage["STACK"]),  # what registers spill to
+        "local": int(usage["LOCAL"]),
+        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.MULTILINE)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--output", type=Path, help="a JSON file to write")
+    arguments = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET"):
+        sys.exit("TRITON_INTERPRET is set: kernels would be interpreted, not compiled")
+
+    with ProcessPoolExecutor(arguments.processes, get_context("spawn")) as pool:
+        compiled = list(pool.map(resources, kernels(), chunksize=4))
+    report = {"triton": triton.__version__, "kernels": compiled}
+    if arguments.output:
+        arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+    spilled = [k for k in compiled if k["stack"] or k["local"]]
+    for kernel in spilled:
+        print("spills:", kernel)
+    print(f"{len(compiled)} kernels compiled, {len(spilled)} spill")
+    sys.exit(bool(arguments.check and spilled))
+
+
+if __name__ == "__main__":
+    main()

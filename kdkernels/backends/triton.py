@@ -1,0 +1,81 @@
+"""The Triton backend: tensors and options as arguments of the kernels in kdkernels.triton."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from ..divergences import DIVERGENCES, REGISTERED, Divergence
+from ..options import METRICS, LogitsOptions
+from .rows import DTYPES, check_in_place, in_rows
+
+
+def _interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def why_not(student: Tensor, teacher: Tensor, divergence: Divergence) -> list[str]:
+    """Why this backend cannot serve a call; empty if it can."""
+    reasons = []
+    if importlib.util.find_spec("triton") is None:
+        reasons.append("Triton is not installed")
+    if student.device.type == "cpu" and not _interpreted():
+        reasons.append("the tensors are on cpu and TRITON_INTERPRET is not set")
+    elif student.device.type not in ("cpu", "cuda", "xpu"):
+        reasons.append(f"the tensors are on {student.device}")
+    for name, tensor in (("student_logits", student), ("teacher_logits", teacher)):
+        if tensor.dtype not in DTYPES:
+            reasons.append(f"{name} is {tensor.dtype}, it takes float32, bfloat16 or float16")
+    registered = REGISTERED.get(divergence.name)
+    kind = type(registered.divergence) if registered else DIVERGENCES.get(divergence.name)
+    if kind is not type(divergence):
+        reasons.append(
+            f"divergence {type(divergence).__name__} has no Triton functions; "
+            "kdkernels.register_divergence gives it some"
+        )
+    return reasons
+
+
+def logits_loss(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    token_weight: Tensor | None,
+    normalizer: Tensor | None,
+    o: LogitsOptions,
+    gradient: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, metrics and row scales; the gradient, if any, is written into ``gradient``."""
+    from ..triton import launch
+
+    lead = student.shape[:-1]
+    if gradient is student:
+        check_in_place(student)
+    with_scale = gradient is not None and gradient.dtype == torch.float16
+    row_loss = student.new_empty(lead, dtype=torch.float32)
+    metrics = student.new_empty((len(METRICS), *lead) if o.metrics else 0, dtype=torch.float32)
+    row_scale = student.new_empty(lead if with_scale else 0, dtype=torch.float32)
+    launch.loss(
+        in_rows(student),
+        in_rows(teacher),
+        gradient,
+        labels,
+        token_weight,
+        normalizer,
+        row_loss,
+        row_scale if with_scale else None,
+        metrics if o.metrics else None,
+        o,
+    )
+    return row_loss if o.reduction == "none" else row_loss.sum(), metrics, row_scale
+
+
+def scale_gradient(gradient: Tensor, grad_output: Tensor, row_scale: Tensor) -> None:
+    """gradient *= grad_output * row_scale, in place; one number or one per row each."""
+    from ..triton import launch
+
+    launch.scale(gradient, grad_output, row_scale if row_scale.numel() else None)

@@ -1,0 +1,207 @@
+"""Value and slope of every built-in divergence for the Triton kernels.
+
+Each function takes a block of vocabulary entries, ``(p, q, log_p, log_q, r)`` in float32 with
+r = log q - log p exact where p and q are close, and the divergence's two parameters where it has
+any. slope = d value / d log q up to a multiple of q. The formulas are those of
+csrc/core/divergences.h, which says where they come from.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from .math import (
+    LARGEST_FLOAT,
+    bregman_difference,
+    bregman_excess,
+    exp,
+    expm1,
+    log1p,
+    phi,
+    times_or_zero,
+)
+
+
+@triton.jit
+def forward_kl_value(p, q, log_p, log_q, r):
+    return bregman_excess(p, q, r)
+
+
+@triton.jit
+def forward_kl_slope(p, q, log_p, log_q, r):
+    return bregman_difference(p, q, r)
+
+
+@triton.jit
+def reverse_kl_value(p, q, log_p, log_q, r):
+    return bregman_excess(q, p, -r)
+
+
+@triton.jit
+def reverse_kl_slope(p, q, log_p, log_q, r):
+    return times_or_zero(q, r)
+
+
+@triton.jit
+def _mixture_over_larger(r, of_p, of_q):
+    """log m - max(log p, log q), so that the exponential never overflows."""
+    return log1p(tl.where(r <= 0.0, of_q, of_p) * expm1(-tl.abs(r)))
+
+
+@triton.jit
+def mixture_over_p(r, of_p, of_q):
+    """log m - log p for the mixture m = of_p p + of_q q, whose shares are positive."""
+    over_larger = _mixture_over_larger(r, of_p, of_q)
+    return tl.where(r <= 0.0, over_larger, over_larger + r)
+
+
+@triton.jit
+def mixture_over_q(r, of_p, of_q):
+    """log m - log q for the same mixture."""
+    over_larger = _mixture_over_larger(r, of_p, of_q)
+    return tl.where(r <= 0.0, over_larger - r, over_larger)
+
+
+@triton.jit
+def jsd_value(p, q, log_p, log_q, r, beta, _):
+    rest = 1.0 - beta
+    m = beta * p + rest * q
+    of_p = bregman_excess(p, m, mixture_over_p(r, beta, rest))
+    of_q = bregman_excess(q, m, mixture_over_q(r, beta, rest))
+    return beta * of_p + rest * of_q
+
+
+@triton.jit
+def jsd_slope(p, q, log_p, log_q, r, beta, _):
+    return (beta - 1.0) * times_or_zero(q, mixture_over_q(r, beta, 1.0 - beta))
+
+
+@triton.jit
+def _share_of_q(p, q, of_p, of_q):
+    """q / (of_p p + of_q q), and 0 where both are 0."""
+    m = of_p * p + of_q * q
+    return tl.where(m == 0.0, 0.0, q / m)
+
+
+@triton.jit
+def skew_forward_kl_value(p, q, log_p, log_q, r, alpha, _):
+    rest = 1.0 - alpha
+    return bregman_excess(p, alpha * p + rest * q, mixture_over_p(r, alpha, rest))
+
+
+@triton.jit
+def skew_forward_kl_slope(p, q, log_p, log_q, r, alpha, _):
+    rest = 1.0 - alpha
+    return rest * rest * _share_of_q(p, q, alpha, rest) * bregman_difference(p, q, r)
+
+
+@triton.jit
+def skew_reverse_kl_value(p, q, log_p, log_q, r, alpha, _):
+    rest = 1.0 - alpha
+    return bregman_excess(q, alpha * q + rest * p, mixture_over_q(r, rest, alpha))
+
+
+@triton.jit
+def skew_reverse_kl_slope(p, q, log_p, log_q, r, alpha, _):
+    rest = 1.0 - alpha
+    of_mixture = alpha * rest * _share_of_q(p, q, rest, alpha) * bregman_difference(p, q, r)
+    return -times_or_zero(q, mixture_over_q(r, rest, alpha)) - of_mixture
+
+
+@triton.jit
+def symmetric_kl_value(p, q, log_p, log_q, r, weight, _):
+    return weight * bregman_excess(p, q, r) + (1.0 - weight) * bregman_excess(q, p, -r)
+
+
+@triton.jit
+def symmetric_kl_slope(p, q, log_p, log_q, r, weight, _):
+    return weight * bregman_difference(p, q, r) + (1.0 - weight) * times_or_zero(q, r)
+
+
+@triton.jit
+def tvd_value(p, q, log_p, log_q, r):
+    return 0.5 * tl.abs(bregman_difference(p, q, r))
+
+
+@triton.jit
+def tvd_slope(p, q, log_p, log_q, r):
+    difference = bregman_difference(p, q, r)
+    return tl.where(difference > 0.0, 0.5 * q, tl.where(difference < 0.0, -0.5 * q, 0.0))
+
+
+@triton.jit
+def _larger_to(power, log_p, log_q, r):
+    """The larger of p and q to a power: of positive powers, the one that never overflows."""
+    larger = tl.where(r >= 0.0, log_q, log_p)
+    return tl.where(larger < -LARGEST_FLOAT, 0.0, exp(power * larger))
+
+
+@triton.jit
+def alpha_beta_value(p, q, log_p, log_q, r, a, b):
+    # q^(a+b) K(a, b, d) with d = log p - log q, or p^(a+b) K(b, a, -d), from the larger of the two:
+    # K = phi((a+b) d) / (b (a+b)) - phi(a d) / (a b) and its limits.
+    d = -tl.abs(r)
+    first = tl.where(r >= 0.0, a, b)
+    second = tl.where(r >= 0.0, b, a)
+    x = first * d
+    y = (a + b) * d
+    # Where one of the parameters is 0 the other one decides the shape.
+    one = x * exp(x) - (exp(x) - 1.0)
+    product = tl.where(tl.abs(x) < 0.5, x * expm1(x) - phi(x), tl.where(x > -30.0, one, 1.0))
+    far = d < -1.0
+    two = tl.where(far, expm1(y), phi(y)) / (second * (a + b)) - tl.where(far, expm1(x), phi(x)) / (
+        first * second
+    )
+    k = tl.where(
+        first == 0.0,
+        tl.where(second == 0.0, 0.5 * d * d, phi(y) / (second * second)),
+        tl.where(
+            second == 0.0,
+            product / (first * first),
+            tl.where(a + b == 0.0, phi(x) / (first * first), two),
+        ),
+    )
+    return times_or_zero(_larger_to(a + b, log_p, log_q, r), k)
+
+
+@triton.jit
+def alpha_beta_slope(p, q, log_p, log_q, r, a, b):
+    # -q^(a+b) (exp(a d) - 1) / a, or p^(a+b) (exp(-(a+b) d) - exp(-b d)) / a from the larger p.
+    d = -tl.abs(r)
+    from_q = tl.where(a == 0.0, -d, -expm1(a * d) / a)
+    from_p = tl.where(a == 0.0, d + d * expm1(b * d), (expm1((a + b) * d) - expm1(b * d)) / a)
+    k = tl.where(r >= 0.0, from_q, from_p)
+    return times_or_zero(_larger_to(a + b, log_p, log_q, r), k)
+
+
+@triton.jit
+def soft_cross_entropy_value(p, q, log_p, log_q, r):
+    return -times_or_zero(p, log_q)
+
+
+class Functions(NamedTuple):
+    """A divergence as the kernels take it."""
+
+    value: triton.JITFunction
+    slope: triton.JITFunction
+    parameters: bool = False  # whether the functions take two parameters at the end
+    slope_sums_to_zero: bool = False  # one sweep less
+    feels_shift: bool = False  # a rounding error common to all log q has to be taken back
+
+
+FUNCTIONS: dict[str, Functions] = {
+    "forward_kl": Functions(forward_kl_value, forward_kl_slope, slope_sums_to_zero=True),
+    "reverse_kl": Functions(reverse_kl_value, reverse_kl_slope),
+    "jsd": Functions(jsd_value, jsd_slope, parameters=True),
+    "skew_forward_kl": Functions(skew_forward_kl_value, skew_forward_kl_slope, parameters=True),
+    "skew_reverse_kl": Functions(skew_reverse_kl_value, skew_reverse_kl_slope, parameters=True),
+    "symmetric_kl": Functions(symmetric_kl_value, symmetric_kl_slope, parameters=True),
+    "tvd": Functions(tvd_value, tvd_slope),
+    "alpha_beta": Functions(alpha_beta_value, alpha_beta_slope, parameters=True, feels_shift=True),
+    "soft_cross_entropy": Functions(
+        soft_cross_entropy_value, forward_kl_slope, slope_sums_to_zero=True
+    ),
+}

@@ -1,0 +1,98 @@
+"""Element maths of the Triton kernels, in float32; csrc/core/math.h explains the choices."""
+
+import triton
+import triton.language as tl
+
+#: Where a running maximum starts: finite, so that a row of -inf needs no guard, and low enough.
+LOWEST = tl.constexpr(-1e30)
+LARGEST_FLOAT = tl.constexpr(3.4028234663852886e38)
+LOG2E = tl.constexpr(1.4426950408889634)
+#: Below this |x| a series replaces exp(x) - 1 - x, which cancels there.
+SERIES_RADIUS = tl.constexpr(0.5)
+
+
+@triton.jit
+def times_or_zero(x, y):
+    """x y, and 0 where x is 0, whatever y is."""
+    return tl.where(x == 0.0, 0.0, x * y)
+
+
+@triton.jit
+def phi_over_x(x):
+    """(exp(x) - 1 - x) / x for |x| < SERIES_RADIUS (minimax polynomial)."""
+    polynomial = 1.98756199e-4 * x + 1.3981997e-3
+    polynomial = polynomial * x + 8.33345205e-3
+    polynomial = polynomial * x + 4.16657962e-2
+    polynomial = polynomial * x + 1.66666657e-1
+    polynomial = polynomial * x + 0.5
+    return polynomial * x
+
+
+@triton.jit
+def exp(x):
+    """exp(x), which every platform has as a power of 2."""
+    return tl.exp2(x * LOG2E)
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1 to full relative accuracy."""
+    return tl.where(tl.abs(x) < SERIES_RADIUS, phi_over_x(x) * x + x, exp(x) - 1.0)
+
+
+@triton.jit
+def phi(x):
+    """exp(x) - 1 - x to full relative accuracy."""
+    return tl.where(tl.abs(x) < SERIES_RADIUS, phi_over_x(x) * x, (exp(x) - 1.0) - x)
+
+
+@triton.jit
+def _log_of_sum(w, lost):
+    """log(w + lost) for positive finite w, `lost` being below its last place; tl.log is coarse."""
+    # w = mantissa 2^n with the mantissa in [sqrt(1/2), sqrt(2)).
+    n = (w.to(tl.int32, bitcast=True) - 0x3F3504F3) >> 23
+    mantissa = (w.to(tl.int32, bitcast=True) - (n << 23)).to(tl.float32, bitcast=True)
+    f = (mantissa - 1.0) + lost * ((127 - n) << 23).to(tl.float32, bitcast=True)
+    # Minimax polynomial of (log(1 + f) - f + f^2 / 2) / f^3 on that interval.
+    polynomial = 8.70035961e-2 * f - 1.42674759e-1
+    polynomial = polynomial * f + 1.49147868e-1
+    polynomial = polynomial * f - 1.65775865e-1
+    polynomial = polynomial * f + 1.99630618e-1
+    polynomial = polynomial * f - 2.50013381e-1
+    polynomial = polynomial * f + 3.33339095e-1
+    return n.to(tl.float32) * 6.93147181e-1 + (f + f * f * (polynomial * f - 0.5))
+
+
+@triton.jit
+def log(x):
+    """log(x) for positive finite x, to full relative accuracy."""
+    return _log_of_sum(x, 0.0)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for x >= -1, to full relative accuracy."""
+    w = 1.0 + x
+    return tl.where(w == 0.0, -float("inf"), _log_of_sum(w, x - (w - 1.0)))
+
+
+@triton.jit
+def tanh(x):
+    """tanh(x) to full relative accuracy."""
+    e = expm1(-2.0 * tl.abs(x))
+    magnitude = -e / (2.0 + e)
+    return tl.where(x < 0.0, -magnitude, magnitude)
+
+
+@triton.jit
+def bregman_excess(p, m, u):
+    """p (exp(u) - 1 - u) with m = p exp(u): the term of KL(p || m), made non-negative."""
+    pu = times_or_zero(p, u)
+    return tl.where(tl.abs(u) < SERIES_RADIUS, phi_over_x(u) * pu, (m - p) - pu)
+
+
+@triton.jit
+def bregman_difference(p, m, u):
+    """m - p with m = p exp(u), without cancellation."""
+    pu = times_or_zero(p, u)
+    return tl.where(tl.abs(u) < SERIES_RADIUS, phi_over_x(u) * pu + pu, m - p)

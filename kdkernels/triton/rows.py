@@ -1,0 +1,270 @@
+"""The kernels: loss and gradient of a row pair by one program, and the scaling of a gradient."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from .math import LARGEST_FLOAT, log
+from .sweeps import (
+    SOFTCAPPED,
+    Scales,
+    Sums,
+    fill,
+    row_of,
+    slopes,
+    softmaxes,
+    states,
+    transformed,
+    valid,
+    values,
+)
+
+
+class PerRow(NamedTuple):
+    """Tensors with an entry per row; all but the loss may be None."""
+
+    labels: tl.tensor  # (rows,) int64
+    weight: tl.tensor  # (rows,), 0: the row takes no part
+    normalizer: tl.tensor  # ()
+    loss: tl.tensor  # (rows,), out: with all weights, the normalizer's included
+    row_scale: tl.tensor  # (rows,), out: what a float16 gradient has yet to be multiplied by
+    metrics: tl.tensor  # (5, rows), out
+
+
+class Weights(NamedTuple):
+    """Numbers that weigh the terms of the loss and of the gradient."""
+
+    temperature: tl.tensor
+    kd: tl.tensor  # includes temperature squared
+    ce: tl.tensor
+    divisor: tl.tensor  # what the host knows of the normalizer
+    gradient_scale: tl.tensor  # the power of two of a float16 gradient
+
+
+@triton.jit
+def weight_of(per_row, row):
+    """The weight of a row."""
+    weight = tl.full((), 1.0, tl.float32)
+    if per_row.weight is not None:
+        weight = tl.load(per_row.weight + row)
+    return weight
+
+
+@triton.jit
+def share_of(per_row, weights, row):
+    """What the loss of a row is multiplied by."""
+    share = weight_of(per_row, row) / weights.divisor
+    if per_row.normalizer is not None:
+        share = share / tl.load(per_row.normalizer)
+    return share
+
+
+@triton.jit
+def label_of(student, per_row, row, vocab):
+    """The label of a row and its logit, NaN for one outside the vocabulary; without labels 0."""
+    label = tl.zeros((), tl.int64)
+    logit = tl.zeros((), tl.float32)
+    if per_row.labels is not None:
+        label = tl.load(per_row.labels + row)
+        inside = (label >= 0) & (label < vocab)
+        raw = tl.load(row_of(student.rows, row) + tl.where(inside, label, 0)).to(tl.float32)
+        logit = tl.where(inside, transformed(raw, student), float("nan"))
+    return label, logit
+
+
+@triton.jit
+def scales_of(student, share, state, label, label_logit, weights, wanted):
+    """What a row's gradient is multiplied by."""
+    scale = share
+    if wanted.ROW_SCALE:
+        scale = weights.gradient_scale
+    if student.TRANSFORM != SOFTCAPPED:
+        scale = scale * student.scale
+    good = label_logit == label_logit
+    if wanted.KD_GRADIENT:
+        good = good & valid(state.s_sum) & valid(state.t_sum)
+    if wanted.CE_GRADIENT:
+        good = good & valid(state.s_sum_at_1)
+    scale = tl.where(good, scale, float("nan"))
+    ce = scale * weights.ce
+    row_scale = share / weights.gradient_scale
+    kd = scale * weights.kd / weights.temperature
+    return Scales(kd, ce, ce / state.s_sum_at_1, label, row_scale)
+
+
+@triton.jit
+def scales_for(slope_sum, scales, wanted):
+    """The scales once the slopes' sum is known: NaN where it is not finite.
+
+    The slopes of reverse KL have no bound: a float16 row takes another power of two then.
+    """
+    size = tl.abs(slope_sum)
+    kd = tl.where(size <= LARGEST_FLOAT, scales.kd, float("nan"))
+    exponent = tl.zeros((), tl.int32)
+    if wanted.ROW_SCALE:
+        exponent = (size.to(tl.int32, bitcast=True) >> 23) - 127
+        exponent = tl.where((size >= 1.0) & (size <= LARGEST_FLOAT), exponent, 0)
+    down = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
+    up = ((127 + exponent) << 23).to(tl.float32, bitcast=True)
+    ce_over_sum = scales.ce_over_sum * down
+    return Scales(kd * down, scales.ce * down, ce_over_sum, scales.label, scales.row_scale * up)
+
+
+@triton.jit
+def divergence_of(state, sums, divergence):
+    """The divergence of a row pair."""
+    value = sums.value
+    if divergence.FEELS_SHIFT:
+        # sum q - p is 0; what it comes to is how far rounding of the sums moved all log q.
+        correction = sums.shift * sums.slope
+        value = value - tl.where(tl.abs(sums.slope) <= LARGEST_FLOAT, correction, 0.0)
+        value = tl.where(value < 0.0, 0.0, value)
+    return tl.where(valid(state.s_sum) & valid(state.t_sum), value, float("nan"))
+
+
+@triton.jit
+def write_loss(per_row, row, rows, weights, share, state, sums, label_logit, divergence, wanted):
+    """The loss of a row and its metrics."""
+    # A term of weight 0 may be infinite: it is left out, not multiplied.
+    loss = tl.where(label_logit == label_logit, 0.0, label_logit)
+    distance = tl.zeros((), tl.float32)
+    cross_entropy = tl.zeros((), tl.float32)
+    if wanted.DIVERGENCE:
+        distance = divergence_of(state, sums, divergence)
+        loss += tl.where(weights.kd != 0.0, weights.kd * distance, 0.0)
+    if wanted.CROSS_ENTROPY:
+        cross_entropy = (state.s_base - label_logit) + log(state.s_sum_at_1)
+        cross_entropy = tl.where(valid(state.s_sum_at_1), cross_entropy, float("nan"))
+        loss += tl.where(weights.ce != 0.0, weights.ce * cross_entropy, 0.0)
+    tl.store(per_row.loss + row, share * loss)
+    if wanted.METRICS:
+        nan = float("nan")
+        defined = valid(state.s_sum) & valid(state.t_sum)
+        agreement = (state.s_token == state.t_token).to(tl.float32)
+        out = per_row.metrics + row
+        tl.store(out, distance)
+        tl.store(out + rows, cross_entropy)
+        tl.store(out + 2 * rows, tl.where(valid(state.t_sum), sums.t_entropy, nan))
+        tl.store(out + 3 * rows, tl.where(valid(state.s_sum), sums.s_entropy, nan))
+        tl.store(out + 4 * rows, tl.where(defined, agreement, nan))
+
+
+@triton.jit
+def write_masked_row(gradient, per_row, row, rows, wanted, BLOCK: tl.constexpr):
+    """A row of weight 0: exact zeros, whatever the logits hold."""
+    tl.store(per_row.loss + row, 0.0)
+    if wanted.ROW_SCALE:
+        tl.store(per_row.row_scale + row, 0.0)
+    if wanted.METRICS:
+        for metric in tl.static_range(5):
+            tl.store(per_row.metrics + metric * rows + row, 0.0)
+    if wanted.GRADIENT:
+        fill(gradient, row, 0, gradient.width, BLOCK)
+
+
+@triton.jit
+def write_row(
+    student,
+    teacher,
+    gradient,
+    per_row,
+    row,
+    rows,
+    vocab,
+    weights,
+    divergence,
+    wanted,
+    BLOCK: tl.constexpr,
+):
+    """Loss, gradient and metrics of a row pair."""
+    share = share_of(per_row, weights, row)
+    label, label_logit = label_of(student, per_row, row, vocab)
+    state = states(student, teacher, row, 0, vocab, weights.temperature, wanted, BLOCK)
+    of = softmaxes(state, weights.temperature)
+    scales = scales_of(student, share, state, label, label_logit, weights, wanted)
+    nothing = tl.zeros((), tl.float32)
+    sums = Sums(nothing, nothing, nothing, nothing, nothing)
+    if wanted.DIVERGENCE:
+        sums = values(
+            student, teacher, gradient, row, 0, vocab, of, scales, divergence, wanted, BLOCK
+        )
+    if wanted.GRADIENT:
+        if not (wanted.KD_GRADIENT and divergence.SLOPE_SUMS_TO_ZERO):
+            if wanted.KD_GRADIENT:
+                scales = scales_for(sums.slope, scales, wanted)
+            slopes(
+                student,
+                teacher,
+                gradient,
+                row,
+                0,
+                vocab,
+                of,
+                scales,
+                divergence,
+                sums.slope,
+                wanted,
+                BLOCK,
+            )
+        fill(gradient, row, vocab, gradient.width, BLOCK)
+        if wanted.ROW_SCALE:
+            tl.store(per_row.row_scale + row, scales.row_scale)
+    write_loss(per_row, row, rows, weights, share, state, sums, label_logit, divergence, wanted)
+
+
+@triton.jit
+def loss_kernel(
+    student,
+    teacher,
+    gradient,
+    per_row,
+    rows,
+    vocab,
+    weights,
+    divergence,
+    wanted,
+    BLOCK: tl.constexpr,
+):
+    """One program per row; see the structs of this file and of sweeps.py."""
+    row = tl.program_id(0).to(tl.int64)
+    if weight_of(per_row, row) == 0.0:
+        write_masked_row(gradient, per_row, row, rows, wanted, BLOCK)
+    else:
+        write_row(
+            student,
+            teacher,
+            gradient,
+            per_row,
+            row,
+            rows,
+            vocab,
+            weights,
+            divergence,
+            wanted,
+            BLOCK,
+        )
+
+
+@triton.jit
+def scale_kernel(
+    gradient, grad_output, row_scale, rows, PER_ROW: tl.constexpr, BLOCK: tl.constexpr
+):
+    """gradient *= grad_output * row_scale, row by row; leaves at once where that is 1."""
+    factor = tl.load(grad_output)
+    if PER_ROW or row_scale is not None or factor != 1.0:
+        for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
+            if PER_ROW:
+                factor = tl.load(grad_output + row)
+            scale = factor
+            if row_scale is not None:
+                scale = factor * tl.load(row_scale + row)
+            if scale != 1.0:
+                at = row_of(gradient, row)
+                for start in range(0, gradient.width, BLOCK):
+                    columns = start + tl.arange(0, BLOCK)
+                    mask = columns < gradient.width
+                    g = tl.load(at + columns, mask=mask).to(tl.float32) * scale
+                    tl.store(at + columns, g.to(at.dtype.element_ty), mask=mask)

@@ -1,0 +1,396 @@
+"""Sweeps over a slice of a row pair: what every schedule of the Triton backend is made of.
+
+1. ``states``: softmax states of student and teacher
+2. ``values``: value and slope of every entry, and the gradient where the slopes sum to 0
+3. ``slopes``: the gradient otherwise, from slopes computed again
+
+A sweep runs over columns [begin, end) in blocks; entries outside are -inf in both models, a term of
+0 in every divergence. Structs hold what belongs together; upper-case fields are known when a kernel
+is compiled.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from .math import (
+    LARGEST_FLOAT,
+    LOG2E,
+    LOWEST,
+    bregman_difference,
+    exp,
+    log,
+    log1p,
+    tanh,
+    times_or_zero,
+)
+
+#: What is done to logits before the temperature.
+AS_IS = tl.constexpr(0)
+SCALED = tl.constexpr(1)
+SOFTCAPPED = tl.constexpr(2)
+
+#: How far a logit may lie above the base of a sum, in powers of two.
+HEADROOM = tl.constexpr(40.0)
+
+
+class Rows(NamedTuple):
+    """(rows, width) at two strides, as in csrc/core/params.h: row = outer * inner_size + inner."""
+
+    pointer: tl.tensor
+    width: tl.tensor
+    inner_size: tl.tensor
+    outer_stride: tl.tensor
+    inner_stride: tl.tensor
+
+
+class Logits(NamedTuple):
+    """Rows and what is done to them: x -> softcap * tanh(scale * x / softcap)."""
+
+    rows: Rows
+    scale: tl.tensor
+    softcap: tl.tensor
+    TRANSFORM: tl.constexpr
+
+
+class Divergence(NamedTuple):
+    """See Functions of divergences.py."""
+
+    value: tl.constexpr
+    slope: tl.constexpr
+    a: tl.tensor
+    b: tl.tensor
+    PARAMETERS: tl.constexpr
+    SLOPE_SUMS_TO_ZERO: tl.constexpr
+    FEELS_SHIFT: tl.constexpr
+
+
+class Wanted(NamedTuple):
+    """Which terms and outputs a call has."""
+
+    DIVERGENCE: tl.constexpr  # evaluated, for the loss or the metrics
+    CROSS_ENTROPY: tl.constexpr  # likewise
+    METRICS: tl.constexpr
+    GRADIENT: tl.constexpr
+    KD_GRADIENT: tl.constexpr
+    CE_GRADIENT: tl.constexpr
+    ROW_SCALE: tl.constexpr  # the gradient is float16
+
+
+class States(NamedTuple):
+    """Of a row pair: sums of exp((x - base) / T) and what labels and metrics need."""
+
+    s_base: tl.tensor
+    s_sum: tl.tensor
+    s_lost: tl.tensor  # what rounding took from the sum
+    t_base: tl.tensor
+    t_sum: tl.tensor
+    t_lost: tl.tensor
+    s_sum_at_1: tl.tensor  # of exp(x - base)
+    s_top: tl.tensor  # the largest raw logits and the first places that hold them
+    s_token: tl.tensor
+    t_top: tl.tensor
+    t_token: tl.tensor
+
+
+class Sums(NamedTuple):
+    """Over a row pair; shift is the sum of q - p."""
+
+    value: tl.tensor
+    slope: tl.tensor
+    shift: tl.tensor
+    s_entropy: tl.tensor
+    t_entropy: tl.tensor
+
+
+class Softmaxes(NamedTuple):
+    """What turns a pair of logits into probabilities."""
+
+    c: tl.tensor  # log2(e) / T
+    inverse_temperature: tl.tensor
+    s_base: tl.tensor
+    t_base: tl.tensor
+    s_inverse: tl.tensor
+    t_inverse: tl.tensor
+    s_log_sum: tl.tensor
+    t_log_sum: tl.tensor
+    s_origin: tl.tensor
+    t_origin: tl.tensor
+    offset: tl.tensor  # log q - log p = ((s - s_origin) - (t - t_origin)) / T + offset
+
+
+class Scales(NamedTuple):
+    """What the terms of a gradient are multiplied by; NaN for a row that has none."""
+
+    kd: tl.tensor
+    ce: tl.tensor
+    ce_over_sum: tl.tensor
+    label: tl.tensor
+    row_scale: tl.tensor  # what a float16 gradient has yet to be multiplied by
+
+
+@triton.jit
+def row_of(rows, row):
+    """The address of a row."""
+    outer = (row // rows.inner_size) * rows.outer_stride
+    return rows.pointer + outer + (row % rows.inner_size) * rows.inner_stride
+
+
+@triton.jit
+def load_raw(row, columns, end):
+    """Logits of a row in float32, -inf beyond the end."""
+    return tl.load(row + columns, mask=columns < end, other=-float("inf")).to(tl.float32)
+
+
+@triton.jit
+def transformed(x, logits):
+    """After scale and softcap; -inf stays -inf."""
+    if logits.TRANSFORM == SOFTCAPPED:
+        capped = logits.softcap * tanh(x * (logits.scale / logits.softcap))
+        x = tl.where(x == -float("inf"), x, capped)
+    if logits.TRANSFORM == SCALED:
+        x = x * logits.scale
+    return x
+
+
+@triton.jit
+def valid(sum):
+    """Whether a row has a softmax: not all -inf, no NaN, no +inf."""
+    return (sum > 0.0) & (sum <= LARGEST_FLOAT)
+
+
+@triton.jit
+def base_for(x, base, c):
+    """What exponentials are relative to from this block on.
+
+    It moves only where they might overflow: that multiplies the sum so far by a rounded factor.
+    """
+    top = tl.max(x, 0)
+    return tl.where((top - base) * c > HEADROOM, top, base)
+
+
+@triton.jit
+def sum_and_lost(x):
+    """The sum of a block and what rounding to float32 took from it.
+
+    The ratio of two sums enters every log q - log p, where it must not drown close logits.
+    """
+    total = tl.sum(x.to(tl.float64), 0)
+    rounded = total.to(tl.float32)
+    return rounded, (total - rounded.to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
+def states(student, teacher, row, begin, end, temperature, wanted, BLOCK: tl.constexpr):
+    """Sweep 1."""
+    c = LOG2E / temperature
+    s_row = row_of(student.rows, row)
+    t_row = row_of(teacher.rows, row)
+    s_base = tl.full((), LOWEST, tl.float32)
+    t_base = s_base
+    s_top = tl.full((), -float("inf"), tl.float32)
+    t_top = s_top
+    s_token = tl.zeros((), tl.int32)
+    t_token = s_token
+    s_sum = tl.zeros((BLOCK,), tl.float32)
+    t_sum = tl.zeros((BLOCK,), tl.float32)
+    s_sum_at_1 = tl.zeros((BLOCK,), tl.float32)
+    for start in range(begin, end, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        raw = load_raw(s_row, columns, end)
+        x = transformed(raw, student)
+        base = base_for(x, s_base, tl.maximum(c, LOG2E) if wanted.CROSS_ENTROPY else c)
+        s_sum = s_sum * tl.exp2((s_base - base) * c) + tl.exp2((x - base) * c)
+        if wanted.CROSS_ENTROPY:
+            s_sum_at_1 = s_sum_at_1 * exp(s_base - base) + exp(x - base)
+        s_base = base
+        if wanted.METRICS:
+            block_top = tl.max(raw, 0)
+            s_token = tl.where(block_top > s_top, start + tl.argmax(raw, 0), s_token)
+            s_top = tl.maximum(s_top, block_top)
+        if wanted.DIVERGENCE:
+            raw = load_raw(t_row, columns, end)
+            y = transformed(raw, teacher)
+            base = base_for(y, t_base, c)
+            t_sum = t_sum * tl.exp2((t_base - base) * c) + tl.exp2((y - base) * c)
+            t_base = base
+            if wanted.METRICS:
+                block_top = tl.max(raw, 0)
+                t_token = tl.where(block_top > t_top, start + tl.argmax(raw, 0), t_token)
+                t_top = tl.maximum(t_top, block_top)
+    s_total, s_lost = sum_and_lost(s_sum)
+    t_total, t_lost = sum_and_lost(t_sum)
+    s_total_at_1 = tl.sum(s_sum_at_1, 0)
+    return States(
+        s_base,
+        s_total,
+        s_lost,
+        t_base,
+        t_total,
+        t_lost,
+        s_total_at_1,
+        s_top,
+        s_token,
+        t_top,
+        t_token,
+    )
+
+
+@triton.jit
+def log_of_ratio(state):
+    """log(t_sum / s_sum), with what was lost from them."""
+    difference = (state.t_sum - state.s_sum) + (state.t_lost - state.s_lost)
+    smaller = tl.minimum(state.s_sum, state.t_sum)
+    size = log1p(tl.abs(difference) / smaller)
+    return tl.where(difference < 0.0, -size, size)
+
+
+@triton.jit
+def softmaxes(state, temperature):
+    """The constants of a row pair."""
+    inverse_temperature = 1.0 / temperature
+    # Origins of 0 keep s - t exact for close logits; a large shift, which would cost digits, first.
+    shifted = tl.abs(state.s_base - state.t_base) > 4.0
+    s_origin = tl.where(shifted, state.s_base, 0.0)
+    t_origin = tl.where(shifted, state.t_base, 0.0)
+    apart = (state.t_base - t_origin) - (state.s_base - s_origin)
+    return Softmaxes(
+        LOG2E / temperature,
+        inverse_temperature,
+        state.s_base,
+        state.t_base,
+        1.0 / state.s_sum,
+        1.0 / state.t_sum,
+        log(state.s_sum),
+        log(state.t_sum),
+        s_origin,
+        t_origin,
+        apart * inverse_temperature + log_of_ratio(state),
+    )
+
+
+@triton.jit
+def point(x, y, of):
+    """p, q, log p, log q and r = log q - log p of transformed logits; r is 0 if both are -inf."""
+    p = tl.exp2((y - of.t_base) * of.c) * of.t_inverse
+    q = tl.exp2((x - of.s_base) * of.c) * of.s_inverse
+    log_p = (y - of.t_base) * of.inverse_temperature - of.t_log_sum
+    log_q = (x - of.s_base) * of.inverse_temperature - of.s_log_sum
+    r = ((x - of.s_origin) - (y - of.t_origin)) * of.inverse_temperature + of.offset
+    return p, q, log_p, log_q, tl.where(r == r, r, 0.0)
+
+
+@triton.jit
+def term(function, divergence, p, q, log_p, log_q, r):
+    """Value or slope of a block of entries."""
+    if divergence.PARAMETERS:
+        result = function(p, q, log_p, log_q, r, divergence.a, divergence.b)
+    else:
+        result = function(p, q, log_p, log_q, r)
+    return result
+
+
+@triton.jit
+def values(
+    student,
+    teacher,
+    gradient,
+    row,
+    begin,
+    end,
+    of,
+    scales,
+    divergence,
+    wanted,
+    BLOCK: tl.constexpr,
+):
+    """Sweep 2: the sums over the row pair, and the gradient where it needs none of them."""
+    s_row = row_of(student.rows, row)
+    t_row = row_of(teacher.rows, row)
+    value = tl.zeros((BLOCK,), tl.float32)
+    slope = tl.zeros((BLOCK,), tl.float32)
+    shift = tl.zeros((BLOCK,), tl.float32)
+    s_entropy = tl.zeros((BLOCK,), tl.float32)
+    t_entropy = tl.zeros((BLOCK,), tl.float32)
+    for start in range(begin, end, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        raw = load_raw(s_row, columns, end)
+        x = transformed(raw, student)
+        y = transformed(load_raw(t_row, columns, end), teacher)
+        p, q, log_p, log_q, r = point(x, y, of)
+        value += term(divergence.value, divergence, p, q, log_p, log_q, r)
+        if divergence.FEELS_SHIFT:
+            shift += bregman_difference(p, q, r)
+        if wanted.METRICS:
+            s_entropy -= times_or_zero(q, log_q)
+            t_entropy -= times_or_zero(p, log_p)
+        if wanted.KD_GRADIENT and divergence.SLOPE_SUMS_TO_ZERO:
+            g = term(divergence.slope, divergence, p, q, log_p, log_q, r) * scales.kd
+            store_gradient(gradient, row, columns, end, g, raw, x, student, of, scales, wanted)
+        elif wanted.KD_GRADIENT or divergence.FEELS_SHIFT:
+            slope += term(divergence.slope, divergence, p, q, log_p, log_q, r)
+    return Sums(
+        tl.sum(value, 0),
+        tl.sum(slope, 0),
+        tl.sum(shift, 0),
+        tl.sum(s_entropy, 0),
+        tl.sum(t_entropy, 0),
+    )
+
+
+@triton.jit
+def slopes(
+    student,
+    teacher,
+    gradient,
+    row,
+    begin,
+    end,
+    of,
+    scales,
+    divergence,
+    slope_sum,
+    wanted,
+    BLOCK: tl.constexpr,
+):
+    """Sweep 3: the gradient, or the hard-label term alone where there is no divergence."""
+    s_row = row_of(student.rows, row)
+    t_row = row_of(teacher.rows, row)
+    for start in range(begin, end, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        raw = load_raw(s_row, columns, end)
+        x = transformed(raw, student)
+        g = tl.zeros((BLOCK,), tl.float32)
+        if wanted.KD_GRADIENT:
+            y = transformed(load_raw(t_row, columns, end), teacher)
+            p, q, log_p, log_q, r = point(x, y, of)
+            slope = term(divergence.slope, divergence, p, q, log_p, log_q, r)
+            g = (slope - q * slope_sum) * scales.kd
+        store_gradient(gradient, row, columns, end, g, raw, x, student, of, scales, wanted)
+
+
+@triton.jit
+def store_gradient(gradient, row, columns, end, g, raw, x, student, of, scales, wanted):
+    """Adds the hard-label term, applies the softcap's derivative and stores a block."""
+    if wanted.CE_GRADIENT:
+        g += exp(x - of.s_base) * scales.ce_over_sum
+        g -= tl.where(columns == scales.label, scales.ce, 0.0)
+    if student.TRANSFORM == SOFTCAPPED:
+        e = exp(-2.0 * tl.abs(raw * (student.scale / student.softcap)))
+        derivative = 4.0 * student.scale * e / ((1.0 + e) * (1.0 + e))
+        # A row without a gradient stays NaN where the derivative is 0.
+        g = times_or_zero(derivative, g) + (scales.kd + scales.ce) * 0.0
+    to = row_of(gradient, row) + columns
+    tl.store(to, g.to(to.dtype.element_ty), mask=columns < end)
+
+
+@triton.jit
+def fill(rows, row, begin, end, BLOCK: tl.constexpr):
+    """Columns [begin, end) become 0."""
+    for start in range(begin, end, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        to = row_of(rows, row) + columns
+        tl.store(to, tl.zeros((BLOCK,), to.dtype.element_ty), mask=columns < end)

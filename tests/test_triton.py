@@ -1,0 +1,110 @@
+"""What only the Triton backend has: labels on a device, schedules, agreement with the CPU."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import kdkernels
+from kdkernels import kd_loss
+
+from . import interpreter
+from .cases import ONE_OF_EACH, correlated_pair, labels_for
+from .harness import TRITON, run
+
+pytestmark = pytest.mark.skipif(not interpreter.INSTALLED, reason="Triton is not installed")
+
+
+@pytest.mark.parametrize("label", [-1, -99, 37, 38, 2**40, -(2**40)])
+@pytest.mark.parametrize("ce_weight", [0.0, 1.0])
+def test_a_label_outside_the_vocabulary_makes_its_row_nan(label, ce_weight):
+    # Looking at labels before the launch would wait for the device.
+    student, teacher = correlated_pair(3, 37)
+    options = {"ce_weight": ce_weight, "reduction": "none"}
+    clean = run(TRITON, student, teacher, labels=torch.tensor([1, 2, 3]), **options)
+    bad = run(TRITON, student, teacher, labels=torch.tensor([1, label, 3]), **options)
+    assert bad.loss[1].isnan()
+    assert bad.gradient[1].isnan().all()
+    for i in (0, 2):
+        assert torch.equal(bad.loss[i], clean.loss[i])
+        assert torch.equal(bad.gradient[i], clean.gradient[i])
+    weight = torch.tensor([1.0, 0.0, 1.0])
+    masked = run(
+        TRITON, student, teacher, labels=torch.tensor([1, label, 3]), token_weight=weight, **options
+    )
+    assert masked.loss[1] == 0
+    assert not masked.gradient[1].any()
+
+
+@pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=str)
+def test_agrees_with_the_cpu(divergence):
+    student, teacher = correlated_pair(3, 2503)
+    labels = labels_for(3, vocab=2503)
+    options = {"divergence": divergence, "labels": labels, "ce_weight": 0.5, "temperature": 2.0}
+    actual = run(TRITON, student, teacher, **options)
+    leaf = student.clone().requires_grad_()
+    loss = kd_loss(leaf, teacher, backend="cpu", **options)
+    loss.backward()
+    assert abs(actual.loss - loss.detach()) <= 1e-6 * loss.detach().abs()
+    assert (actual.gradient - leaf.grad).norm() <= 1e-6 * leaf.grad.norm()
+
+
+def test_imports_and_refuses_without_triton():
+    script = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Missing())
+import importlib.util, torch
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find(name, *rest)
+import kdkernels
+x = torch.zeros(2, 3)
+print(float(kdkernels.kd_loss(x, x)))
+try:
+    kdkernels.kd_loss(x, x, backend="triton")
+except ValueError as error:
+    print(error)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.startswith("0.0\n")
+    assert "triton: Triton is not installed" in result.stdout
+
+
+def test_kdkernels_does_not_import_triton():
+    script = "import sys, kdkernels; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_refuses_cpu_tensors_where_kernels_are_compiled(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    student, teacher = correlated_pair(3, 37)
+    with pytest.raises(ValueError, match="triton: the tensors are on cpu"):
+        kd_loss(student, teacher, backend="triton")
+    assert math.isfinite(kdkernels.kd_loss(student, teacher))
+
+
+def test_no_kernel_spills():
+    """Every schedule, divergence and dtype, compiled for GPUs that need not be here."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "benchmarks.triton_resources", "--check"],
+        env=environment,
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr[-2000:]
+    assert "144 kernels compiled, 0 spill" in result.stdout
