@@ -8,7 +8,6 @@ they become there.
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import math
 import numbers
@@ -69,8 +68,7 @@ class Divergence:
 
     def kernel(self) -> tuple[str, float, float]:
         """The compiled divergence's name and its two parameters (0 where it has fewer)."""
-        parameters = [getattr(self, field.name) for field in dataclasses.fields(self)]
-        first, second = [*parameters, 0.0, 0.0][:2]
+        first, second, *_ = (*vars(self).values(), 0.0, 0.0)  # its fields, in order
         return self.name, first, second
 
 

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import numbers
-
-import torch
 from torch import Tensor
 
-from . import autograd, backends, reference
-from .divergences import Divergence, as_divergence
-from .options import METRICS, REDUCTIONS, LogitsOptions
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from . import autograd, checks, reference
+from .divergences import Divergence
+from .options import METRICS
 
 #: What ``return_metrics=True`` adds: per-token tensors of shape ``(...)``, None where undefined.
 Metrics = dict[str, Tensor | None]
@@ -107,166 +101,49 @@ def kd_loss(
         >>> round(loss.item(), 4), [round(g, 4) for g in student.grad[0].tolist()]
         (0.3986, [0.3986, -0.3986, 0.0])
     """
-    divergence = as_divergence(divergence)
-    _check_logits(student_logits, teacher_logits)
-    lead = student_logits.shape[:-1]
-    _check_per_token("labels", labels, lead, student_logits, (torch.int64,))
-    _check_per_token("token_weight", token_weight, lead, student_logits, (torch.bool, *_DTYPES))
-    temperature = _number("temperature", temperature, positive=True)
-    kd_weight = _number("kd_weight", kd_weight)
-    ce_weight = _number("ce_weight", ce_weight)
-    if ce_weight != 0 and labels is None:
-        raise ValueError(f"ce_weight is {ce_weight}, which needs labels, and labels is None")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index is a {type(ignore_index).__name__}, expected an int")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction is {reduction!r}, expected one of {', '.join(REDUCTIONS)}")
+    lead = checks.logits(student_logits, teacher_logits)
     if inplace_grad:
         _check_inplace(student_logits)
-    if temperature_squared:
-        kd_weight *= temperature * temperature
-    if normalizer is not None and reduction == "mean":
-        if isinstance(normalizer, Tensor):
-            normalizer = _normalizer_tensor(normalizer, student_logits)
-        else:
-            normalizer = _number("normalizer", normalizer, positive=True)
-            kd_weight, ce_weight, reduction = kd_weight / normalizer, ce_weight / normalizer, "sum"
-            normalizer = None
+    call = checks.call(
+        student_logits,
+        teacher_logits,
+        lead,
+        divergence=divergence,
+        temperature=temperature,
+        labels=labels,
+        kd_weight=kd_weight,
+        ce_weight=ce_weight,
+        ignore_index=ignore_index,
+        token_weight=token_weight,
+        reduction=reduction,
+        normalizer=normalizer,
+        temperature_squared=temperature_squared,
+        vocab_size=vocab_size,
+        student_scale=student_scale,
+        teacher_scale=teacher_scale,
+        student_softcap=student_softcap,
+        teacher_softcap=teacher_softcap,
+        inplace_grad=inplace_grad,
+        return_metrics=return_metrics,
+        backend=backend,
+    )
+    tensors = student_logits, teacher_logits, labels, call.token_weight, call.normalizer
+    if call.backend == "reference":
+        loss, stacked = reference.kd_loss(*tensors, call.divergence, call.options)
     else:
-        normalizer = None
-    if token_weight is not None:
-        token_weight = token_weight.detach()
+        loss, stacked = autograd.logits_loss(*tensors, call.backend, inplace_grad, call.options)
+    return with_metrics(loss, stacked, labels) if return_metrics else loss
 
-    chosen = backends.choose(backend, student_logits, teacher_logits, divergence, inplace_grad)
-    kernel, parameter_0, parameter_1 = (
-        ("", 0.0, 0.0) if chosen == "reference" else divergence.kernel()
-    )
-    options = LogitsOptions(
-        kernel,
-        parameter_0,
-        parameter_1,
-        temperature,
-        kd_weight,
-        ce_weight,
-        ignore_index,
-        reduction,
-        _vocab_size(vocab_size, student_logits.shape[-1], teacher_logits.shape[-1]),
-        _number("student_scale", student_scale, positive=True),
-        0.0
-        if student_softcap is None
-        else _number("student_softcap", student_softcap, positive=True),
-        _number("teacher_scale", teacher_scale, positive=True),
-        0.0
-        if teacher_softcap is None
-        else _number("teacher_softcap", teacher_softcap, positive=True),
-        bool(return_metrics),
-    )
-    tensors = student_logits, teacher_logits, labels, token_weight, normalizer
-    if chosen == "reference":
-        loss, stacked = reference.kd_loss(*tensors, divergence, options)
-    else:
-        if token_weight is not None:
-            token_weight = token_weight.to(torch.float32)
-        loss, stacked = autograd.logits_loss(
-            student_logits,
-            teacher_logits,
-            labels,
-            token_weight,
-            normalizer,
-            chosen,
-            inplace_grad,
-            options,
-        )
-    if not return_metrics or stacked is None:
-        return loss
+
+def with_metrics(
+    loss: Tensor, stacked: Tensor | None, labels: Tensor | None
+) -> tuple[Tensor, Metrics]:
+    """The pair that ``return_metrics=True`` returns, from metrics stacked as kernels write them."""
+    assert stacked is not None
     metrics: Metrics = dict(zip(METRICS, stacked.unbind(0), strict=True))
     if labels is None:
         metrics["cross_entropy"] = None
     return loss, metrics
-
-
-def _number(name: str, value: float, *, positive: bool = False) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
-        raise TypeError(f"{name} is a {type(value).__name__}, expected a number")
-    # Comparisons, since torch.compile cannot trace math.isfinite of a symbolic number.
-    if not (0 if positive else -math.inf) < value < math.inf:
-        kind = "positive and finite" if positive else "finite"
-        raise ValueError(f"{name} is {value}, expected {kind}")
-    return float(value)
-
-
-def _check_logits(student: Tensor, teacher: Tensor) -> None:
-    for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
-        if not isinstance(logits, Tensor):
-            raise TypeError(f"{name} is a {type(logits).__name__}, expected a torch.Tensor")
-        if logits.dtype not in _DTYPES:
-            raise TypeError(
-                f"{name} is {logits.dtype}, expected float32, bfloat16, float16 or float64"
-            )
-        if logits.dim() == 0:
-            raise ValueError(f"{name} has shape (), expected (..., vocab)")
-        if logits.shape[-1] > 1 and logits.stride(-1) != 1:
-            raise ValueError(
-                f"{name} has stride {logits.stride(-1)} in its last dimension, expected 1: pass "
-                "logits whose vocabulary is contiguous"
-            )
-    if student.shape[:-1] != teacher.shape[:-1]:
-        raise ValueError(
-            f"teacher_logits has shape {tuple(teacher.shape)}, expected the leading shape of "
-            f"student_logits, {tuple(student.shape[:-1])}"
-        )
-    if student.device != teacher.device:
-        raise ValueError(
-            f"teacher_logits is on {teacher.device}, expected the device of student_logits, "
-            f"{student.device}"
-        )
-    if teacher.requires_grad:
-        raise ValueError(
-            "teacher_logits requires grad, expected a constant: compute it under torch.no_grad() "
-            "or pass teacher_logits.detach()"
-        )
-
-
-def _check_per_token(
-    name: str,
-    tensor: Tensor | None,
-    lead: torch.Size,
-    student: Tensor,
-    dtypes: tuple[torch.dtype, ...],
-) -> None:
-    if tensor is None:
-        return
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
-    if tensor.dtype not in dtypes:
-        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(f"{name} is {tensor.dtype}, expected {expected}")
-    if tensor.shape != lead:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(lead)}")
-    if tensor.device != student.device:
-        raise ValueError(f"{name} is on {tensor.device}, expected {student.device}")
-
-
-def _normalizer_tensor(normalizer: Tensor, student: Tensor) -> Tensor:
-    if normalizer.dim() != 0:
-        raise ValueError(f"normalizer has shape {tuple(normalizer.shape)}, expected a 0-d tensor")
-    return normalizer.detach().to(device=student.device, dtype=torch.float32)
-
-
-def _vocab_size(vocab_size: int | None, student: int, teacher: int) -> int:
-    smaller = min(student, teacher)
-    if vocab_size is None:
-        if smaller == 0:
-            raise ValueError("student_logits or teacher_logits has a vocabulary of 0")
-        return smaller
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
-        raise TypeError(f"vocab_size is a {type(vocab_size).__name__}, expected an int")
-    if not 1 <= vocab_size <= smaller:
-        raise ValueError(
-            f"vocab_size is {vocab_size}, expected 1 to {smaller}: the logits have {student} "
-            f"(student) and {teacher} (teacher) columns"
-        )
-    return vocab_size
 
 
 def _check_inplace(student: Tensor) -> None:

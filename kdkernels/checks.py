@@ -1,0 +1,198 @@
+"""Checks of the arguments that the losses share; errors name the argument and what was got."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .divergences import Divergence, as_divergence
+from .options import REDUCTIONS, LogitsOptions
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Call(NamedTuple):
+    """The checked arguments that all losses share."""
+
+    backend: str
+    divergence: Divergence
+    token_weight: Tensor | None  # (...), detached; float32 where the backend is compiled
+    normalizer: Tensor | None  # () float32, only for the reduction "mean"
+    options: LogitsOptions
+
+
+def call(
+    student: Tensor,  # (..., vocab_s)
+    teacher: Tensor,  # (..., vocab_t)
+    lead: torch.Size,
+    *,
+    divergence: str | Divergence,
+    temperature: float,
+    labels: Tensor | None,
+    kd_weight: float,
+    ce_weight: float,
+    ignore_index: int,
+    token_weight: Tensor | None,
+    reduction: str,
+    normalizer: float | Tensor | None,
+    temperature_squared: bool,
+    vocab_size: int | None,
+    student_scale: float,
+    teacher_scale: float,
+    student_softcap: float | None,
+    teacher_softcap: float | None,
+    inplace_grad: bool,
+    return_metrics: bool,
+    backend: str,
+) -> Call:
+    """Checks a loss's options and chooses its backend.
+
+    Of ``student`` and ``teacher`` only dtype, device and width count; ``lead`` is the shape of the
+    per-token arguments.
+    """
+    divergence = as_divergence(divergence)
+    _per_token("labels", labels, lead, student, (torch.int64,))
+    _per_token("token_weight", token_weight, lead, student, (torch.bool, *DTYPES))
+    temperature = number("temperature", temperature, positive=True)
+    kd_weight = number("kd_weight", kd_weight)
+    ce_weight = number("ce_weight", ce_weight)
+    if ce_weight != 0 and labels is None:
+        raise ValueError(f"ce_weight is {ce_weight}, which needs labels, and labels is None")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index is a {type(ignore_index).__name__}, expected an int")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction is {reduction!r}, expected one of {', '.join(REDUCTIONS)}")
+    if temperature_squared:
+        kd_weight *= temperature * temperature
+    if normalizer is not None and reduction == "mean":
+        if isinstance(normalizer, Tensor):
+            normalizer = _normalizer_tensor(normalizer, student)
+        else:
+            normalizer = number("normalizer", normalizer, positive=True)
+            kd_weight, ce_weight, reduction = kd_weight / normalizer, ce_weight / normalizer, "sum"
+            normalizer = None
+    else:
+        normalizer = None
+
+    chosen = backends.choose(backend, student, teacher, divergence, inplace_grad)
+    compiled = chosen != "reference"
+    kernel, parameter_0, parameter_1 = divergence.kernel() if compiled else ("", 0.0, 0.0)
+    if token_weight is not None:
+        token_weight = token_weight.detach()
+        token_weight = token_weight.to(torch.float32) if compiled else token_weight
+    options = LogitsOptions(
+        kernel,
+        parameter_0,
+        parameter_1,
+        temperature,
+        kd_weight,
+        ce_weight,
+        ignore_index,
+        reduction,
+        _vocab_size(vocab_size, student.shape[-1], teacher.shape[-1]),
+        number("student_scale", student_scale, positive=True),
+        _softcap("student_softcap", student_softcap),
+        number("teacher_scale", teacher_scale, positive=True),
+        _softcap("teacher_softcap", teacher_softcap),
+        bool(return_metrics),
+    )
+    return Call(chosen, divergence, token_weight, normalizer, options)
+
+
+def number(name: str, value: float, *, positive: bool = False) -> float:
+    """The value as a float, finite, and positive where asked for."""
+    if type(value) is not float and (
+        isinstance(value, bool) or not isinstance(value, (int, numbers.Real))
+    ):
+        raise TypeError(f"{name} is a {type(value).__name__}, expected a number")
+    # Comparisons, since torch.compile cannot trace math.isfinite of a symbolic number.
+    if not (0 if positive else -math.inf) < value < math.inf:
+        kind = "positive and finite" if positive else "finite"
+        raise ValueError(f"{name} is {value}, expected {kind}")
+    return float(value)
+
+
+def _softcap(name: str, value: float | None) -> float:
+    return 0.0 if value is None else number(name, value, positive=True)
+
+
+def logits(student: Tensor, teacher: Tensor) -> torch.Size:
+    """Checks the two tensors of :func:`kdkernels.kd_loss`; returns their leading shape."""
+    for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"{name} is a {type(logits).__name__}, expected a torch.Tensor")
+        if logits.dtype not in DTYPES:
+            raise TypeError(
+                f"{name} is {logits.dtype}, expected float32, bfloat16, float16 or float64"
+            )
+        if logits.dim() == 0:
+            raise ValueError(f"{name} has shape (), expected (..., vocab)")
+        if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+            raise ValueError(
+                f"{name} has stride {logits.stride(-1)} in its last dimension, expected 1: pass "
+                "logits whose vocabulary is contiguous"
+            )
+    lead = student.shape[:-1]
+    if lead != teacher.shape[:-1]:
+        raise ValueError(
+            f"teacher_logits has shape {tuple(teacher.shape)}, expected the leading shape of "
+            f"student_logits, {tuple(lead)}"
+        )
+    if student.device != teacher.device:
+        raise ValueError(
+            f"teacher_logits is on {teacher.device}, expected the device of student_logits, "
+            f"{student.device}"
+        )
+    if teacher.requires_grad:
+        raise ValueError(
+            "teacher_logits requires grad, expected a constant: compute it under torch.no_grad() "
+            "or pass teacher_logits.detach()"
+        )
+    return lead
+
+
+def _per_token(
+    name: str,
+    tensor: Tensor | None,
+    lead: torch.Size,
+    student: Tensor,
+    dtypes: tuple[torch.dtype, ...],
+) -> None:
+    if tensor is None:
+        return
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
+    if tensor.dtype not in dtypes:
+        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name} is {tensor.dtype}, expected {expected}")
+    if tensor.shape != lead:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(lead)}")
+    if tensor.device != student.device:
+        raise ValueError(f"{name} is on {tensor.device}, expected {student.device}")
+
+
+def _normalizer_tensor(normalizer: Tensor, student: Tensor) -> Tensor:
+    if normalizer.dim() != 0:
+        raise ValueError(f"normalizer has shape {tuple(normalizer.shape)}, expected a 0-d tensor")
+    return normalizer.detach().to(device=student.device, dtype=torch.float32)
+
+
+def _vocab_size(vocab_size: int | None, student: int, teacher: int) -> int:
+    smaller = min(student, teacher)
+    if vocab_size is None:
+        if smaller == 0:
+            raise ValueError("student_logits or teacher_logits has a vocabulary of 0")
+        return smaller
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
+        raise TypeError(f"vocab_size is a {type(vocab_size).__name__}, expected an int")
+    if not 1 <= vocab_size <= smaller:
+        raise ValueError(
+            f"vocab_size is {vocab_size}, expected 1 to {smaller}: the logits have {student} "
+            f"(student) and {teacher} (teacher) columns"
+        )
+    return vocab_size
