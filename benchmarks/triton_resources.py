@@ -54,6 +54,7 @@ class Kernel(NamedTuple):
     vocab: int
     gradient: bool = True
     options: bool = False  # labels and cross-entropy, weights, metrics, softcaps
+    split: bool = False  # several programs per row
 
 
 class _Driver:
@@ -85,6 +86,8 @@ def kernels() -> list[Kernel]:
                     result.append(Kernel(target, divergence, dtype, vocab))
             result.append(Kernel(target, divergence, "bfloat16", 128256, gradient=False))
             result.append(Kernel(target, divergence, "float16", 128256, options=True))
+            result.append(Kernel(target, divergence, "bfloat16", 128256, split=True))
+            result.append(Kernel(target, divergence, "float16", 128256, options=True, split=True))
     return result
 
 
@@ -114,9 +117,7 @@ def compile_kernel(kernel: Kernel):
         teacher_softcap=cap,
         metrics=kernel.options,
     )
-    target = kernel.target
-    device = schedule.Device(target.multiprocessors, target.cache_mib * 2**20, 32, 65536)
-    arguments, launch_options = launch.loss_arguments(
+    call = launch.Call(
         student,
         student.clone(),
         student.clone() if kernel.gradient else None,
@@ -127,9 +128,19 @@ def compile_kernel(kernel: Kernel):
         per_row if half else None,
         torch.empty(len(METRICS), ROWS, device="meta") if kernel.options else None,
         options,
-        device,
     )
-    return launch.loss_kernel.warmup(*arguments, grid=(ROWS,), **launch_options)
+    target = kernel.target
+    device = schedule.Device(target.multiprocessors, target.cache_mib * 2**20, 32, 65536)
+    chosen = launch.schedule_of(call, device)
+    arguments = launch.arguments_of(call)
+    if kernel.split:
+        with schedule.splitting():
+            chosen = launch.schedule_of(call, device)
+        extra = launch.split_arguments(per_row, ROWS, chosen)
+        return launch.split_kernel.warmup(
+            *arguments, *extra, grid=(1,), **launch.split_options_of(chosen, 0, 2)
+        )
+    return launch.loss_kernel.warmup(*arguments, grid=(ROWS,), **launch.options_of(chosen))
 
 
 def resources(kernel: Kernel) -> dict[str, object]:
@@ -152,6 +163,7 @@ def resources(kernel: Kernel) -> dict[str, object]:
         "vocab": kernel.vocab,
         "gradient": kernel.gradient,
         "options": kernel.options,
+        "split": kernel.split,
         "threads": 32 * compiled.metadata.num_warps,
         "registers": int(usage["REG"]),
         "stack": int(usage["STACK"]),  # what registers spill to

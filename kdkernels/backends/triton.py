@@ -60,16 +60,18 @@ def logits_loss(
     metrics = student.new_empty((len(METRICS), *lead) if o.metrics else 0, dtype=torch.float32)
     row_scale = student.new_empty(lead if with_scale else 0, dtype=torch.float32)
     launch.loss(
-        in_rows(student),
-        in_rows(teacher),
-        gradient,
-        labels,
-        token_weight,
-        normalizer,
-        row_loss,
-        row_scale if with_scale else None,
-        metrics if o.metrics else None,
-        o,
+        launch.Call(
+            in_rows(student),
+            in_rows(teacher),
+            gradient,
+            labels,
+            token_weight,
+            normalizer,
+            row_loss,
+            row_scale if with_scale else None,
+            metrics if o.metrics else None,
+            o,
+        )
     )
     return row_loss if o.reduction == "none" else row_loss.sum(), metrics, row_scale
 

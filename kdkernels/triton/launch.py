@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -17,6 +17,7 @@ from ..options import LogitsOptions
 from . import schedule
 from .divergences import FUNCTIONS, Functions
 from .rows import PerRow, Weights, loss_kernel, scale_kernel
+from .split import FIELDS, split_kernel
 from .sweeps import AS_IS, SCALED, SOFTCAPPED, Divergence, Logits, Rows, Wanted
 
 
@@ -45,7 +46,8 @@ def _divergence(o: LogitsOptions) -> Divergence:
     )
 
 
-def _options(chosen: schedule.Schedule) -> dict[str, Any]:
+def options_of(chosen: schedule.Schedule) -> dict[str, Any]:
+    """How a kernel is compiled."""
     limit = {"maxnreg": chosen.registers} if chosen.registers else {}
     return {
         "BLOCK": chosen.block,
@@ -55,6 +57,21 @@ def _options(chosen: schedule.Schedule) -> dict[str, Any]:
     }
 
 
+def split_options_of(chosen: schedule.Schedule, first: int, last: int) -> dict[str, Any]:
+    """The same for the phases ``first`` to ``last`` of ``split_kernel``."""
+    return {
+        "FIRST": first,
+        "LAST": last,
+        "SPLITS": chosen.splits,
+        "launch_cooperative_grid": first != last,
+        **options_of(chosen),
+    }
+
+
+def _interpreted(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
 def _on(tensor: Tensor) -> AbstractContextManager:
     """Launches go to the current device, which need not be the tensor's."""
     if tensor.device.type == "cpu":
@@ -62,85 +79,90 @@ def _on(tensor: Tensor) -> AbstractContextManager:
     return getattr(torch, tensor.device.type).device(tensor.device)
 
 
-def loss_arguments(
-    student: Tensor,  # (..., vocab_s)
-    teacher: Tensor,  # (..., vocab_t)
-    gradient: Tensor | None,  # (..., vocab_s), may be the student
-    labels: Tensor | None,  # (...)
-    token_weight: Tensor | None,  # (...)
-    normalizer: Tensor | None,  # ()
-    row_loss: Tensor,  # (...), out
-    row_scale: Tensor | None,  # (...), out
-    metrics: Tensor | None,  # (5, ...), out
-    o: LogitsOptions,
-    device: schedule.Device | None = None,
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What ``loss_kernel`` takes to write every row's loss, with all its weights, and the rest.
+class Call(NamedTuple):
+    """Tensors and options of one call; what is not wanted is None."""
 
-    Kernels can be compiled for a ``device`` that is not here, from tensors without memory.
-    """
-    rows = math.prod(student.shape[:-1])
-    plan = row_plan(labels, token_weight, normalizer, o, rows)
-    weights = Weights(
-        o.temperature,
-        o.kd_weight,
-        o.ce_weight,
-        plan.divisor,
-        1.0 if row_scale is None else gradient_scale(o),
+    student: Tensor  # (..., vocab_s)
+    teacher: Tensor  # (..., vocab_t)
+    gradient: Tensor | None  # (..., vocab_s), out, may be the student
+    labels: Tensor | None  # (...)
+    token_weight: Tensor | None  # (...)
+    normalizer: Tensor | None  # ()
+    row_loss: Tensor  # (...), out: with all weights
+    row_scale: Tensor | None  # (...), out
+    metrics: Tensor | None  # (5, ...), out
+    options: LogitsOptions
+
+
+def _wanted(call: Call) -> Wanted:
+    o, gradient = call.options, call.gradient is not None
+    return Wanted(
+        DIVERGENCE=tl.constexpr(o.kd_weight != 0 or o.metrics),
+        CROSS_ENTROPY=tl.constexpr(call.labels is not None and (o.ce_weight != 0 or o.metrics)),
+        METRICS=tl.constexpr(o.metrics),
+        GRADIENT=tl.constexpr(gradient),
+        KD_GRADIENT=tl.constexpr(gradient and o.kd_weight != 0),
+        CE_GRADIENT=tl.constexpr(gradient and o.ce_weight != 0),
+        ROW_SCALE=tl.constexpr(call.row_scale is not None),
     )
-    wanted = Wanted(
-        *(
-            tl.constexpr(bool(flag))
-            for flag in (
-                o.kd_weight != 0 or o.metrics,
-                labels is not None and (o.ce_weight != 0 or o.metrics),
-                o.metrics,
-                gradient is not None,
-                gradient is not None and o.kd_weight != 0,
-                gradient is not None and o.ce_weight != 0,
-                row_scale is not None,
-            )
-        )
-    )
-    per_row = PerRow(
-        None if labels is None else labels.contiguous(),
-        plan.weight,
-        plan.normalizer,
-        row_loss,
-        row_scale,
-        metrics,
-    )
-    arguments = (
-        _logits(student, o.student_scale, o.student_softcap),
-        _logits(teacher, o.teacher_scale, o.teacher_softcap),
-        None if gradient is None else _rows(gradient),
-        per_row,
+
+
+def schedule_of(call: Call, device: schedule.Device) -> schedule.Schedule:
+    """How the rows of a call are cut into programs."""
+    o = call.options
+    pair_bytes = o.vocab * (call.student.element_size() + call.teacher.element_size())
+    functions = FUNCTIONS.get(o.divergence)
+    rare = call.labels is not None or o.metrics or o.student_softcap or o.teacher_softcap
+    plain = functions is not None and not functions.feels_shift and not rare
+    return schedule.of_call(o.vocab, pair_bytes, plain, device)
+
+
+def arguments_of(call: Call) -> tuple[Any, ...]:
+    """What both kernels of the loss take."""
+    o = call.options
+    rows = call.row_loss.numel()
+    plan = row_plan(call.labels, call.token_weight, call.normalizer, o, rows)
+    gradient_factor = 1.0 if call.row_scale is None else gradient_scale(o)
+    return (
+        _logits(call.student, o.student_scale, o.student_softcap),
+        _logits(call.teacher, o.teacher_scale, o.teacher_softcap),
+        None if call.gradient is None else _rows(call.gradient),
+        PerRow(
+            None if call.labels is None else call.labels.contiguous(),
+            plan.weight,
+            plan.normalizer,
+            call.row_loss,
+            call.row_scale,
+            call.metrics,
+        ),
         rows,
         o.vocab,
-        weights,
+        Weights(o.temperature, o.kd_weight, o.ce_weight, plan.divisor, gradient_factor),
         _divergence(o),
-        wanted,
+        _wanted(call),
     )
-    pair_bytes = o.vocab * (student.element_size() + teacher.element_size())
-    plain = (
-        o.divergence in FUNCTIONS
-        and not FUNCTIONS[o.divergence].feels_shift
-        and labels is None
-        and not (o.metrics or o.student_softcap or o.teacher_softcap)
-    )
-    device = device or schedule.device_of(student.device)
-    chosen = schedule.choose(o.vocab, pair_bytes, plain, device)
-    return arguments, _options(chosen)
 
 
-def loss(*tensors_and_options: Any) -> None:
-    """Launches ``loss_kernel`` for the arguments of ``loss_arguments``."""
-    row_loss = tensors_and_options[6]
-    if row_loss.numel() == 0:
+def loss(call: Call) -> None:
+    """Every row's loss, with all its weights, and what else is wanted."""
+    rows = call.row_loss.numel()
+    if rows == 0:
         return
-    arguments, options = loss_arguments(*tensors_and_options)
-    with _on(row_loss):
-        loss_kernel[(row_loss.numel(),)](*arguments, **options)
+    chosen = schedule_of(call, schedule.device_of(call.student.device))
+    with _on(call.student):
+        if chosen.splits == 1:
+            loss_kernel[(rows,)](*arguments_of(call), **options_of(chosen))
+            return
+        arguments = *arguments_of(call), *split_arguments(call.row_loss, rows, chosen)
+        grid = (min(rows, chosen.groups) * chosen.splits,)
+        for phases in ((0, 0), (1, 1), (2, 2)) if _interpreted(call.student) else ((0, 2),):
+            split_kernel[grid](*arguments, **split_options_of(chosen, *phases))
+
+
+def split_arguments(like: Tensor, rows: int, chosen: schedule.Schedule) -> tuple[Tensor, Tensor]:
+    """Workspace and arrivals of ``split_kernel``."""
+    workspace = like.new_empty((rows, FIELDS.value, chosen.splits), dtype=torch.float32)
+    return workspace, like.new_zeros((rows, 2), dtype=torch.int32)
 
 
 def scale(gradient: Tensor, grad_output: Tensor, row_scale: Tensor | None) -> None:
@@ -149,7 +171,7 @@ def scale(gradient: Tensor, grad_output: Tensor, row_scale: Tensor | None) -> No
     if rows == 0:
         return
     width, device = gradient.shape[-1], schedule.device_of(gradient.device)
-    options = _options(schedule.choose(width, width * gradient.element_size(), True, device))
+    options = options_of(schedule.choose(width, width * gradient.element_size(), True, device))
     with _on(gradient):
         scale_kernel[(min(rows, schedule.SCALING_PROGRAMS),)](
             _rows(gradient),
