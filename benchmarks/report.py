@@ -92,9 +92,48 @@ def divergences(report: dict, file: str) -> str:
     return _table(header, rows) + _source(report, file)
 
 
+def triton_resources(report: dict, file: str) -> str:
+    """Registers and instructions per divergence, at a vocabulary of 128256."""
+    kernels = [k for k in report["kernels"] if k["vocab"] == 128256]
+
+    def cell(target: str, divergence: str, **want: bool) -> str:
+        want = {"options": False, "split": False, "gradient": True, **want}
+        kernel = next(
+            k
+            for k in kernels
+            if (k["target"], k["divergence"]) == (target, divergence)
+            and k["dtype"] == ("float16" if want["options"] else "bfloat16")
+            and all(k[name] == value for name, value in want.items())
+        )
+        return f"{kernel['registers']}, {kernel['instructions']}"
+
+    variants: dict[str, dict[str, bool]] = {
+        "loss + gradient": {},
+        "loss only": {"gradient": False},
+        "all options": {"options": True},
+        "split": {"split": True},
+    }
+    targets = list(dict.fromkeys(k["target"] for k in kernels))
+    header = ["registers, instructions"]
+    header += [f"{variant}, {target}" for variant in variants for target in targets]
+    rows = [
+        [f"`{name}`"]
+        + [cell(target, name, **want) for want in variants.values() for target in targets]
+        for name in dict.fromkeys(k["divergence"] for k in kernels)
+    ]
+    spilled = sum(k["stack"] > 0 or k["local"] > 0 for k in report["kernels"])
+    note = (
+        f"\n\n{len(report['kernels'])} kernels, {spilled} with spills or local memory, Triton "
+        f"{report['triton']}: [`{file}`]({{root}}{file}), "
+        "`python -m benchmarks.triton_resources`.\n"
+    )
+    return _table(header, rows) + note
+
+
 TABLES: dict[str, Callable[[dict, str], str]] = {
     "forward_kl": forward_kl,
     "divergences": divergences,
+    "triton_resources": triton_resources,
 }
 
 

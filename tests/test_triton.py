@@ -26,6 +26,8 @@ from .harness import (
     run,
 )
 from .test_accuracy import check_float32
+from .test_compile import operands
+from .test_compile import options as operator_options
 from .test_options import mixture
 
 pytestmark = pytest.mark.skipif(not interpreter.INSTALLED, reason="Triton is not installed")
@@ -63,6 +65,14 @@ def test_agrees_with_the_cpu(divergence):
     loss.backward()
     assert abs(actual.loss - loss.detach()) <= 1e-6 * loss.detach().abs()
     assert (actual.gradient - leaf.grad).norm() <= 1e-6 * leaf.grad.norm()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", ["logits_loss", "logits_loss_and_grad", "logits_loss_and_grad_"])
+def test_opcheck(name):
+    operator = getattr(torch.ops.kdkernels, name).default
+    *tensors, _ = operands(torch.float16)
+    torch.library.opcheck(operator, (*tensors, "triton", *operator_options()))
 
 
 def test_imports_and_refuses_without_triton():
