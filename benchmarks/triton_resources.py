@@ -28,8 +28,9 @@ from triton.runtime import driver
 
 from kdkernels.divergences import DIVERGENCES
 from kdkernels.options import METRICS, LogitsOptions
+from kdkernels.triton import launch, schedule
 
-ROWS = 64
+SCALE = "scale"  # in the place of a divergence: the kernel that scales a gradient
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -55,6 +56,7 @@ class Kernel(NamedTuple):
     gradient: bool = True
     options: bool = False  # labels and cross-entropy, weights, metrics, softcaps
     split: bool = False  # several programs per row
+    rows: int = 64
 
 
 class _Driver:
@@ -88,17 +90,35 @@ def kernels() -> list[Kernel]:
             result.append(Kernel(target, divergence, "float16", 128256, options=True))
             result.append(Kernel(target, divergence, "bfloat16", 128256, split=True))
             result.append(Kernel(target, divergence, "float16", 128256, options=True, split=True))
+        # Sizes of 1 are compiled in as constants.
+        result.append(Kernel(target, "jsd", "float16", 1, rows=1, options=True))
+        result += [Kernel(target, SCALE, dtype, 128256) for dtype in ("bfloat16", "float16")]
     return result
+
+
+def device_of(target: Target) -> schedule.Device:
+    return schedule.Device(target.multiprocessors, target.cache_mib * 2**20, 32, 65536)
+
+
+def compile_scale(kernel: Kernel):
+    """The kernel that scales a gradient, by a number per row for float16."""
+    dtype = getattr(torch, kernel.dtype)
+    gradient = torch.empty(kernel.rows, kernel.vocab, dtype=dtype, device="meta")
+    per_row = torch.empty(kernel.rows, device="meta") if dtype == torch.float16 else None
+    grad_output = torch.empty((), device="meta") if per_row is None else per_row
+    chosen = launch.schedule_of_scaling(gradient, device_of(kernel.target))
+    arguments = launch.arguments_of_scaling(gradient, grad_output, per_row)
+    return launch.scale_kernel.warmup(*arguments, grid=(1,), **launch.options_of(chosen))
 
 
 def compile_kernel(kernel: Kernel):
     """The compiled kernel of one configuration, from tensors without memory."""
-    from kdkernels.triton import launch, schedule
-
     driver.set_active(_Driver(kernel.target))
+    if kernel.divergence == SCALE:
+        return compile_scale(kernel)
     dtype = getattr(torch, kernel.dtype)
-    student = torch.empty(ROWS, kernel.vocab, dtype=dtype, device="meta")
-    per_row = torch.empty(ROWS, device="meta")
+    student = torch.empty(kernel.rows, kernel.vocab, dtype=dtype, device="meta")
+    per_row = torch.empty(kernel.rows, device="meta")
     half = kernel.gradient and dtype == torch.float16
     cap = 30.0 if kernel.options else 0.0
     options = LogitsOptions(
@@ -121,26 +141,25 @@ def compile_kernel(kernel: Kernel):
         student,
         student.clone(),
         student.clone() if kernel.gradient else None,
-        torch.empty(ROWS, dtype=torch.int64, device="meta") if kernel.options else None,
+        torch.empty(kernel.rows, dtype=torch.int64, device="meta") if kernel.options else None,
         per_row if kernel.options else None,
         None,
         per_row,
         per_row if half else None,
-        torch.empty(len(METRICS), ROWS, device="meta") if kernel.options else None,
+        torch.empty(len(METRICS), kernel.rows, device="meta") if kernel.options else None,
         options,
     )
-    target = kernel.target
-    device = schedule.Device(target.multiprocessors, target.cache_mib * 2**20, 32, 65536)
+    device = device_of(kernel.target)
     chosen = launch.schedule_of(call, device)
     arguments = launch.arguments_of(call)
     if kernel.split:
         with schedule.splitting():
             chosen = launch.schedule_of(call, device)
-        extra = launch.split_arguments(per_row, ROWS, chosen)
+        extra = launch.split_arguments(per_row, kernel.rows, chosen)
         return launch.split_kernel.warmup(
             *arguments, *extra, grid=(1,), **launch.split_options_of(chosen, 0, 2)
         )
-    return launch.loss_kernel.warmup(*arguments, grid=(ROWS,), **launch.options_of(chosen))
+    return launch.loss_kernel.warmup(*arguments, grid=(kernel.rows,), **launch.options_of(chosen))
 
 
 def resources(kernel: Kernel) -> dict[str, object]:

@@ -165,19 +165,28 @@ def split_arguments(like: Tensor, rows: int, chosen: schedule.Schedule) -> tuple
     return workspace, like.new_zeros((rows, 2), dtype=torch.int32)
 
 
+def schedule_of_scaling(gradient: Tensor, device: schedule.Device) -> schedule.Schedule:
+    """How the rows of a gradient are cut into programs."""
+    width = gradient.shape[-1]
+    return schedule.choose(width, width * gradient.element_size(), True, device)
+
+
+def arguments_of_scaling(
+    gradient: Tensor, grad_output: Tensor, row_scale: Tensor | None
+) -> tuple[Any, ...]:
+    """What ``scale_kernel`` takes before its options."""
+    rows = math.prod(gradient.shape[:-1])
+    per_row = grad_output.dim() > 0
+    return _rows(gradient), grad_output, row_scale, rows, per_row
+
+
 def scale(gradient: Tensor, grad_output: Tensor, row_scale: Tensor | None) -> None:
     """gradient *= grad_output * row_scale, in place; grad_output is () or (...)."""
     rows = math.prod(gradient.shape[:-1])
     if rows == 0:
         return
-    width, device = gradient.shape[-1], schedule.device_of(gradient.device)
-    options = options_of(schedule.choose(width, width * gradient.element_size(), True, device))
+    chosen = schedule_of_scaling(gradient, schedule.device_of(gradient.device))
     with _on(gradient):
         scale_kernel[(min(rows, schedule.SCALING_PROGRAMS),)](
-            _rows(gradient),
-            grad_output,
-            row_scale,
-            rows,
-            PER_ROW=grad_output.dim() > 0,
-            **options,
+            *arguments_of_scaling(gradient, grad_output, row_scale), **options_of(chosen)
         )
