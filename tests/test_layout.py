@@ -99,12 +99,17 @@ def test_expanded_teacher_and_labels(backend):
     student, teacher = correlated_pair(3, 4, VOCAB)
     labels = torch.tensor([1, 2, 3, 4]).expand(3, 4)
     weight = torch.tensor([[1.0], [0.5], [2.0]]).expand(3, 4)
-    options = {"labels": labels, "ce_weight": 0.5, "token_weight": weight}
+    with_labels = {"labels": labels, "ce_weight": 0.5, "token_weight": weight}
+    one_weight = {"token_weight": torch.tensor(2.0).expand(3, 4), "reduction": "sum"}
     for expanded in (teacher[:1].expand(3, 4, VOCAB), teacher[:, :1].expand(3, 4, VOCAB)):
-        actual = run(backend, student, expanded, **options)
-        expected = run(backend, student, expanded.clone(), **options)
-        assert torch.equal(actual.loss, expected.loss)
-        assert torch.equal(actual.gradient, expected.gradient)
+        for options in (with_labels, one_weight):
+            copied = {
+                n: v.clone() if isinstance(v, torch.Tensor) else v for n, v in options.items()
+            }
+            actual = run(backend, student, expanded, **options)
+            expected = run(backend, student, expanded.clone(), **copied)
+            assert torch.equal(actual.loss, expected.loss)
+            assert torch.equal(actual.gradient, expected.gradient)
 
 
 def test_expanded_student(backend):

@@ -26,7 +26,7 @@ def row_plan(
     rows: int,
 ) -> RowPlan:
     """Weights of the rows, 0 for ignored ones, and what the reduction divides by."""
-    weight = None if token_weight is None else token_weight.reshape(-1)
+    weight = None if token_weight is None else token_weight.reshape(-1).contiguous()
     if labels is not None:
         kept = labels.reshape(-1) != o.ignore_index
         weight = kept.to(torch.float32) if weight is None else torch.where(kept, weight, 0.0)
