@@ -1,6 +1,7 @@
-"""Times the logits level on this CPU and writes JSON with everything needed to repeat it.
+"""Times one level on this CPU and writes JSON with everything needed to repeat it.
 
 python -m benchmarks --output benchmarks/results/cpu.json
+python -m benchmarks --level linear --output benchmarks/results/cpu_linear.json
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import kdkernels
 from kdkernels import _C
 from kdkernels.divergences import DIVERGENCES
 
+from .linear import LINEAR_PROVIDERS, LINEAR_SHAPES, LinearCase, verify_linear
 from .measure import interleaved, peak_bytes, ratios, verify
 from .providers import PROVIDERS, Case, Step
 
@@ -53,15 +55,20 @@ def environment(threads: int) -> dict[str, object]:
     }
 
 
-def run_case(case: Case, names: list[str], rounds: int, memory: bool) -> dict[str, object]:
-    steps: dict[str, Step] = {"floor": PROVIDERS["floor"](case)}
+def run_case(
+    case: Case | LinearCase, names: list[str], rounds: int, memory: bool
+) -> dict[str, object]:
+    linear = isinstance(case, LinearCase)
+    providers = LINEAR_PROVIDERS if linear else PROVIDERS
+    check = verify_linear if linear else verify
+    steps: dict[str, Step] = {"floor": providers["floor"](case)}
     results: dict[str, dict[str, object]] = {"floor": {}}
     for name in names:
         if name == "floor":
             continue
-        step = PROVIDERS[name](case)
+        step = providers[name](case)
         try:
-            results[name] = dict(verify(case, step))
+            results[name] = dict(check(case, step))
             steps[name] = step
         except ArithmeticError as wrong:
             results[name] = {"wrong": str(wrong)}
@@ -82,15 +89,7 @@ def run_case(case: Case, names: list[str], rounds: int, memory: bool) -> dict[st
         }
         if memory and name != "floor":
             results[name]["peak_mib"] = round((peak_bytes(steps[name]) or 0) / 2**20, 1)
-    return {
-        "rows": case.rows,
-        "vocab": case.vocab,
-        "dtype": str(case.dtype).removeprefix("torch."),
-        "divergence": case.divergence,
-        "temperature": case.temperature,
-        "tensor_mib": round(case.student.numel() * case.student.element_size() / 2**20, 1),
-        "results": results,
-    }
+    return {**case.describe(), "results": results}
 
 
 def small_call(rounds: int = 2000) -> dict[str, float]:
@@ -117,34 +116,52 @@ def small_call(rounds: int = 2000) -> dict[str, float]:
     return report
 
 
+def logits_cases(arguments: argparse.Namespace, names: list[str]) -> list[dict[str, object]]:
+    cases = []
+    for vocab in arguments.vocab:
+        for dtype in arguments.dtype:
+            case = Case(arguments.rows, vocab, DTYPES[dtype])
+            cases.append(run_case(case, names, arguments.rounds, memory=True))
+            if not arguments.divergences:
+                continue
+            for divergence in DIVERGENCES:
+                case = Case(arguments.rows, vocab, DTYPES[dtype], divergence)
+                in_place = ["kdkernels", "kdkernels in place", "kdkernels loss only"]
+                cases.append(run_case(case, in_place, arguments.rounds, memory=False))
+    return cases
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--rows", type=int, default=512)
+    parser.add_argument("--level", choices=("logits", "linear"), default="logits")
+    parser.add_argument("--rows", type=int, default=512, help="of the logits level")
     parser.add_argument("--vocab", type=int, nargs="+", default=[32000, 128256])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
-    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
+    parser.add_argument("--providers", nargs="+", help="default: all of the level")
     parser.add_argument("--divergences", action="store_true", help="also all nine, in place")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, help="a JSON file to write")
     arguments = parser.parse_args()
+    known = LINEAR_PROVIDERS if arguments.level == "linear" else PROVIDERS
+    names = arguments.providers or list(known)
+    if unknown := set(names) - set(known):
+        parser.error(f"--providers: {', '.join(unknown)} unknown, expected {', '.join(known)}")
 
     torch.set_num_threads(arguments.threads)
     report: dict[str, object] = {"environment": environment(arguments.threads)}
-    report["small_call"] = small_call()
     cases = []
-    for vocab in arguments.vocab:
-        for dtype in arguments.dtype:
-            case = Case(arguments.rows, vocab, DTYPES[dtype])
-            cases.append(run_case(case, arguments.providers, arguments.rounds, memory=True))
-            if not arguments.divergences:
-                continue
-            for divergence in DIVERGENCES:
-                case = Case(arguments.rows, vocab, DTYPES[dtype], divergence)
-                names = ["kdkernels", "kdkernels in place", "kdkernels loss only"]
-                cases.append(run_case(case, names, arguments.rounds, memory=False))
+    if arguments.level == "linear":
+        for rows, vocab, hidden, teacher_hidden in LINEAR_SHAPES:
+            if vocab in arguments.vocab:
+                for dtype in arguments.dtype:
+                    case = LinearCase(rows, vocab, hidden, teacher_hidden, DTYPES[dtype])
+                    cases.append(run_case(case, names, arguments.rounds, memory=True))
+    else:
+        report["small_call"] = small_call()
+        cases = logits_cases(arguments, names)
     report["cases"] = cases
     text = json.dumps(report, indent=1)
     if arguments.output:

@@ -48,6 +48,16 @@ class Case:
     def label(self) -> str:
         return f"{self.rows} x {self.vocab} {str(self.dtype).removeprefix('torch.')}"
 
+    def describe(self) -> dict[str, object]:
+        return {
+            "rows": self.rows,
+            "vocab": self.vocab,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "divergence": self.divergence,
+            "temperature": self.temperature,
+            "tensor_mib": round(self.rows * self.vocab * self.dtype.itemsize / 2**20, 1),
+        }
+
 
 @dataclass
 class Step:
@@ -106,7 +116,7 @@ def kdkernels(case: Case, *, inplace: bool = False, gradient: bool = True) -> St
     return Step(run, restore if inplace else lambda: None)
 
 
-def _dense_forward_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+def dense_forward_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     log_q = F.log_softmax(student / temperature, dim=-1)
     log_p = F.log_softmax(teacher / temperature, dim=-1)
     return F.kl_div(log_q, log_p, log_target=True, reduction="batchmean") * temperature**2
@@ -126,11 +136,11 @@ def _dense(case: Case, function: Callable) -> Step:
 
 
 def eager(case: Case) -> Step:
-    return _dense(case, _dense_forward_kl)
+    return _dense(case, dense_forward_kl)
 
 
 def compiled(case: Case) -> Step:
-    return _dense(case, torch.compile(_dense_forward_kl))
+    return _dense(case, torch.compile(dense_forward_kl))
 
 
 PROVIDERS: dict[str, Callable[[Case], Step]] = {

@@ -1,8 +1,9 @@
 """Knowledge-distillation losses for PyTorch as fused kernels: raw logits in, loss and gradient out.
 
-See :func:`kd_loss`.
+See :func:`kd_loss` for logits and :func:`linear_kd_loss` for hidden states and LM heads.
 """
 
+from . import linear_ops as _linear_ops  # noqa: F401  registers its operator
 from . import ops as _ops  # noqa: F401  registers the operators
 from ._version import __version__
 from .divergences import (
@@ -19,7 +20,9 @@ from .divergences import (
     register_divergence,
 )
 from .functional import kd_loss
-from .modules import KDLoss
+from .head import LinearKDHead
+from .linear import linear_kd_loss
+from .modules import KDLoss, LinearKDLoss
 
 __all__ = [
     "JSD",
@@ -28,6 +31,8 @@ __all__ = [
     "Divergence",
     "ForwardKL",
     "KDLoss",
+    "LinearKDHead",
+    "LinearKDLoss",
     "ReverseKL",
     "SkewForwardKL",
     "SkewReverseKL",
@@ -35,5 +40,6 @@ __all__ = [
     "SymmetricKL",
     "__version__",
     "kd_loss",
+    "linear_kd_loss",
     "register_divergence",
 ]

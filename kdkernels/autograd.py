@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .options import LogitsOptions
+from .options import LinearOptions, LogitsOptions
 
 _ops = torch.ops.kdkernels
+
+
+def _check_backward(ctx: Any, name: str, consumes: bool = True) -> None:
+    """Raises where a gradient that was computed once would be wrong."""
+    if torch.compiler.is_compiling():
+        return
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name}: its gradient is computed without a graph and has none of its own; "
+            "use create_graph=False or backend='reference'"
+        )
+    if consumes and ctx.consumed:
+        raise RuntimeError(
+            f"{name}: a second backward through the same loss; the first one consumed the "
+            f"saved gradient. Call {name} again, or use backend='reference'"
+        )
+    ctx.consumed = True
 
 
 class LogitsLoss(torch.autograd.Function):
@@ -30,18 +49,7 @@ class LogitsLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output, _):
-        if not torch.compiler.is_compiling():
-            if torch.is_grad_enabled():
-                raise RuntimeError(
-                    "kd_loss: its gradient is computed in the forward and has none of its own; "
-                    "use create_graph=False or backend='reference'"
-                )
-            if ctx.consumed:
-                raise RuntimeError(
-                    "kd_loss: a second backward through the same loss; the first one consumed the "
-                    "saved gradient. Call kd_loss again, or use backend='reference'"
-                )
-            ctx.consumed = True
+        _check_backward(ctx, "kd_loss")
         if grad_output is None:
             return (None,) * 8
         gradient, row_scale = ctx.saved_tensors
@@ -68,3 +76,108 @@ def logits_loss(
         )
     arguments = (student, teacher, labels, token_weight, normalizer, backend, *options)
     return _ops.logits_loss.default(*arguments)
+
+
+class LinearLoss(torch.autograd.Function):
+    """Loss and metrics of hidden states and heads; saves the gradients of the student's tensors."""
+
+    @staticmethod
+    def forward(ctx, count, linear, options, *tensors):
+        student = tensors[: 2 * count + 1]  # hidden states, weights and bias
+        loss, metrics, gradients = _linear_loss(count, linear, options, tensors)
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(metrics)
+        ctx.set_materialize_grads(False)
+        ctx.dtypes = [None if x is None else x.dtype for x in student]
+        ctx.linear, ctx.rest = linear, len(tensors) - len(student)
+        ctx.consumed = False
+        return loss, metrics
+
+    @staticmethod
+    def backward(ctx, grad_output, _):
+        _check_backward(ctx, "linear_kd_loss")
+        if grad_output is None:
+            return (None,) * (3 + len(ctx.dtypes) + ctx.rest)
+        scale = grad_output.to(torch.float32).contiguous()
+        results = []
+        for gradient, dtype, needed in zip(
+            ctx.saved_tensors, ctx.dtypes, ctx.linear.needs_grad, strict=True
+        ):
+            if needed:
+                gradient = gradient.detach()
+                _ops.scale_gradient_.default(
+                    gradient, scale, scale.new_empty(0), ctx.linear.backend
+                )
+            results.append(gradient.to(dtype) if needed else None)
+        return None, None, None, *results, *(None,) * ctx.rest
+
+
+class LinearLossPerToken(torch.autograd.Function):
+    """The same with a loss per token, whose weights are known in the backward only.
+
+    A weight gradient sums over the tokens and cannot be weighted afterwards, so the backward
+    computes the loss again, as the sum weighted by grad_output.
+    """
+
+    @staticmethod
+    def forward(ctx, count, linear, options, *tensors):
+        no_gradient = linear._replace(needs_grad=[False] * len(linear.needs_grad))
+        loss, metrics, _ = _linear_loss(count, no_gradient, options, tensors)
+        ctx.save_for_backward(*tensors)
+        ctx.mark_non_differentiable(metrics)
+        ctx.set_materialize_grads(False)
+        ctx.arguments = count, linear, options
+        return loss, metrics
+
+    @staticmethod
+    def backward(ctx, grad_output, _):
+        count, linear, options = ctx.arguments
+        tensors = list(ctx.saved_tensors)
+        _check_backward(ctx, "linear_kd_loss", consumes=False)
+        results = [None] * len(tensors)
+        if grad_output is None:
+            return None, None, None, *results
+        token_weight = grad_output.to(torch.float32)
+        position = 2 * count + 1 + _TOKEN_WEIGHT
+        if tensors[position] is not None:
+            token_weight = token_weight * tensors[position]
+        tensors[position] = token_weight
+        weighted = options._replace(reduction="sum", metrics=False)
+        gradients = _linear_loss(count, linear, weighted, tensors)[2]
+        for i, (gradient, needed) in enumerate(zip(gradients, linear.needs_grad, strict=True)):
+            results[i] = gradient.to(tensors[i].dtype) if needed else None
+        return None, None, None, *results
+
+
+#: Where token_weight stands among the tensors after the student's.
+_TOKEN_WEIGHT = 5
+
+
+def _linear_loss(count, linear, options, tensors):
+    hidden, weight, rest = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
+    return _ops.linear_loss.default(list(hidden), list(weight), *rest, *linear, *options)
+
+
+def linear_loss(
+    student_hidden: list[Tensor],
+    student_weight: list[Tensor],
+    student_bias: Tensor | None,
+    teacher: tuple[Tensor | None, ...],  # hidden, weight, bias, logits
+    per_token: tuple[Tensor | None, ...],  # labels, token_weight
+    normalizer: Tensor | None,
+    row_index: Tensor | None,
+    linear: LinearOptions,
+    options: LogitsOptions,
+) -> tuple[Tensor, Tensor]:
+    """Loss and stacked metrics of student logits sum(hidden @ weight.T) + bias."""
+    student = (*student_hidden, *student_weight, student_bias)
+    grad = torch.is_grad_enabled()
+    linear = linear._replace(
+        needs_grad=[grad and x is not None and x.requires_grad for x in student]
+    )
+    tensors = (*student, *teacher, *per_token, normalizer, row_index)
+    arguments = (len(student_hidden), linear, options)
+    if not any(linear.needs_grad):
+        return _linear_loss(*arguments, tensors)[:2]
+    function = LinearLossPerToken if options.reduction == "none" else LinearLoss
+    return function.apply(*arguments, *tensors)

@@ -117,26 +117,43 @@ def number(name: str, value: float, *, positive: bool = False) -> float:
     return float(value)
 
 
+def positive_int(name: str, value: int) -> int:
+    """The value, an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is a {type(value).__name__}, expected an int")
+    if value < 1:
+        raise ValueError(f"{name} is {value}, expected at least 1")
+    return value
+
+
 def _softcap(name: str, value: float | None) -> float:
     return 0.0 if value is None else number(name, value, positive=True)
 
 
+def float_tensor(name: str, tensor: Tensor) -> None:
+    """A tensor of a dtype that losses take."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{name} is {tensor.dtype}, expected float32, bfloat16, float16 or float64")
+
+
+def logits_tensor(name: str, logits: Tensor) -> None:
+    """(..., vocab) whose last dimension is contiguous."""
+    float_tensor(name, logits)
+    if logits.dim() == 0:
+        raise ValueError(f"{name} has shape (), expected (..., vocab)")
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        raise ValueError(
+            f"{name} has stride {logits.stride(-1)} in its last dimension, expected 1: pass "
+            "logits whose vocabulary is contiguous"
+        )
+
+
 def logits(student: Tensor, teacher: Tensor) -> torch.Size:
     """Checks the two tensors of :func:`kdkernels.kd_loss`; returns their leading shape."""
-    for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
-        if not isinstance(logits, Tensor):
-            raise TypeError(f"{name} is a {type(logits).__name__}, expected a torch.Tensor")
-        if logits.dtype not in DTYPES:
-            raise TypeError(
-                f"{name} is {logits.dtype}, expected float32, bfloat16, float16 or float64"
-            )
-        if logits.dim() == 0:
-            raise ValueError(f"{name} has shape (), expected (..., vocab)")
-        if logits.stride(-1) != 1 and logits.shape[-1] > 1:
-            raise ValueError(
-                f"{name} has stride {logits.stride(-1)} in its last dimension, expected 1: pass "
-                "logits whose vocabulary is contiguous"
-            )
+    logits_tensor("student_logits", student)
+    logits_tensor("teacher_logits", teacher)
     lead = student.shape[:-1]
     if lead != teacher.shape[:-1]:
         raise ValueError(

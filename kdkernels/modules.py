@@ -3,22 +3,61 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from .divergences import as_divergence
 from .functional import Metrics, kd_loss
+from .linear import linear_kd_loss
 
-_PER_CALL = ("student_logits", "teacher_logits", "labels", "token_weight", "normalizer")
-_OPTIONS = {
-    name: parameter.default
-    for name, parameter in inspect.signature(kd_loss).parameters.items()
-    if name not in _PER_CALL
-}
+_PER_CALL = (
+    "student_logits",
+    "student_hidden",
+    "student_weight",
+    "student_bias",
+    "teacher_logits",
+    "teacher_hidden",
+    "teacher_weight",
+    "teacher_bias",
+    "labels",
+    "token_weight",
+    "normalizer",
+    "row_index",
+)
 
 
-class KDLoss(nn.Module):
+def _options_of(function: Callable) -> list[str]:
+    return [name for name in inspect.signature(function).parameters if name not in _PER_CALL]
+
+
+OPTIONS, LINEAR_OPTIONS = _options_of(kd_loss), _options_of(linear_kd_loss)
+
+
+def check_options(options: dict[str, Any], known: list[str]) -> dict[str, Any]:
+    """The options with their divergence resolved; unknown names raise."""
+    for name in options:
+        if name not in known:
+            raise TypeError(f"{name} is not an option; expected {', '.join(known)}")
+    if "divergence" in options:
+        options["divergence"] = as_divergence(options["divergence"])
+    return options
+
+
+class _Loss(nn.Module):
+    known: list[str]
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = check_options(options, self.known)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class KDLoss(_Loss):
     """:func:`kdkernels.kd_loss` with its options fixed.
 
     Args:
@@ -36,14 +75,7 @@ class KDLoss(nn.Module):
         KDLoss(divergence=JSD(beta=0.1), temperature=2.0)
     """
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
-        for name in options:
-            if name not in _OPTIONS:
-                raise TypeError(f"{name} is not an option; expected {', '.join(_OPTIONS)}")
-        if "divergence" in options:
-            options["divergence"] = as_divergence(options["divergence"])
-        self.options = options
+    known = OPTIONS
 
     def forward(
         self,
@@ -64,5 +96,51 @@ class KDLoss(nn.Module):
             **self.options,
         )
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+class LinearKDLoss(_Loss):
+    """:func:`kdkernels.linear_kd_loss` with its options fixed.
+
+    Args:
+        **options: any keyword of :func:`kdkernels.linear_kd_loss` but the tensors of a call.
+
+    Example:
+        >>> import torch
+        >>> from kdkernels import LinearKDLoss
+        >>> criterion = LinearKDLoss(divergence="reverse_kl", temperature=2.0)
+        >>> hidden, head = torch.randn(4, 8), torch.randn(16, 8)
+        >>> criterion(hidden, head, hidden.clone(), head.clone()).item()
+        0.0
+    """
+
+    known = LINEAR_OPTIONS
+
+    def forward(
+        self,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher_hidden: Tensor | np.ndarray | None = None,
+        teacher_weight: Tensor | None = None,
+        *,
+        teacher_logits: Tensor | np.ndarray | None = None,
+        student_bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+        labels: Tensor | None = None,
+        token_weight: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+        row_index: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Metrics]:
+        """See :func:`kdkernels.linear_kd_loss`."""
+        return linear_kd_loss(
+            student_hidden,
+            student_weight,
+            teacher_hidden,
+            teacher_weight,
+            teacher_logits=teacher_logits,
+            student_bias=student_bias,
+            teacher_bias=teacher_bias,
+            labels=labels,
+            token_weight=token_weight,
+            normalizer=normalizer,
+            row_index=row_index,
+            **self.options,
+        )

@@ -17,7 +17,7 @@ from .options import METRICS, LogitsOptions
 _IMPLEMENTATIONS = {"cpu": cpu, "triton": triton}
 
 _TENSORS = "Tensor teacher, Tensor? labels, Tensor? token_weight, Tensor? normalizer, str backend"
-_SCALARS = (
+SCALARS = (
     "str divergence, float parameter_0, float parameter_1, float temperature, float kd_weight, "
     "float ce_weight, int ignore_index, str reduction, SymInt vocab, float student_scale, "
     "float student_softcap, float teacher_scale, float teacher_softcap, bool metrics"
@@ -25,14 +25,14 @@ _SCALARS = (
 
 library = torch.library.Library("kdkernels", "DEF")
 library.define(
-    f"logits_loss(Tensor student, {_TENSORS}, {_SCALARS}) -> (Tensor loss, Tensor metrics)"
+    f"logits_loss(Tensor student, {_TENSORS}, {SCALARS}) -> (Tensor loss, Tensor metrics)"
 )
 library.define(
-    f"logits_loss_and_grad(Tensor student, {_TENSORS}, {_SCALARS})"
+    f"logits_loss_and_grad(Tensor student, {_TENSORS}, {SCALARS})"
     " -> (Tensor loss, Tensor metrics, Tensor row_scale, Tensor gradient)"
 )
 library.define(
-    f"logits_loss_and_grad_(Tensor(a!) student, {_TENSORS}, {_SCALARS})"
+    f"logits_loss_and_grad_(Tensor(a!) student, {_TENSORS}, {SCALARS})"
     " -> (Tensor loss, Tensor metrics, Tensor row_scale)"
 )
 library.define(

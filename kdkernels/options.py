@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 #: Names of the per-token metrics, in the order kernels write them.
 METRICS = ("divergence", "cross_entropy", "teacher_entropy", "student_entropy", "agreement")
 
@@ -27,3 +29,14 @@ class LogitsOptions(NamedTuple):
     teacher_scale: float
     teacher_softcap: float
     metrics: bool
+
+
+class LinearOptions(NamedTuple):
+    """What the fused-linear level adds, in the order of its operator's schema."""
+
+    needs_grad: list[bool]  # of every student_hidden, every student_weight, and student_bias
+    student_dtype: torch.dtype  # of the products
+    teacher_dtype: torch.dtype
+    float32_logits: bool  # wider than the products' operands
+    chunk_bytes: int  # 0: the default
+    backend: str

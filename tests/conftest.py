@@ -57,6 +57,30 @@ def kernel(request, monkeypatch, poison):
     return _enter(request.param, monkeypatch)
 
 
+def _first_of_each(configs):
+    """The fused-linear level runs products around whatever the backend is: one of each will do.
+
+    The interpreter's speed allows for test_an_interpreted_backend only.
+    """
+    runnable = [config for config in configs if not config.skip and not config.interpreted]
+    return list({config.backend: config for config in reversed(runnable)}.values())
+
+
+@pytest.fixture(params=_first_of_each(BACKENDS), ids=lambda config: config.backend)
+def linear_backend(request, monkeypatch, poison):
+    """One configuration of each backend."""
+    return _enter(request.param, monkeypatch)
+
+
+@pytest.fixture(
+    params=_first_of_each(config for config in BACKENDS if config.kernel),
+    ids=lambda config: config.backend,
+)
+def linear_kernel(request, monkeypatch, poison):
+    """One configuration of each backend that has kernels of its own."""
+    return _enter(request.param, monkeypatch)
+
+
 @pytest.fixture
 def threads():
     """Sets the number of threads for one test."""

@@ -1,0 +1,131 @@
+"""The matrix products of the fused-linear level, into memory that is already there.
+
+Where operands are 16-bit and the result is float32, or the CPU has no fast product for the dtype
+(float16), the work runs by slices of the vocabulary: in float32 on the CPU, with float32 results on
+a GPU. What a slice takes is bounded, so that the level's memory is.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_SLICE_BYTES = 2**22
+
+
+def _fits(out: Tensor, operand: Tensor) -> bool:
+    """Whether the device multiplies these as they are."""
+    return out.dtype == operand.dtype and not (
+        out.device.type == "cpu" and out.dtype == torch.float16
+    )
+
+
+def _slices(vocab: int, width: int) -> Iterator[slice]:
+    """Of the vocabulary, such that a float32 (slice, width) tensor takes about _SLICE_BYTES."""
+    step = max(16, _SLICE_BYTES // (4 * max(1, width)))
+    for begin in range(0, vocab, step):
+        yield slice(begin, min(vocab, begin + step))
+
+
+@functools.cache
+def _accumulates_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this torch adds a 16-bit product to a float32 matrix."""
+    matrix = torch.zeros(16, 16, device=device, dtype=dtype)
+    total = torch.zeros(16, 16, device=device)
+    try:
+        torch.addmm(total, matrix, matrix, out_dtype=torch.float32, out=total)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _operand(tensor: Tensor) -> Tensor:
+    """For products with a float32 result."""
+    return tensor if tensor.device.type == "cuda" else tensor.float()
+
+
+def _float32_product(a: Tensor, b: Tensor) -> Tensor:
+    """Of two operands."""
+    return torch.mm(a, b) if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
+
+
+def write_logits(
+    out: Tensor,  # (rows, vocab)
+    hidden: Tensor,  # (rows, hidden)
+    weight: Tensor,  # (vocab, hidden)
+    bias: Tensor | None,  # (vocab,)
+    accumulate: bool,
+) -> None:
+    """out = hidden @ weight.T + bias, or the same added to ``out``, which has no bias then."""
+    if _fits(out, hidden):
+        if accumulate:
+            out.addmm_(hidden, weight.t())
+        elif bias is None:
+            torch.mm(hidden, weight.t(), out=out)
+        else:
+            torch.addmm(bias, hidden, weight.t(), out=out)
+        return
+    hidden = _operand(hidden)
+    for part in _slices(weight.shape[0], max(hidden.shape)):
+        product = _float32_product(hidden, _operand(weight[part]).t())
+        if accumulate:
+            product += out[:, part]
+        elif bias is not None:
+            product += bias[part]
+        out[:, part] = product
+
+
+def write_hidden_gradient(
+    out: Tensor,  # (rows, hidden)
+    gradient: Tensor,  # (rows, vocab)
+    weight: Tensor,  # (vocab, hidden)
+) -> None:
+    """out = gradient @ weight."""
+    if _fits(out, gradient):
+        torch.mm(gradient, weight, out=out)
+    elif gradient.device.type == "cuda":
+        torch.mm(gradient, weight, out_dtype=torch.float32, out=out)
+    else:
+        total = torch.zeros_like(out, dtype=torch.float32)
+        for part in _slices(weight.shape[0], max(out.shape)):
+            total.addmm_(gradient[:, part].float(), weight[part].float())
+        out.copy_(total)
+
+
+def add_weight_gradient(
+    out: Tensor,  # (vocab, hidden)
+    gradient: Tensor,  # (rows, vocab)
+    hidden: Tensor,  # (rows, hidden)
+    accumulate: bool,
+) -> None:
+    """out += gradient.T @ hidden, or = where not to accumulate. Sums over rows are float32."""
+    if _fits(out, gradient):
+        if accumulate:
+            out.addmm_(gradient.t(), hidden)
+        else:
+            torch.mm(gradient.t(), hidden, out=out)
+        return
+    if out.device.type == "cuda" and not accumulate:
+        torch.mm(gradient.t(), hidden, out_dtype=torch.float32, out=out)
+    elif out.device.type == "cuda" and _accumulates_in_float32(out.device, hidden.dtype):
+        torch.addmm(out, gradient.t(), hidden, out_dtype=torch.float32, out=out)
+    else:
+        hidden = _operand(hidden)
+        for part in _slices(out.shape[0], max(hidden.shape)):
+            product = _float32_product(_operand(gradient[:, part]).t(), hidden)
+            out[part] = product.add_(out[part]) if accumulate else product
+
+
+def add_bias_gradient(
+    out: Tensor,  # (vocab,) float32
+    gradient: Tensor,  # (rows, vocab)
+    row_scale: Tensor | None,  # (rows,) float32
+) -> None:
+    """out += row_scale @ gradient, in float32."""
+    if row_scale is None:
+        row_scale = torch.ones(gradient.shape[0], device=gradient.device)
+    for part in _slices(out.shape[0], gradient.shape[0]):
+        out[part] += row_scale @ gradient[:, part].float()

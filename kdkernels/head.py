@@ -1,0 +1,181 @@
+"""A module that owns the student's LM head, for whatever hooks into module calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .functional import Metrics
+from .linear import linear_kd_loss
+from .modules import LINEAR_OPTIONS, check_options
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+class LinearKDHead(nn.Module):
+    """:func:`kdkernels.linear_kd_loss` as a module call of the student's LM head.
+
+    The loss needs the head's weight, not its logits. Frameworks that shard or gather weights
+    (FSDP2's ``fully_shard``, DeepSpeed ZeRO-3) do so in hooks around the head's call; this module
+    computes the loss inside such a call, so that they see a normal one, with the hidden states as
+    input and the loss as output. Wrap it, or the model that calls it, as you would the head.
+
+    Args:
+        lm_head: an ``nn.Linear``, parametrized or with hooks as it may be; or a LoRA layer like
+            those of PEFT, whose frozen weight gets no gradient work. A weight tied to embeddings
+            gets the sum of both gradients, as always.
+        teacher_head: the frozen teacher's ``nn.Linear``, where its weight too must be gathered
+            by a call. It does not become a submodule. Or pass ``teacher_weight`` to the call.
+        **options: any keyword of :func:`kdkernels.linear_kd_loss` but the per-call tensors.
+
+    Raises:
+        TypeError: a head it cannot take: whose forward is not that of ``nn.Linear`` (its logits
+            may be more than the product), such as quantized heads, DoRA, a LoRA layer with a bias,
+            FSDP1's wrapper (wrap this module instead) or a head sharded over the vocabulary.
+
+    Forward hooks of the head that expect logits see the loss. Inside ``torch.compile``, heads
+    without hooks compile into one graph.
+
+    Example:
+        >>> import torch
+        >>> from kdkernels import LinearKDHead
+        >>> head = LinearKDHead(torch.nn.Linear(4, 16, bias=False), temperature=2.0)
+        >>> student, teacher = torch.randn(5, 4), torch.randn(5, 8)
+        >>> head(student, teacher, torch.randn(16, 8)).backward()
+        >>> head.lm_head.weight.grad.shape
+        torch.Size([16, 4])
+    """
+
+    def __init__(
+        self, lm_head: nn.Module, teacher_head: nn.Module | None = None, **options: Any
+    ) -> None:
+        super().__init__()
+        self.options = check_options(options, LINEAR_OPTIONS)
+        self.lm_head = lm_head
+        _check_layer("lm_head", getattr(lm_head, "base_layer", lm_head))
+        if teacher_head is not None:
+            _check_layer("teacher_head", teacher_head)
+        self._teacher_head = (teacher_head,)  # in a tuple: no submodule
+
+    def forward(
+        self,
+        student_hidden: Tensor,
+        teacher_hidden: Tensor | np.ndarray | None = None,
+        teacher_weight: Tensor | None = None,
+        *,
+        teacher_logits: Tensor | np.ndarray | None = None,
+        teacher_bias: Tensor | None = None,
+        labels: Tensor | None = None,
+        token_weight: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+        row_index: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Metrics]:
+        """See :func:`kdkernels.linear_kd_loss`."""
+        teacher_head: Any = self._teacher_head[0]
+        per_call = {
+            "teacher_hidden": teacher_hidden,
+            "teacher_logits": teacher_logits,
+            "labels": labels,
+            "token_weight": token_weight,
+            "normalizer": normalizer,
+            "row_index": row_index,
+        }
+
+        def loss(weight: Tensor | None, bias: Tensor | None) -> Tensor | tuple[Tensor, Metrics]:
+            return self._loss(student_hidden, teacher_weight=weight, teacher_bias=bias, **per_call)
+
+        if teacher_head is None or teacher_logits is not None:
+            return loss(teacher_weight, teacher_bias)
+        if teacher_weight is not None or teacher_bias is not None:
+            raise ValueError("teacher_weight or teacher_bias is given beside teacher_head")
+        results = []  # no output of the teacher's call, or its hooks would wait for a backward
+
+        def inside() -> None:
+            weight, bias = teacher_head.weight, teacher_head.bias
+            results.append(loss(weight.detach(), None if bias is None else bias.detach()))
+
+        _call(teacher_head, inside)
+        return results[0]
+
+    def _loss(self, hidden: Tensor, **arguments: Any) -> Tensor | tuple[Tensor, Metrics]:
+        arguments |= self.options
+        head: Any = self.lm_head
+        if not hasattr(head, "base_layer"):
+            return _call(
+                head,
+                lambda h: linear_kd_loss(h, head.weight, student_bias=head.bias, **arguments),
+                hidden,
+            )
+
+        def with_adapters(h: Tensor) -> Tensor | tuple[Tensor, Metrics]:
+            layers = [head.base_layer]
+            inputs = [h]
+            for name in _active_adapters(head):
+                adapted = head.lora_dropout[name](h.to(head.lora_A[name].weight.dtype))
+                inputs.append(head.lora_A[name](adapted) * head.scaling[name])
+                layers.append(head.lora_B[name])
+
+            def sum_of_products(*hidden: Tensor) -> Tensor | tuple[Tensor, Metrics]:
+                weights = [layer.weight for layer in layers]
+                return linear_kd_loss(hidden, weights, student_bias=layers[0].bias, **arguments)
+
+            return _call_all(layers, inputs, sum_of_products)
+
+        return _call(head, with_adapters, hidden)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+def _call(module: nn.Module, forward: Callable, *inputs: Tensor) -> Any:
+    """``module(*inputs)`` with another forward, which its hooks run around."""
+    if not any(getattr(module, hooks) for hooks in _HOOKS):
+        return forward(*inputs)
+    before = vars(module).get("forward")
+    vars(module)["forward"] = forward
+    try:
+        return module(*inputs)
+    finally:
+        del vars(module)["forward"]
+        if before is not None:
+            vars(module)["forward"] = before
+
+
+def _call_all(modules: list[nn.Module], inputs: list[Tensor], forward: Callable) -> Any:
+    """``forward(*inputs)`` inside calls of all the modules, each with an input of its own."""
+    if not modules:
+        return forward(*inputs)
+
+    def inside(first: Tensor) -> Any:
+        return _call_all(modules[1:], inputs[1:], lambda *rest: forward(first, *rest))
+
+    return _call(modules[0], inside, inputs[0])
+
+
+def _active_adapters(head: Any) -> list[str]:
+    """Names of the LoRA adapters whose product is added to the head's."""
+    if getattr(head, "disable_adapters", False) or getattr(head, "merged", False):
+        return []
+    names = [name for name in head.active_adapters if name in head.lora_A]
+    for name in names:
+        if getattr(head, "use_dora", {}).get(name) or name in getattr(head, "lora_variant", {}):
+            raise TypeError(f"lm_head: adapter {name!r} is a variant of LoRA (such as DoRA)")
+        _check_layer(f"lm_head.lora_B[{name!r}]", head.lora_B[name])
+        if head.lora_B[name].bias is not None:
+            raise TypeError(f"lm_head: adapter {name!r} has a bias, expected none")
+    return names
+
+
+def _check_layer(name: str, layer: nn.Module) -> None:
+    if type(layer).forward is not nn.Linear.forward or "forward" in vars(layer):
+        raise TypeError(
+            f"{name} is a {type(layer).__name__} whose forward is not that of nn.Linear: its "
+            "logits may be more than hidden @ weight.T + bias. Call linear_kd_loss with the weight "
+            "that they come from; FSDP1 wraps LinearKDHead itself instead of the head"
+        )
+    if not isinstance(layer.weight, Tensor) or torch.is_complex(layer.weight):
+        raise TypeError(f"{name}.weight is a {type(layer.weight).__name__}, expected a tensor")

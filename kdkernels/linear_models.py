@@ -1,0 +1,275 @@
+"""The two models of a fused-linear call, and the rows that take part in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from . import gemm, payload
+from .options import LinearOptions, LogitsOptions
+
+
+class Rows:
+    """The rows that take part, their labels and weights, and what their weighted sum is over.
+
+    On a CPU, rows of weight 0 are dropped here, before any product. On a GPU finding them would
+    wait for the device; there only ``row_index`` drops rows.
+    """
+
+    def __init__(
+        self,
+        lead: torch.Size,
+        device: torch.device,
+        labels: Tensor | None,
+        token_weight: Tensor | None,
+        normalizer: Tensor | None,
+        row_index: Tensor | None,
+        o: LogitsOptions,
+    ):
+        self.lead = lead
+        self.host_index = row_index
+        self.index = None if row_index is None else payload.to_device(row_index, device)
+        self.labels = self._pick(labels, self.index)
+        self.token_weight = self._pick(token_weight, self.index)
+        self.count = lead.numel() if self.index is None else self.index.numel()
+
+        weight = self.token_weight
+        if self.labels is not None:
+            kept = self.labels != o.ignore_index
+            weight = kept.float() if weight is None else torch.where(kept, weight, 0.0)
+            if device.type == "cpu":
+                self._check_labels(self.labels, weight, o)
+        self.normalizer = normalizer
+        if o.reduction == "mean" and normalizer is None:
+            total = (
+                torch.full((), float(self.count), device=device)
+                if weight is None
+                else weight.sum(dtype=torch.float64).float()
+            )
+            self.normalizer = torch.where(total <= 0, 1.0, total)
+        if device.type == "cpu" and weight is not None and not bool(weight.all()):
+            self._drop(weight.nonzero().squeeze(1))
+
+    @staticmethod
+    def _pick(values: Tensor | None, index: Tensor | None) -> Tensor | None:
+        if values is None:
+            return None
+        values = values.reshape(-1)  # a view with strides where there is one
+        return values.contiguous() if index is None else values[index]
+
+    def _check_labels(self, labels: Tensor, weight: Tensor, o: LogitsOptions) -> None:
+        outside = (weight != 0) & ((labels < 0) | (labels >= o.vocab))
+        if bool(outside.any()):
+            row = int(outside.nonzero()[0])
+            place = row if self.index is None else int(self.index[row])
+            raise ValueError(
+                f"labels: row {place} holds {int(labels[row])}, expected 0 to {o.vocab - 1} "
+                f"or ignore_index ({o.ignore_index})"
+            )
+
+    def _drop(self, kept: Tensor) -> None:
+        """All but these of the rows."""
+        self.index = self.host_index = kept if self.index is None else self.index[kept]
+        self.count = kept.numel()
+        self.labels = self._pick(self.labels, kept)
+        self.token_weight = self._pick(self.token_weight, kept)
+
+    def index_of(self, tensor: Tensor) -> Tensor | None:
+        """The index where the tensor is."""
+        return self.host_index if tensor.device.type == "cpu" else self.index
+
+    def per_token(self, begin: int, end: int) -> tuple[Tensor | None, Tensor | None]:
+        """Labels and token weights of a block."""
+        labels = None if self.labels is None else self.labels[begin:end]
+        return labels, None if self.token_weight is None else self.token_weight[begin:end]
+
+    def everywhere(self, values: Tensor, width: int | None = None) -> Tensor:
+        """Values of the rows that take part, (..., rows) or (rows, width), zeros elsewhere."""
+        dim = values.dim() - 1 if width is None else 0
+        if self.index is not None:
+            shape = list(values.shape)
+            shape[dim] = self.lead.numel()
+            values = values.new_zeros(shape).index_copy_(dim, self.index, values)
+        if width is None:
+            return values.reshape(*values.shape[:-1], *self.lead)
+        return values.reshape(*self.lead, width)
+
+
+class TeacherLogits:
+    """A teacher whose logits were given."""
+
+    def __init__(self, logits: Tensor, rows: Rows, device: torch.device):
+        self.logits, self.index, self.device = logits, rows.index_of(logits), device
+
+    def row_bytes(self) -> int:
+        """Of the memory that a row of a block takes."""
+        size = self.logits.shape[-1] * self.logits.dtype.itemsize
+        if self.logits.device != self.device:
+            return 2 * size  # one block in use, one on its way
+        return 0 if self.index is None else size
+
+    def blocks(self, spans: Sequence[payload.Span], memory: Tensor | None) -> Iterator[Tensor]:
+        """(rows, vocab) logits of each span; they need no ``memory``."""
+        return payload.blocks(self.logits, self.index, spans, self.device)
+
+
+class TeacherHead:
+    """A teacher of hidden states and a head."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: Rows,
+        options: LinearOptions,
+    ):
+        self.hidden, self.index, self.dtype = hidden, rows.index_of(hidden), options.teacher_dtype
+        self.logits_dtype = torch.float32 if options.float32_logits else self.dtype
+        self.weight = weight.to(self.dtype)  # (vocab, hidden)
+        self.bias = None if bias is None else bias.to(self.dtype)
+
+    def row_bytes(self) -> int:
+        """Of the memory that a row of a block takes."""
+        return self.weight.shape[0] * self.logits_dtype.itemsize
+
+    def blocks(self, spans: Sequence[payload.Span], memory: Tensor | None) -> Iterator[Tensor]:
+        """(rows, vocab) logits of each span, in ``memory`` (bytes) where it is given."""
+        vocab, most = self.weight.shape[0], max((end - begin for begin, end in spans), default=0)
+        if memory is None:
+            buffer = torch.empty(most, vocab, dtype=self.logits_dtype, device=self.weight.device)
+        else:
+            memory = memory[: most * self.row_bytes()]
+            buffer = memory.view(self.logits_dtype).view(most, vocab)
+        for hidden in payload.blocks(self.hidden, self.index, spans, self.weight.device):
+            out = buffer[: hidden.shape[0]]
+            gemm.write_logits(out, hidden.to(self.dtype), self.weight, self.bias, accumulate=False)
+            yield out
+
+
+class Student:
+    """The student's logits, a chunk of rows at a time, and what their gradient turns into.
+
+    The logits are a sum of products, one for a plain head; a low-rank adapter adds another.
+    """
+
+    def __init__(
+        self,
+        hidden: list[Tensor],
+        weight: list[Tensor],
+        bias: Tensor | None,
+        rows: Rows,
+        options: LinearOptions,
+    ):
+        self.dtype = options.student_dtype
+        self.logits_dtype = torch.float32 if options.float32_logits else self.dtype
+        self.hidden = [payload.take(h, rows.index).to(self.dtype) for h in hidden]  # (rows, hidden)
+        self.weight = [w.to(self.dtype) for w in weight]  # (vocab, hidden)
+        self.bias = None if bias is None else bias.to(self.dtype)
+        self.rows, self.vocab = self.hidden[0].shape[0], weight[0].shape[0]
+        needs = options.needs_grad
+        self.needs_hidden, self.needs_weight = needs[: len(hidden)], needs[len(hidden) : -1]
+        self.needs_bias = needs[-1]
+        # float16 results stay float32: the backward scales them before they are rounded.
+        self.half = self.dtype == torch.float16
+        self.results = [torch.float32 if self.half else w.dtype for w in weight]
+
+    def row_bytes(self) -> int:
+        """Of a row of the logits, and of the copy that the products take where dtypes differ."""
+        copy = 0 if self.logits_dtype == self.dtype else self.dtype.itemsize
+        return self.vocab * (self.logits_dtype.itemsize + copy)
+
+    def weight_gradient_bytes(self) -> tuple[int, int]:
+        """Of the largest in its dtype, and of all that several chunks sum up in float32."""
+        needed = [
+            (weight.numel(), dtype)
+            for weight, dtype, needed in zip(
+                self.weight, self.results, self.needs_weight, strict=True
+            )
+            if needed
+        ]
+        largest = max((n * dtype.itemsize for n, dtype in needed), default=0)
+        return largest, sum(4 * n for n, dtype in needed if dtype != torch.float32)
+
+    def allocate(self, chunk: int) -> None:
+        """Memory for logits of ``chunk`` rows and for the gradients."""
+        device = self.hidden[0].device
+        self.logits = torch.empty(chunk, self.vocab, dtype=self.logits_dtype, device=device)
+        hidden_dtype = torch.float32 if self.half else self.dtype
+        self.hidden_gradients = [
+            torch.empty(h.shape, dtype=hidden_dtype, device=device) if needed else None
+            for h, needed in zip(self.hidden, self.needs_hidden, strict=True)
+        ]
+        once = chunk >= self.rows
+        self.weight_gradients = [
+            torch.empty(w.shape, dtype=dtype if once else torch.float32, device=device)
+            if needed
+            else None
+            for w, dtype, needed in zip(self.weight, self.results, self.needs_weight, strict=True)
+        ]
+        if self.rows == 0:
+            for gradient in self.weight_gradients:
+                if gradient is not None:
+                    gradient.zero_()
+        self.bias_gradient = torch.zeros(self.vocab if self.needs_bias else 0, device=device)
+        # float16: weight gradients are held as multiples of this, which grows with the rows'.
+        self.unit = torch.full((), torch.finfo(torch.float32).tiny, device=device)
+
+    def memory_of_a_weight_gradient(self) -> Tensor:
+        """The bytes of the largest one, free until the chunk's end."""
+        gradients = [gradient for gradient in self.weight_gradients if gradient is not None]
+        return max(gradients, key=lambda g: g.nbytes).view(-1).view(torch.uint8)
+
+    def write_logits(self, out: Tensor, begin: int, end: int) -> None:
+        for i, (hidden, weight) in enumerate(zip(self.hidden, self.weight, strict=True)):
+            bias = self.bias if i == 0 else None
+            gemm.write_logits(out, hidden[begin:end], weight, bias, accumulate=i > 0)
+
+    def take_block(self, gradient: Tensor, row_scale: Tensor | None, begin: int, end: int) -> None:
+        """Hidden and bias gradients of a block of rows, from that of its logits."""
+        for out, weight in zip(self.hidden_gradients, self.weight, strict=True):
+            if out is not None:
+                gemm.write_hidden_gradient(out[begin:end], gradient, weight)
+                if row_scale is not None:
+                    out[begin:end] *= row_scale.unsqueeze(1)
+        if self.needs_bias:
+            gemm.add_bias_gradient(self.bias_gradient, gradient, row_scale)
+
+    def take_chunk(self, gradient: Tensor, row_scale: Tensor | None, begin: int, end: int) -> None:
+        """Weight gradients of a chunk of rows.
+
+        Rows of a float16 gradient have scales of their own, which must be equal before the product
+        sums over rows: their ratios to the largest so far go into the hidden states.
+        """
+        before = self.unit
+        if row_scale is not None:
+            self.unit = torch.maximum(before, row_scale.abs().amax())
+            row_scale = (row_scale / self.unit).unsqueeze(1)
+        for out, hidden in zip(self.weight_gradients, self.hidden, strict=True):
+            if out is None:
+                continue
+            part = hidden[begin:end]
+            if row_scale is not None:
+                part = (part * row_scale).to(self.dtype)
+                if begin > 0:
+                    out *= before / self.unit
+            gemm.add_weight_gradient(out, gradient, part, accumulate=begin > 0)
+
+    def gradients(self, rows: Rows) -> list[Tensor]:
+        """In the order of needs_grad, empty where not needed."""
+        hidden_dtype = torch.float32 if self.half else self.dtype
+        hidden = [
+            self.logits.new_empty(0, dtype=hidden_dtype)
+            if g is None
+            else rows.everywhere(g, g.shape[-1])
+            for g in self.hidden_gradients
+        ]
+        weight = [
+            self.logits.new_empty(0, dtype=dtype)
+            if g is None
+            else (g.mul_(self.unit) if self.half else g).to(dtype)
+            for g, dtype in zip(self.weight_gradients, self.results, strict=True)
+        ]
+        return [*hidden, *weight, self.bias_gradient]
