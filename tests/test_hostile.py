@@ -172,6 +172,28 @@ def test_all_rows_masked(backend, reduction, mask):
     assert not result.gradient.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=str)
+def test_largest_logits_come_late(backend, divergence, dtype):
+    # A kernel that guesses the size of a row's logits from the first ones has to notice.
+    student, teacher = correlated_pair(5, 2503)
+    for logits in (student, teacher):
+        logits[0, 2000:2040] += 90
+        logits[2, :600] -= 300
+        logits[3, 2502] += 40  # alone, in the tail of the last block
+    student[1, 2000:2040] += 90
+    teacher[1, 2000:2040] += 70
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    options = {"divergence": divergence, "temperature": 2.0, "reduction": "none"}
+    options |= {"labels": labels_for(5, vocab=2503), "ce_weight": 0.1, "return_metrics": True}
+    expected = oracle(student, teacher, **options)
+    actual = run(backend, student, teacher, **options)
+    assert_matches(actual, expected, divergence.name, dtype)
+    for name, value in expected.metrics.items():
+        tolerance = tolerances.loss_tolerance(divergence.name)
+        assert_close(actual.metrics[name], value, tolerance, name)
+
+
 @pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=str)
 def test_huge_logits(backend, divergence):
     student, teacher = correlated_pair(6, 37)

@@ -54,65 +54,108 @@ struct ReverseKL : Defaults {
   }
 };
 
-// log m - log p and log m - log q for the mixture m = share p + (1 - share) q, 0 < share < 1.
-template <class F>
-struct MixtureLogs {
-  F over_p, over_q;
+// The mixture m = share p + rest q of JSD and the skew divergences, share + rest = 1.
+//
+// Near the teacher, where q - p has few digits, everything is a power series in r, that of
+// L = log(m / p) = log(share + rest exp(r)), or follows from it:
+//   value / p = (a + b r) exp(r) + (c + d exp(r)) L + constant
+struct Mixture : Defaults {
+  static constexpr int kTerms = 9;
+  float share, rest;
+  float of_log[kTerms - 1];    // log(m / q) = L - r, from r on
+  float of_value[kTerms - 1];  // value / p, from r^2 on
+
+  Mixture(float share, double a, double b, double c, double d) : share(share), rest(1 - share) {
+    double exponential[kTerms + 1] = {1}, log[kTerms + 1];
+    for (int n = 1; n <= kTerms; ++n) {
+      exponential[n] = exponential[n - 1] / n;
+      // From L' m / p = (m / p)'.
+      log[n] = rest * exponential[n];
+      for (int k = 1; k < n; ++k) log[n] -= k * log[k] * rest * exponential[n - k] / n;
+      if (n < kTerms) of_log[n - 1] = n > 1 ? (float)log[n] : -share;
+      double product = log[n];  // of exp(r) and L
+      for (int k = 1; k < n; ++k) product += log[k] * exponential[n - k];
+      if (n > 1)
+        of_value[n - 2] =
+            (float)(a * exponential[n] + b * exponential[n - 1] + c * log[n] + d * product);
+    }
+  }
+
+  // m, never 0: what divides by it is 0 where p and q are.
+  template <class F>
+  KD_INLINE F of(const Point<F>& x) const {
+    return share * x.p + (rest * x.q + FLT_MIN);
+  }
+
+  // log(m / p) and log(m / q) away from the teacher, given (q - p) / m.
+  template <class F>
+  struct Logs {
+    F over_p, over_q;
+  };
+
+  template <class F>
+  KD_INLINE Logs<F> far_logs(F r, F difference_over_m) const {
+    // From the larger of p and q, so that nothing overflows.
+    const auto p_is_larger = r <= 0.0f;
+    const F weight = select(p_is_larger, splat<F>(rest), splat<F>(share));
+    const F fall = log1p(weight * abs(difference_over_m));
+    return {select(p_is_larger, -fall, r - fall), select(p_is_larger, -fall - r, -fall)};
+  }
+
+  template <class F>
+  KD_INLINE F value(const Point<F>& x, F far) const {
+    return select(abs(x.r) < kSeriesRadius, power_series(of_value, x.r) * x.r * (x.p * x.r), far);
+  }
+
+  // q log(m / q).
+  template <class F>
+  KD_INLINE F q_log(const Point<F>& x, F far_over_q) const {
+    const F series = power_series(of_log, x.r) * x.r;
+    return times_or_zero(x.q, select(abs(x.r) < kSeriesRadius, series, far_over_q));
+  }
+
+ private:
+  template <class F>
+  static KD_INLINE F power_series(const float (&coefficients)[kTerms - 1], F r) {
+    F sum = splat<F>(coefficients[kTerms - 2]);
+    for (int n = kTerms - 3; n >= 0; --n) sum = sum * r + coefficients[n];
+    return sum;
+  }
 };
 
-template <class F>
-KD_INLINE MixtureLogs<F> mixture_logs(F r, float share) {
-  // From the larger of p and q, so that the exponential never overflows.
-  const auto p_is_larger = r <= 0.0f;
-  const F weight = select(p_is_larger, splat<F>(1.0f - share), splat<F>(share));
-  const F log_of_larger = log1p(weight * exponential(-abs(r)).expm1);
-  return {select(p_is_larger, log_of_larger, log_of_larger + r),
-          select(p_is_larger, log_of_larger - r, log_of_larger)};
-}
-
 // beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q. Agarwal et al. 2023 (GKD).
-struct JSD : Defaults {
-  float beta;
-  JSD(float beta, float) : beta(beta) {}
+struct JSD : Mixture {
+  JSD(float beta, float) : Mixture(beta, 0, 1 - beta, -beta, beta - 1) {}
 
   template <class F>
   KD_INLINE Term<F> operator()(const Point<F>& x) const {
-    const F m = beta * x.p + (1.0f - beta) * x.q;
-    const auto logs = mixture_logs(x.r, beta);
-    const F value = beta * bregman(x.p, m, logs.over_p).excess +
-                    (1.0f - beta) * bregman(x.q, m, logs.over_q).excess;
-    return {value, (beta - 1.0f) * times_or_zero(x.q, logs.over_q)};
+    const auto logs = far_logs(x.r, (x.q - x.p) / of(x));
+    const F slope = -rest * q_log(x, logs.over_q);
+    return {value(x, slope - share * times_or_zero(x.p, logs.over_p)), slope};
   }
 };
 
 // KL(p || alpha p + (1 - alpha) q). Ko et al. 2024 (DistiLLM).
-struct SkewForwardKL : Defaults {
-  float alpha;
-  SkewForwardKL(float alpha, float) : alpha(alpha) {}
+struct SkewForwardKL : Mixture {
+  SkewForwardKL(float alpha, float) : Mixture(alpha, 1 - alpha, 0, -1, 0) {}
 
   template <class F>
   KD_INLINE Term<F> operator()(const Point<F>& x) const {
-    const F m = alpha * x.p + (1.0f - alpha) * x.q;
-    const F difference = bregman(x.p, x.q, x.r).difference;
-    const F share = select(m == 0.0f, splat<F>(0.0f), x.q / m);
-    return {bregman(x.p, m, mixture_logs(x.r, alpha).over_p).excess,
-            (1.0f - alpha) * (1.0f - alpha) * share * difference};
+    const F m = of(x), ratio = bregman(x.p, x.q, x.r).difference / m;
+    const F p_log = times_or_zero(x.p, far_logs(x.r, ratio).over_p);
+    return {value(x, m - x.p - p_log), rest * rest * times_or_zero(x.q, ratio)};
   }
 };
 
 // KL(q || alpha q + (1 - alpha) p). Ko et al. 2024 (DistiLLM).
-struct SkewReverseKL : Defaults {
-  float alpha;
-  SkewReverseKL(float alpha, float) : alpha(alpha) {}
+struct SkewReverseKL : Mixture {
+  SkewReverseKL(float alpha, float) : Mixture(1 - alpha, alpha - 1, 1, 0, -1) {}
 
   template <class F>
   KD_INLINE Term<F> operator()(const Point<F>& x) const {
-    const F m = alpha * x.q + (1.0f - alpha) * x.p;
-    const F difference = bregman(x.p, x.q, x.r).difference;
-    const F share = select(m == 0.0f, splat<F>(0.0f), x.q / m);
-    const F over_q = mixture_logs(x.r, 1.0f - alpha).over_q;
-    return {bregman(x.q, m, over_q).excess,
-            -times_or_zero(x.q, over_q) - alpha * (1.0f - alpha) * share * difference};
+    const F m = of(x), ratio = bregman(x.p, x.q, x.r).difference / m;
+    const F log = q_log(x, far_logs(x.r, ratio).over_q);
+    return {value(x, m - x.q - log), -log - rest * share * times_or_zero(x.q, ratio)};
   }
 };
 

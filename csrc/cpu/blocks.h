@@ -70,25 +70,60 @@ KD_INLINE void store_from_float(char* to, int index, Vec x) {
   }
 }
 
-// Logits of a row as vectors of floats, straight from memory.
-template <DType dtype>
-struct View {
-  const char* data;
-
-  KD_INLINE Vec operator()(int index) const { return load_as_float<dtype>(data, index); }
+// Two vectors that lie side by side: kernels go through a row in pairs.
+struct Pair {
+  Vec first, second;
 };
 
-// Widens n values into `to`, padded with -inf to a whole number of vectors: -inf in both models is
-// a term of 0 in every divergence.
+constexpr int kPair = 2 * kLanes;
+
+// Values of a row as vectors of floats, straight from memory and to it.
+template <DType dtype>
+struct View {
+  char* data;
+
+  KD_INLINE Vec operator()(int index) const { return load_as_float<dtype>(data, index); }
+
+  KD_INLINE Pair pair(int index) const {
+#if defined(__AVX512BW__)
+    if constexpr (dtype == DType::kBFloat16) {
+      // One shuffle a vector puts 16 bits into the high halves of zeroed lanes.
+      constexpr auto high_halves = [](uint32_t first) {
+        Bits which = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        return (__m512i)((which + first) << 16);
+      };
+      const __m512i x = _mm512_loadu_si512((const uint16_t*)data + index);
+      return {(Vec)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, high_halves(0), x),
+              (Vec)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, high_halves(16), x)};
+    }
+#endif
+    return {(*this)(index), (*this)(index + kLanes)};
+  }
+
+  KD_INLINE void store(int index, Pair x) const {
+#if defined(__AVX512BF16__)
+    if constexpr (dtype == DType::kBFloat16) {
+      const auto both = _mm512_cvtne2ps_pbh((__m512)x.second, (__m512)x.first);
+      std::memcpy((uint16_t*)data + index, &both, sizeof both);
+      return;
+    }
+#endif
+    store_from_float<dtype>(data, index, x.first);
+    store_from_float<dtype>(data, index + kLanes, x.second);
+  }
+};
+
+// Widens n values into `to`, padded with -inf to whole pairs of vectors: -inf in both models is a
+// term of 0 in every divergence.
 template <DType dtype>
 void read_block(const char* from, int n, float* to) {
   const int whole = n / kLanes * kLanes;
   for (int i = 0; i < whole; i += kLanes) store(to + i, load_as_float<dtype>(from, i));
-  if (whole == n) return;
+  if (n % kPair == 0) return;
   char tail[kLanes * sizeof(float)] = {};
   std::memcpy(tail, from + whole * item_size(dtype), (n - whole) * item_size(dtype));
   store(to + whole, load_as_float<dtype>(tail, 0));
-  for (int i = n; i < whole + kLanes; ++i) to[i] = -kInfinity;
+  for (int i = n; i % kPair != 0; ++i) to[i] = -kInfinity;
 }
 
 template <DType dtype>
@@ -108,12 +143,20 @@ KD_INLINE Vec tanh(Vec x) {
   return (Vec)((Bits)magnitude | ((Bits)x & 0x80000000u));
 }
 
-// Memory that will be read soon.
+// Logits that will be read soon.
 struct Upcoming {
   const char* data;
-  int64_t item;
+  int item_size;
 
-  KD_INLINE void fetch(int64_t index) const { __builtin_prefetch(data + index * item); }
+  Upcoming(const Rows& rows, int64_t row)
+      : data(rows.row(row)), item_size((int)kd::item_size(rows.dtype)) {}
+
+  // Brings logits [begin, begin + n) into the cache of that level.
+  template <int kLevel>
+  KD_INLINE void fetch(int64_t begin, int n) const {
+    for (int byte = 0; byte < n * item_size; byte += 64)
+      __builtin_prefetch(data + begin * item_size + byte, 0, 4 - kLevel);
+  }
 };
 
 // One row of logits as blocks of floats.
@@ -122,12 +165,13 @@ class Reader {
   Reader(const Rows& rows, int64_t row, const Transform& transform)
       : data_(rows.row(row)), dtype_(rows.dtype), transform_(transform) {}
 
-  // Logits [begin, begin + n) as stored, padded with -inf; either in `buffer` or in place.
+  // Logits [begin, begin + n) as stored, padded with -inf to whole pairs of vectors; either in
+  // `buffer` or in place.
   const float* raw(int64_t begin, int n, float* buffer) const {
     const char* from = data_ + begin * item_size(dtype_);
     switch (dtype_) {
       case DType::kFloat32:
-        if (n % kLanes == 0) return (const float*)from;
+        if (n % kPair == 0) return (const float*)from;
         read_block<DType::kFloat32>(from, n, buffer);
         break;
       case DType::kBFloat16:
@@ -158,23 +202,26 @@ class Reader {
     return from;
   }
 
-  Upcoming upcoming(int64_t begin) const {
-    return {data_ + begin * item_size(dtype_), item_size(dtype_)};
+  // Whether logits [begin, begin + n) need no more than widening.
+  bool is_plain(DType dtype, int n) const {
+    return dtype_ == dtype && transform_.scale == 1 && transform_.softcap == 0 && n % kPair == 0;
+  }
+
+  template <DType dtype>
+  View<dtype> plain(int64_t begin) const {
+    return {const_cast<char*>(data_) + begin * item_size(dtype)};
   }
 
   // Calls use(view) with a View of the transformed logits [begin, begin + n), padded with -inf;
   // skips the buffer where there is nothing to do on the way.
   template <class Use>
   void view(int64_t begin, int n, float* buffer, Use use) const {
-    const char* from = data_ + begin * item_size(dtype_);
-    const bool as_is = transform_.scale == 1 && transform_.softcap == 0 && n % kLanes == 0;
-    if (as_is && dtype_ == DType::kBFloat16) return use(View<DType::kBFloat16>{from});
-    if (as_is && dtype_ == DType::kFloat16) return use(View<DType::kFloat16>{from});
-    use(View<DType::kFloat32>{(const char*)block(begin, n, buffer)});
+    if (is_plain(DType::kBFloat16, n)) return use(plain<DType::kBFloat16>(begin));
+    use(View<DType::kFloat32>{(char*)block(begin, n, buffer)});
   }
 
   float at(int64_t index) const {
-    float buffer[kLanes];
+    float buffer[kPair];
     return block(index, 1, buffer)[0];
   }
 
@@ -206,7 +253,12 @@ class Writer {
 
   // Where a float32 block of n can be written without passing through a buffer, else null.
   float* direct(int64_t begin, int n) const {
-    return dtype_ == DType::kFloat32 && n % kLanes == 0 ? (float*)data_ + begin : nullptr;
+    return dtype_ == DType::kFloat32 && n % kPair == 0 ? (float*)data_ + begin : nullptr;
+  }
+
+  template <DType dtype>
+  View<dtype> plain(int64_t begin) const {
+    return {data_ + begin * item_size(dtype)};
   }
 
   void write(int64_t begin, int n, const float* from) const {

@@ -1,6 +1,7 @@
 #include "dispatch.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <memory>
@@ -51,17 +52,20 @@ const InstructionSet& active() {
                               known);
 }
 
-// A fresh gradient is mapped page by page as it is written; large pages make that several times
-// cheaper. Only an advice: failure changes nothing.
-void advise_large_pages([[maybe_unused]] const Rows& rows, [[maybe_unused]] int64_t count) {
+// Memory is mapped page by page as it is written; large pages make that several times cheaper, and
+// later reads too. Only an advice: failure changes nothing.
+constexpr uintptr_t kLargePage = uintptr_t{2} << 20;
+
+void advise_large_pages([[maybe_unused]] const void* begin, [[maybe_unused]] const void* end) {
 #if defined(__linux__)
-  constexpr uintptr_t kLargePage = uintptr_t{2} << 20;
-  const uintptr_t from = (uintptr_t)rows.data;
-  const uintptr_t to = (uintptr_t)(rows.row(count - 1) + rows.width * item_size(rows.dtype));
-  const uintptr_t first = (from + kLargePage - 1) & ~(kLargePage - 1);
-  const uintptr_t last = to & ~(kLargePage - 1);
+  const uintptr_t first = ((uintptr_t)begin + kLargePage - 1) & ~(kLargePage - 1);
+  const uintptr_t last = (uintptr_t)end & ~(kLargePage - 1);
   if (first < last) madvise((void*)first, last - first, MADV_HUGEPAGE);
 #endif
+}
+
+void advise_large_pages(const Rows& rows, int64_t count) {
+  advise_large_pages(rows.data, rows.row(count - 1) + rows.width * item_size(rows.dtype));
 }
 
 // Each row's weight, 0 for ignored rows.
@@ -89,29 +93,45 @@ double normalizer_of(const LogitsParams& params, const std::vector<float>& weigh
   return total > 0 || std::isnan(total) ? total : 1;
 }
 
-struct Free {
-  void operator()(float* memory) const { std::free(memory); }
-};
+// Memory of this thread's own, kept for its next call; null where there is none left.
+float* thread_scratch(size_t bytes) {
+  struct Free {
+    void operator()(float* memory) const { std::free(memory); }
+  };
+  static thread_local std::unique_ptr<float, Free> memory;
+  static thread_local size_t size = 0;
+  if (size < bytes) {
+    const uintptr_t alignment = bytes < kLargePage / 4 ? 64 : kLargePage;
+    size = (bytes + alignment - 1) & ~(alignment - 1);
+    memory.reset();
+    memory.reset((float*)std::aligned_alloc(alignment, size));
+    if (!memory) size = 0;
+    if (memory) advise_large_pages(memory.get(), (char*)memory.get() + size);
+  }
+  return memory.get();
+}
 
-// Calls body(begin, end, scratch) for ranges that cover the rows; scratch holds `floats` floats.
+// Calls body(begin, end, next, scratch) for ranges that cover the rows; `next` is the row the same
+// thread goes on with, or `rows`; scratch holds `floats` floats.
 template <class Body>
 void for_rows(int64_t rows, int64_t width, int64_t floats, int threads, Body body) {
   constexpr int64_t kElementsWorthAThread = 1 << 14;
   const int64_t chunk = std::max<int64_t>(1, kElementsWorthAThread / std::max<int64_t>(1, width));
   const int64_t chunks = (rows + chunk - 1) / chunk;
   threads = (int)std::min<int64_t>(std::max(1, threads), chunks);
-  bool out_of_memory = false;
+  std::atomic<int64_t> taken{0};
+  std::atomic<bool> out_of_memory{false};
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    const size_t bytes = (size_t)(floats * sizeof(float) + 63) / 64 * 64;
-    std::unique_ptr<float, Free> scratch(bytes ? (float*)std::aligned_alloc(64, bytes) : nullptr);
-    if (bytes && !scratch) {
-#pragma omp atomic write
+    float* const scratch = floats ? thread_scratch(floats * sizeof(float)) : nullptr;
+    if (floats && !scratch) {
       out_of_memory = true;
+    } else {
+      for (int64_t begin = chunk * taken++, next; begin < rows; begin = next) {
+        next = std::min(rows, chunk * taken++);
+        body(begin, std::min(rows, begin + chunk), next, scratch);
+      }
     }
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < chunks; ++i)
-      if (!bytes || scratch) body(i * chunk, std::min(rows, (i + 1) * chunk), scratch.get());
   }
   if (out_of_memory) throw std::bad_alloc();
 }
@@ -137,9 +157,10 @@ void logits(const LogitsParams& params, int threads) {
 
   std::vector<double> row_loss(params.rows);
   const RowPlan plan{weights.data(), normalizer, row_loss.data()};
-  for_rows(
-      params.rows, params.vocab, with_gradient ? 2 * scratch_row(params.vocab) : 0, threads,
-      [&](int64_t begin, int64_t end, float* scratch) { rows(params, plan, begin, end, scratch); });
+  for_rows(params.rows, params.vocab, 2 * scratch_row(params.vocab), threads,
+           [&](int64_t begin, int64_t end, int64_t next, float* scratch) {
+             rows(params, plan, begin, end, next, scratch);
+           });
 
   // Summed in row order whatever the number of threads.
   double total = 0;
@@ -155,7 +176,7 @@ void scale(const ScaleParams& params, int threads) {
   if (!params.row_scale && params.grad_output_stride == 0 && *params.grad_output == 1) return;
   const ScaleFunction rows = active().scale;
   for_rows(params.rows, params.gradient.width, 0, threads,
-           [&](int64_t begin, int64_t end, float*) { rows(params, begin, end); });
+           [&](int64_t begin, int64_t end, int64_t, float*) { rows(params, begin, end); });
 }
 
 }  // namespace kd::cpu

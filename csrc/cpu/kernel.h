@@ -14,12 +14,13 @@ struct RowPlan {
   double* loss;         // (rows,), out
 };
 
-// Rows [begin, end); scratch holds 2 x scratch_row(vocab) floats, 64-byte aligned.
+// Rows [begin, end), and after them `next` where it is a row, whose logits may be fetched early;
+// scratch holds 2 x scratch_row(vocab) floats, 64-byte aligned.
 using RowsFunction = void (*)(const LogitsParams&, const RowPlan&, int64_t begin, int64_t end,
-                              float* scratch);
+                              int64_t next, float* scratch);
 using ScaleFunction = void (*)(const ScaleParams&, int64_t begin, int64_t end);
 
-KD_INLINE constexpr int64_t scratch_row(int64_t vocab) { return (vocab + 15) / 16 * 16; }
+KD_INLINE constexpr int64_t scratch_row(int64_t vocab) { return (vocab + 31) / 32 * 32; }
 
 struct InstructionSet {
   const char* name;

@@ -1,9 +1,12 @@
 // The CPU algorithm, once for every instruction set. A row pair is read in blocks, up to three
 // times, the later times from cache:
 //
-//   1. softmax states of student and teacher (and at T = 1 for the hard-label term)
+//   1. the softmaxes of student and teacher (and at T = 1 for the hard-label term), whose
+//      exponentials stay in two scratch rows
 //   2. value and slope of every term; the gradient too where the slopes are known to sum to 0
-//   3. otherwise the gradient, from slopes and probabilities kept in scratch rows
+//   3. otherwise the gradient, from slopes, which took the teacher's place in scratch
+//
+// Memory works during the second sweep too: the next row pair is fetched then.
 //
 // Options most calls do not use (labels, softcap, metrics) are loops over a block of their own.
 #pragma once
@@ -20,15 +23,18 @@ namespace kd::KD_NAMESPACE {
 template <class Divergence>
 class RowPair {
  public:
-  RowPair(const LogitsParams& params, int64_t row, float weight, double normalizer, float* scratch)
+  RowPair(const LogitsParams& params, const Divergence& divergence, int64_t row, int64_t next,
+          float weight, double normalizer, float* scratch)
       : params_(params),
+        divergence_(divergence),
         row_(row),
+        next_(next < params.rows ? next : row),
         weight_(weight),
         student_(params.student, row, params.student_transform),
         teacher_(params.teacher, row, params.teacher_transform),
         gradient_(params.gradient, row),
-        slopes_(scratch),
-        probabilities_(scratch + scratch_row(params.vocab)) {
+        student_kept_(scratch),
+        teacher_kept_(scratch + scratch_row(params.vocab)) {
     double scale = weight / normalizer;
     if (params.row_scale) {
       params.row_scale[row] = (float)(scale / params.gradient_scale);
@@ -42,8 +48,8 @@ class RowPair {
   // The row's loss times its weight; its gradient and metrics on the way.
   template <bool kGradient>
   double run() {
-    read_states();
-    const bool both_valid = student_state_.valid() && teacher_state_.valid();
+    read_softmaxes();
+    const bool both_valid = student_softmax_.valid() && teacher_softmax_.valid();
     const bool kd_gradient = kGradient && params_.kd_weight != 0;
     // Before the sweeps: the gradient may overwrite the student.
     const double cross_entropy = uses_cross_entropy() ? this->cross_entropy() : 0;
@@ -56,7 +62,7 @@ class RowPair {
     if (params_.metrics) metric(kDivergence) = (float)divergence;
 
     if (kGradient) {
-      if ((kd_gradient && !both_valid) || (ce_scale_ != 0 && !state_at_1_.valid()))
+      if ((kd_gradient && !both_valid) || (ce_scale_ != 0 && !softmax_at_1_.valid()))
         gradient_.fill(0, params_.vocab, NAN);
       else if (!kd_gradient)
         hard_label_gradient();
@@ -75,24 +81,40 @@ class RowPair {
   }
   bool reads_student_for_gradient() const { return ce_scale_ != 0 || student_.has_softcap(); }
 
-  void read_states() {
+  void read_softmaxes() {
+    // A later logit far above the first ones is rare: then again, from the largest of the row.
+    constexpr int64_t kSample = 512;
+    const int64_t vocab = params_.vocab;
+    if (!read_softmaxes(vocab < kSample ? vocab : kSample)) read_softmaxes(vocab);
+  }
+
+  // Relative to the largest of `sample` logits; keeps their exponentials.
+  bool read_softmaxes(int64_t sample) {
+    const float student_max = largest_logit(student_, sample, student_block_);
+    student_softmax_ = Softmax(student_max, c_);
     const bool apart = uses_cross_entropy() && params_.temperature != 1;
+    if (apart) softmax_at_1_ = Softmax(student_max, kLog2E);
+    if (uses_divergence())
+      teacher_softmax_ = Softmax(largest_logit(teacher_, sample, teacher_block_), c_);
+    const Upcoming student_row(params_.student, row_), teacher_row(params_.teacher, row_);
+    bool fits = true;
     for_blocks(params_.vocab, [&](int64_t begin, int n) {
       student_.view(begin, n, student_block_, [&](const auto& s) {
-        push_block(student_state_, s, n, c_, student_.upcoming(begin + n));
-        if (apart) push_block(state_at_1_, s, n, kLog2E, student_.upcoming(begin + n));
+        fits &= student_softmax_.push(s, n, student_kept_ + begin, student_row, begin + n);
+        if (apart) fits &= softmax_at_1_.push(s, n, gradient_block_, student_row, begin + n);
       });
       if (!uses_divergence()) return;
       teacher_.view(begin, n, teacher_block_, [&](const auto& t) {
-        push_block(teacher_state_, t, n, c_, teacher_.upcoming(begin + n));
+        fits &= teacher_softmax_.push(t, n, teacher_kept_ + begin, teacher_row, begin + n);
       });
     });
-    if (!apart) state_at_1_ = student_state_;
+    if (!apart) softmax_at_1_ = student_softmax_;
+    return fits;
   }
 
   double cross_entropy() const {
-    if (!state_at_1_.valid()) return NAN;
-    return (double)state_at_1_.max - student_.at(label()) + ::log(state_at_1_.sum);
+    if (!softmax_at_1_.valid()) return NAN;
+    return softmax_at_1_.log_sum_exp(1) - student_.at(label());
   }
 
   int64_t label() const { return params_.labels[row_]; }
@@ -100,91 +122,79 @@ class RowPair {
   // Sweep 2, and 3 where the divergence needs one; returns the divergence.
   template <bool kGradient>
   double sweep() {
-    const bool shifted = ::fabsf(student_state_.max - teacher_state_.max) > 4;
-    return shifted ? sweep<kGradient, true>() : sweep<kGradient, false>();
-  }
-
-  template <bool kGradient, bool kShifted>
-  double sweep() {
-    const Divergence divergence(params_.parameters[0], params_.parameters[1]);
-    const float s_max = student_state_.max, t_max = teacher_state_.max;
-    const Exponent s_exponent(s_max, c_), t_exponent(t_max, c_);
-    const float s_inverse = (float)(s_exponent.correction / student_state_.sum);
-    const float t_inverse = (float)(t_exponent.correction / teacher_state_.sum);
-    const float s_log_sum = (float)::log(student_state_.sum);
-    const float t_log_sum = (float)::log(teacher_state_.sum);
-    const float inverse_temperature = 1 / params_.temperature;
-
-    // log q - log p = ((s - s_origin) - (t - t_origin)) / T + offset. Origins of 0 keep s - t exact
-    // for close logits; a large shift between the models would cost digits, so it goes first.
-    const float s_origin = kShifted ? s_max : 0, t_origin = kShifted ? t_max : 0;
-    const float offset =
-        (float)((((double)t_max - t_origin) - ((double)s_max - s_origin)) / params_.temperature +
-                ::log(teacher_state_.sum / student_state_.sum));
-
+    constexpr bool kStoresGradient = kGradient && Divergence::kSlopeSumsToZero;
+    const Points points(student_softmax_, teacher_softmax_, params_.temperature);
     double value_sum = 0, slope_sum = 0, shift_sum = 0;
+    const Upcoming next_student(params_.student, next_), next_teacher(params_.teacher, next_);
     for_blocks(params_.vocab, [&](int64_t begin, int n) {
-      const float* s = student_.block(begin, n, student_block_);
-      const float* t = teacher_.block(begin, n, teacher_block_);
-      float* g = kGradient && Divergence::kSlopeSumsToZero ? gradient_target(begin, n) : nullptr;
-      Vec values = {}, slopes = {}, shifts = {};
-      for (int i = 0; i < n; i += kLanes) {
-        const Vec x = load(s + i), y = load(t + i);
-        Point<Vec> point;
-        point.p = t_exponent(y) * t_inverse;
-        point.q = s_exponent(x) * s_inverse;
-        point.log_p = (y - t_max) * inverse_temperature - t_log_sum;
-        point.log_q = (x - s_max) * inverse_temperature - s_log_sum;
-        // NaN where both are -inf; a divergence never lets r past p = q = 0.
-        const Vec apart = kShifted ? (x - s_origin) - (y - t_origin) : x - y;
-        point.r = apart * inverse_temperature + offset;
-        const Term<Vec> term = divergence(point);
-        values += term.value;
-        if constexpr (Divergence::kFeelsShift) {
-          const Vec difference = bregman(point.p, point.q, point.r).difference;
-          shifts += difference;
-          if constexpr (!kGradient) slopes += term.slope;
+      view_pair<kStoresGradient>(begin, n, [&](const auto& s, const auto& t, const auto& g) {
+        // In registers, as are the sums.
+        const Points point = points;
+        const Divergence divergence = divergence_;
+        const float scale = kd_scale_;
+        const float* s_kept = student_kept_ + begin;
+        float* t_kept = teacher_kept_ + begin;
+        Vec values = {}, slopes = {}, shifts = {};
+        for (int i = 0; i < n; i += kPair) {
+          next_student.fetch<2>(begin + i, kPair);
+          next_teacher.fetch<2>(begin + i, kPair);
+          const Pair x = s.pair(i), y = t.pair(i);
+          Vec slope[2];
+          for (int k = 0; k < 2; ++k) {
+            const int at = i + k * kLanes;
+            const Point<Vec> v = point(k ? x.second : x.first, k ? y.second : y.first,
+                                       load(s_kept + at), load(t_kept + at));
+            const Term<Vec> term = divergence(v);
+            values += term.value;
+            slopes += term.slope;
+            slope[k] = term.slope;
+            if constexpr (Divergence::kFeelsShift) {
+              const Vec difference = bregman(v.p, v.q, v.r).difference;
+              shifts += difference;
+            }
+            // The teacher's exponentials are not read again.
+            if constexpr (kGradient && !kStoresGradient) store(t_kept + at, term.slope);
+          }
+          if constexpr (kStoresGradient) g.store(i, {slope[0] * scale, slope[1] * scale});
         }
-        if constexpr (kGradient && Divergence::kSlopeSumsToZero) {
-          store(g + i, term.slope * kd_scale_);
-        } else if constexpr (kGradient) {
-          store(slopes_ + begin + i, term.slope);
-          store(probabilities_ + begin + i, point.q);
-          slopes += term.slope;
-        }
-      }
-      value_sum += sum(values);
-      if constexpr (Divergence::kFeelsShift) {
-        shift_sum += sum(shifts);
-        if constexpr (!kGradient) slope_sum += sum(slopes);
-      }
-      if constexpr (kGradient && Divergence::kSlopeSumsToZero)
-        finish_gradient(begin, n, s, g);
-      else if constexpr (kGradient)
-        slope_sum += sum(slopes);
+        value_sum += sum(values);
+        if constexpr (!Divergence::kSlopeSumsToZero) slope_sum += sum(slopes);
+        if constexpr (Divergence::kFeelsShift) shift_sum += sum(shifts);
+      });
     });
     // sum q - p is 0; what it comes to is how far rounding of the softmax sums moved all log q.
-    if constexpr (Divergence::kFeelsShift) {
-      if (::fabs(slope_sum) <= FLT_MAX) value_sum -= shift_sum * slope_sum;
-      if (value_sum < 0) value_sum = 0;
+    if (Divergence::kFeelsShift && ::fabs(slope_sum) <= FLT_MAX) value_sum -= shift_sum * slope_sum;
+    if (value_sum < 0) value_sum = 0;  // rounding of what nearly cancels
+    // The probabilities sum to 1 up to the rounding of their scale, known exactly here.
+    if constexpr (kGradient && !kStoresGradient) {
+      const double total = points.s_scale / student_softmax_.scale();
+      gradient_sweep(points.s_scale, (float)(slope_sum / total));
     }
-    // The probabilities sum to 1 up to the rounding of s_inverse, known exactly here.
-    const double total = s_inverse * (student_state_.sum / s_exponent.correction);
-    if constexpr (kGradient && !Divergence::kSlopeSumsToZero)
-      gradient_sweep((float)(slope_sum / total));
     return value_sum;
   }
 
-  void gradient_sweep(float slope_sum) {
+  // slopes - q slope_sum, with q = s_scale times the student's exponentials.
+  void gradient_sweep(float s_scale, float slope_sum) {
     // Covers NaN and both infinities: an infinite divergence of q has no gradient.
     if (!(::fabsf(slope_sum) <= FLT_MAX)) return gradient_.fill(0, params_.vocab, NAN);
     const float scale = kd_scale_ * fit_float16_range(slope_sum);
     for_blocks(params_.vocab, [&](int64_t begin, int n) {
+      const auto write = [&](const auto& g) {
+        const float* s_kept = student_kept_ + begin;
+        const float* slopes = teacher_kept_ + begin;
+        for (int i = 0; i < n; i += kPair) {
+          Vec result[2];
+          for (int k = 0; k < 2; ++k) {
+            const Vec q = load(s_kept + i + k * kLanes) * s_scale;
+            result[k] = (load(slopes + i + k * kLanes) - q * slope_sum) * scale;
+          }
+          g.store(i, {result[0], result[1]});
+        }
+      };
+      if (student_.is_plain(DType::kBFloat16, n) && !reads_student_for_gradient())
+        return write(gradient_.plain<DType::kBFloat16>(begin));
       float* g = gradient_target(begin, n);
-      for (int i = 0; i < n; i += kLanes) {
-        const Vec slope = load(slopes_ + begin + i), q = load(probabilities_ + begin + i);
-        store(g + i, (slope - q * slope_sum) * scale);
-      }
+      write(View<DType::kFloat32>{(char*)g});
       const float* s =
           reads_student_for_gradient() ? student_.block(begin, n, student_block_) : nullptr;
       finish_gradient(begin, n, s, g);
@@ -214,11 +224,27 @@ class RowPair {
     return direct ? direct : gradient_block_;
   }
 
+  // Calls use(student, teacher, gradient) with views of a block, and finishes the gradient where
+  // there is one.
+  template <bool kGradient, class Use>
+  void view_pair(int64_t begin, int n, Use use) {
+    constexpr DType kBFloat16 = DType::kBFloat16, kFloat32 = DType::kFloat32;
+    if (student_.is_plain(kBFloat16, n) && teacher_.is_plain(kBFloat16, n) &&
+        !reads_student_for_gradient())
+      return use(student_.plain<kBFloat16>(begin), teacher_.plain<kBFloat16>(begin),
+                 gradient_.plain<kBFloat16>(begin));
+    const float* s = student_.block(begin, n, student_block_);
+    const float* t = teacher_.block(begin, n, teacher_block_);
+    float* g = kGradient ? gradient_target(begin, n) : nullptr;
+    use(View<kFloat32>{(char*)s}, View<kFloat32>{(char*)t}, View<kFloat32>{(char*)g});
+    if (kGradient) finish_gradient(begin, n, s, g);
+  }
+
   // Adds the hard-label term, applies the softcap's derivative and stores a block.
   void finish_gradient(int64_t begin, int n, const float* s, float* g) {
     if (ce_scale_ != 0) {
-      const Exponent exponent(state_at_1_.max, kLog2E);
-      const float scale = (float)(ce_scale_ * exponent.correction / state_at_1_.sum);
+      const Exponent& exponent = softmax_at_1_.exponent();
+      const float scale = (float)(ce_scale_ * softmax_at_1_.scale());
       for (int i = 0; i < n; i += kLanes) store(g + i, load(g + i) + exponent(load(s + i)) * scale);
       const int64_t label = this->label() - begin;
       if (label >= 0 && label < n) g[label] -= ce_scale_;
@@ -230,8 +256,8 @@ class RowPair {
   // All but the divergence, which the sweeps give.
   void write_metrics(double cross_entropy, bool both_valid) {
     metric(kCrossEntropy) = (float)cross_entropy;
-    metric(kTeacherEntropy) = entropy(teacher_, teacher_state_, teacher_block_);
-    metric(kStudentEntropy) = entropy(student_, student_state_, student_block_);
+    metric(kTeacherEntropy) = entropy(teacher_, teacher_softmax_, teacher_block_);
+    metric(kStudentEntropy) = entropy(student_, student_softmax_, student_block_);
     const bool agree = top_token(student_, params_.vocab, student_block_) ==
                        top_token(teacher_, params_.vocab, teacher_block_);
     metric(kAgreement) = both_valid ? agree : NAN;
@@ -239,25 +265,27 @@ class RowPair {
 
   float& metric(Metric which) { return params_.metrics[which * params_.rows + row_]; }
 
-  float entropy(const Reader& reader, const State& state, float* buffer) const {
-    if (!state.valid()) return NAN;
+  float entropy(const Reader& reader, const Softmax& softmax, float* buffer) const {
+    if (!softmax.valid()) return NAN;
+    const LogProbability log_p(softmax.log_sum_exp(params_.temperature), params_.temperature);
     double total = 0;
     for_blocks(params_.vocab, [&](int64_t begin, int n) {
-      total += entropy_block(reader.block(begin, n, buffer), n, state.max, c_);
+      total += entropy_block(reader.block(begin, n, buffer), n, log_p);
     });
-    return (float)(::log(state.sum) - total / kLog2E / state.sum);
+    return (float)total;
   }
 
   const LogitsParams& params_;
-  const int64_t row_;
+  const Divergence& divergence_;
+  const int64_t row_, next_;
   const double weight_;
   const Reader student_, teacher_;
   const Writer gradient_;
-  float* const slopes_;         // (vocab,)
-  float* const probabilities_;  // (vocab,), the student's
+  float* const student_kept_;  // (vocab,), exponentials
+  float* const teacher_kept_;  // (vocab,), exponentials, then slopes
   const float c_ = (float)(1.4426950408889634 / params_.temperature);
   float kd_scale_, ce_scale_;  // what a term's gradient is multiplied by
-  State student_state_, teacher_state_, state_at_1_;
+  Softmax student_softmax_, teacher_softmax_, softmax_at_1_;
   alignas(64) float student_block_[kBlock];
   alignas(64) float teacher_block_[kBlock];
   alignas(64) float gradient_block_[kBlock];
@@ -276,13 +304,16 @@ inline void write_masked_row(const LogitsParams& params, int64_t row) {
 
 template <class Divergence, bool kGradient>
 void run_rows(const LogitsParams& params, const RowPlan& plan, int64_t begin, int64_t end,
-              float* scratch) {
+              int64_t next, float* scratch) {
+  const Divergence divergence(params.parameters[0], params.parameters[1]);
   for (int64_t row = begin; row < end; ++row) {
     plan.loss[row] = 0;
     if (plan.weight[row] == 0) {
       write_masked_row(params, row);
     } else {
-      RowPair<Divergence> pair(params, row, plan.weight[row], plan.normalizer, scratch);
+      const int64_t after = row + 1 < end ? row + 1 : next;
+      RowPair<Divergence> pair(params, divergence, row, after, plan.weight[row], plan.normalizer,
+                               scratch);
       plan.loss[row] = pair.template run<kGradient>();
     }
   }

@@ -1,33 +1,23 @@
-// What the sweeps need of a softmax, block by block: its state, entropy and top token.
+// The softmax of a row, block by block: its state, exponentials, entropy and top token.
 #pragma once
 
 #include <cmath>
 
 #include "blocks.h"
 
+#include "../core/divergences.h"
 #include "../core/softmax_state.h"
+#include "exponent.h"
 
 namespace kd::KD_NAMESPACE {
 
-using State = SoftmaxState<double>;
+template <class Step>
+KD_INLINE void for_blocks(int64_t vocab, Step step) {
+  for (int64_t begin = 0; begin < vocab; begin += kBlock)
+    step(begin, vocab - begin < kBlock ? (int)(vocab - begin) : kBlock);
+}
 
-// exp((x - max) / T) as 2^y with one rounding in y: a multiply-add whose constant is rounded moves
-// every result of a row by the same factor, which `correction` takes back.
-struct Exponent {
-  Exponent(float max, float c)
-      : c(c),
-        shift(kFusedMultiplyAdd ? max * c : max),
-        correction(kFusedMultiplyAdd ? ::exp2((double)shift - (double)max * c) : 1) {}
-
-  KD_INLINE Vec operator()(Vec x) const {
-    return exp2(kFusedMultiplyAdd ? x * c - shift : (x - shift) * c);
-  }
-
-  float c, shift;
-  double correction;
-};
-
-// The largest of n logits; NaN may be lost.
+// The largest of n logits, read in vectors; NaN may be lost.
 template <class Source>
 float block_max(const Source& x, int n) {
   Vec even = splat<Vec>(-kInfinity), odd = even;
@@ -40,64 +30,153 @@ float block_max(const Source& x, int n) {
   return largest(max(even, odd));
 }
 
-// Adds n logits to a softmax state at temperature log2(e) / c, in one pass: exponentials are
-// relative to the largest logit seen before the block, and done again only where the block exceeds
-// that by so much that they might overflow. Fetches what comes next meanwhile.
-template <class Source>
-void push_block(State& state, const Source& x, int n, float c, const Upcoming& upcoming) {
-  constexpr float kHeadroom = 40;  // in powers of two
-  if (state.sum == 0) state.max = larger(block_max(x, n), kLowestLogit);
-  for (;;) {
-    const Exponent exponent(state.max, c);
-    // What rounding takes from the sum is summed apart: the ratio of two sums enters every
-    // log q - log p, where it must not drown close logits.
-    Vec total = {}, lost = {}, tops[4];
-    for (Vec& top : tops) top = splat<Vec>(-kInfinity);
-    const auto add = [&](Vec term) {
-      const Vec sum = total + term;
-      lost += term - (sum - total);
-      total = sum;
-    };
+// A float sum that keeps what rounding takes from it: the ratio of two softmax sums enters every
+// log q - log p, where it must not drown close logits.
+struct CompensatedSum {
+  Vec total = {}, lost = {};
+
+  KD_INLINE void add(Vec term) {
+    const Vec sum = total + term;
+    lost += term - (sum - total);
+    total = sum;
+  }
+
+  double value() const { return sum(total) + sum(lost); }
+};
+
+// The softmax of a row relative to `reference`, a logit near its largest.
+class Softmax {
+ public:
+  Softmax() : Softmax(kLowestLogit, 1) {}
+
+  // c = log2(e) / T.
+  Softmax(float reference, float c)
+      : state_{larger(reference, kLowestLogit), 0}, c_(c), exponent_(state_.max, c) {}
+
+  // Adds n logits, padded with -inf to whole pairs of vectors, and keeps their exponentials.
+  // Fetches what comes next meanwhile. False where one is so far above the reference that it might
+  // overflow: the row has to start again from its largest logit.
+  template <class Source>
+  bool push(const Source& x, int n, float* kept, const Upcoming& row, int64_t next) {
+    const Exponent exponent = exponent_;
+    CompensatedSum sums;
     int i = 0;
-    for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-      Vec terms[4];
-      for (int k = 0; k < 4; ++k) {
-        const Vec y = x(i + k * kLanes);
-        terms[k] = exponent(y);
-        tops[k] = max(tops[k], y);
-        upcoming.fetch(i + k * kLanes);
+    if (exponent.is_fast()) {
+      Bits outside = {};
+      for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+        Vec terms[4];
+        for (int k = 0; k < 4; k += 2) {
+          const Pair y = x.pair(i + k * kLanes);
+          terms[k] = exponent.fast(y.first, outside);
+          terms[k + 1] = exponent.fast(y.second, outside);
+        }
+        for (int k = 0; k < 4; ++k) store(kept + i + k * kLanes, terms[k]);
+        sums.add((terms[0] + terms[1]) + (terms[2] + terms[3]));
+        row.fetch<1>(next + i, 4 * kLanes);
       }
-      add((terms[0] + terms[1]) + (terms[2] + terms[3]));
+      if (Exponent::any_outside(outside)) {
+        i = 0;
+        sums = {};
+      }
     }
+    // What is left of the block, and all of one that holds -inf, NaN or logits far apart.
+    Vec top = splat<Vec>(-kInfinity);
     for (; i < n; i += kLanes) {
       const Vec y = x(i);
-      add(exponent(y));
-      tops[0] = max(tops[0], y);
+      const Vec term = exponent(y);
+      top = max(top, y);
+      store(kept + i, term);
+      sums.add(term);
     }
-    const float top = largest(max(max(tops[0], tops[1]), max(tops[2], tops[3])));
-    if (!((top - state.max) * c > kHeadroom)) {
-      state.sum += (sum(total) + sum(lost)) * exponent.correction;
-      return;
-    }
-    state.sum *= ::exp2(((double)state.max - top) * c);
-    state.max = top;
+    if (i % (2 * kLanes) != 0) store(kept + i, Vec{});
+    state_.sum += sums.value() * exponent.correction();
+    constexpr float kHeadroom = 40;  // in powers of two
+    return !((largest(top) - state_.max) * c_ > kHeadroom);
   }
-}
 
-// sum y 2^y with y = (x - max) c over a block: the part of an entropy that needs a sweep.
-inline double entropy_block(const float* x, int n, float max, float c) {
+  // False for a row that is all -inf or holds NaN or +inf: it has no softmax.
+  bool valid() const { return state_.valid(); }
+
+  // What makes a kept exponential, or one of exponent(), a probability.
+  double scale() const { return exponent_.correction() / state_.sum; }
+  const Exponent& exponent() const { return exponent_; }
+
+  // T log(sum exp(x / T)).
+  double log_sum_exp(double temperature) const {
+    return (double)state_.max + temperature * ::log(state_.sum);
+  }
+
+ private:
+  SoftmaxState<double> state_;
+  float c_;
+  Exponent exponent_;
+};
+
+// log p of logits x = (x - origin) / T - rest: what is large is subtracted before it costs digits.
+class LogProbability {
+ public:
+  LogProbability(double log_sum_exp, double temperature)
+      : origin_((float)log_sum_exp),
+        inverse_temperature_((float)(1 / temperature)),
+        rest_((float)((log_sum_exp - origin_) / temperature)) {}
+
+  KD_INLINE Vec operator()(Vec x) const { return (x - origin_) * inverse_temperature_ - rest_; }
+
+ private:
+  float origin_, inverse_temperature_, rest_;
+};
+
+// What a sweep needs to turn a pair of logits and their exponentials into a point.
+struct Points {
+  Points(const Softmax& student, const Softmax& teacher, double temperature)
+      : Points(student, teacher, temperature, student.log_sum_exp(temperature),
+               teacher.log_sum_exp(temperature)) {}
+
+  KD_INLINE Point<Vec> operator()(Vec s, Vec t, Vec s_exponential, Vec t_exponential) const {
+    // r is NaN where both are -inf; a divergence never lets it past p = q = 0.
+    const Vec apart = (s - s_origin) - (t - t_origin);
+    return {t_exponential * t_scale, s_exponential * s_scale, t_log(t), s_log(s),
+            apart * inverse_temperature + offset};
+  }
+
+  float s_scale, t_scale;
+  LogProbability s_log, t_log;
+  // log q - log p = ((s - s_origin) - (t - t_origin)) / T + offset. Origins of 0 keep s - t exact
+  // for close logits; a large shift between the models would cost digits, so it goes first.
+  float s_origin, t_origin, inverse_temperature, offset;
+
+ private:
+  Points(const Softmax& student, const Softmax& teacher, double temperature, double s_lse,
+         double t_lse)
+      : s_scale((float)student.scale()),
+        t_scale((float)teacher.scale()),
+        s_log(s_lse, temperature),
+        t_log(t_lse, temperature) {
+    const bool shifted = ::fabs(s_lse - t_lse) > 4;
+    s_origin = shifted ? (float)s_lse : 0;
+    t_origin = shifted ? (float)t_lse : 0;
+    inverse_temperature = (float)(1 / temperature);
+    offset = (float)(((t_lse - t_origin) - (s_lse - s_origin)) / temperature);
+  }
+};
+
+// -sum p log p over a block of logits.
+inline double entropy_block(const float* x, int n, const LogProbability& log_p) {
   Vec total = {};
   for (int i = 0; i < n; i += kLanes) {
-    const Vec y = (load(x + i) - max) * c;
-    total += times_or_zero(exp2(y), y);
+    const Vec y = log_p(load(x + i));
+    total += times_or_zero(exp(y), y);
   }
-  return sum(total);
+  return -sum(total);
 }
 
-template <class Step>
-KD_INLINE void for_blocks(int64_t vocab, Step step) {
-  for (int64_t begin = 0; begin < vocab; begin += kBlock)
-    step(begin, vocab - begin < kBlock ? (int)(vocab - begin) : kBlock);
+inline float largest_logit(const Reader& reader, int64_t n, float* buffer) {
+  float result = -kInfinity;
+  for_blocks(n, [&](int64_t begin, int count) {
+    reader.view(begin, count, buffer,
+                [&](const auto& x) { result = larger(result, block_max(x, count)); });
+  });
+  return result;
 }
 
 // The position of the first largest raw logit.
@@ -106,7 +185,7 @@ inline int64_t top_token(const Reader& reader, int64_t vocab, float* buffer) {
   float top_logit = -kInfinity;
   for_blocks(vocab, [&](int64_t begin, int n) {
     const float* x = reader.raw(begin, n, buffer);
-    const float block_top = block_max(View<DType::kFloat32>{(const char*)x}, n);
+    const float block_top = block_max(View<DType::kFloat32>{(char*)x}, n);
     if (!(block_top > top_logit)) return;
     top_logit = block_top;
     for (top = begin; x[top - begin] != block_top && top < begin + n - 1;) ++top;

@@ -93,6 +93,16 @@ KD_INLINE double sum(Vec x) {
   return (fours[0] + fours[1]) + (fours[2] + fours[3]);
 }
 
+KD_INLINE bool any_bit(Bits x) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)x, (__m512i)x) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)x, (__m256i)x);
+#else
+  return ((x[0] | x[1]) | (x[2] | x[3])) != 0;
+#endif
+}
+
 template <class T>
 KD_INLINE T larger(T a, T b) {
   return a > b ? a : b;
@@ -148,9 +158,38 @@ constexpr float kLog2E = 1.44269504f;
 
 KD_INLINE Vec exp(Vec x) { return exp2(x * kLog2E); }
 
-// log(1 + x) for x > -1, -inf for -1; relative error below 1.5e-7.
+// log(1 + x) for x >= 0; relative error below 1.5e-7.
 KD_INLINE Vec log1p(Vec x) {
   const Vec w = 1.0f + x;
+#if defined(__AVX512F__)
+  // With w = 2^n (1 + j / 32 + ...), a table's reciprocal of the middle of that interval, or of its
+  // start where j = 0, makes it 2^n (1 + f). Below w = 2, f comes from x, which w has rounded.
+  alignas(64) static constexpr float kReciprocals[] = {
+      1.0f,         0.955223858f, 0.927536249f, 0.901408434f, 0.876712322f, 0.853333354f,
+      0.83116883f,  0.810126603f, 0.790123463f, 0.771084309f, 0.752941191f, 0.735632181f,
+      0.719101131f, 0.703296721f, 0.688172042f, 0.673684239f, 0.659793794f, 0.646464646f,
+      0.633663356f, 0.621359229f, 0.609523833f, 0.598130822f, 0.587155938f, 0.576576591f,
+      0.566371679f, 0.556521714f, 0.547008574f, 0.537815154f, 0.528925598f, 0.520325184f,
+      0.512000024f, 0.503937006f};
+  alignas(64) static constexpr float kLogs[] = {
+      0.0f,         0.0458095595f, 0.0752234012f, 0.10379681f,  0.131576359f, 0.158605009f,
+      0.184922338f, 0.210564747f,  0.235566065f,  0.259957552f, 0.283768147f, 0.307025045f,
+      0.32975328f,  0.351976395f,  0.373716414f,  0.394993752f, 0.41582793f,  0.436236769f,
+      0.456237435f, 0.475845903f,  0.495077223f,  0.513945758f, 0.532464862f, 0.55064708f,
+      0.568504751f, 0.58604908f,   0.603290796f,  0.620240331f, 0.636907518f, 0.653301299f,
+      0.669430614f, 0.685303986f};
+  const __m512i j = (__m512i)((Bits)w >> 18);
+  const auto entry = [&](const float* from) {
+    return (Vec)_mm512_permutex2var_ps((__m512)load(from), j, (__m512)load(from + 16));
+  };
+  const Vec n = (Vec)_mm512_getexp_ps((__m512)w);
+  const Vec mantissa = (Vec)_mm512_getmant_ps((__m512)w, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
+  const Vec reciprocal = entry(kReciprocals);
+  const Vec f =
+      select(x < 1.0f, x * reciprocal + (reciprocal - 1.0f), mantissa * reciprocal - 1.0f);
+  return (n * 6.93147181e-1f + entry(kLogs)) +
+         (f * f * horner(f, -2.43980423e-1f, 3.33366334e-1f, -5.00001192e-1f) + f);
+#else
   const Vec lost = x - (w - 1.0f);  // what rounding took from w
   // w = mantissa 2^n with the mantissa in [sqrt(1/2), sqrt(2)).
   const Mask n = ((Mask)w - 0x3f3504f3) >> 23;
@@ -160,8 +199,8 @@ KD_INLINE Vec log1p(Vec x) {
   const Vec polynomial = horner(f, 8.70035961e-2f, -1.42674759e-1f, 1.49147868e-1f, -1.65775865e-1f,
                                 1.99630618e-1f, -2.50013381e-1f, 3.33339095e-1f);
   const Vec exponent = __builtin_convertvector(n, Vec);
-  const Vec result = exponent * 6.93147181e-1f + (f + f * f * (polynomial * f - 0.5f));
-  return select(w == 0.0f, splat<Vec>(-__builtin_inff()), result);
+  return exponent * 6.93147181e-1f + (f + f * f * (polynomial * f - 0.5f));
+#endif
 }
 
 }  // namespace kd::KD_NAMESPACE
