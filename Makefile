@@ -14,7 +14,7 @@ BUILD_INPUTS := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f
 .PHONY: test demo bench lint format clean
 
 test: $(VENV)/.built $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto
 
 demo: $(VENV)/.built $(VENV)/.demo
 	$(BIN)/python examples/distill.py $(DEMO_ARGS)
