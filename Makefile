@@ -1,6 +1,7 @@
 # make test   everything the tests need, then the tests
 # make demo   everything the demo needs, then a real distillation run
 # make bench  the CPU benchmarks (BENCH_ARGS=--help for what they take)
+# make emulator  the CUDA kernels on the CPU, under AddressSanitizer and UBSan; make tsan likewise
 # make lint   formatters, linters and types, pinned in pyproject.toml
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +12,12 @@ BENCH_ARGS ?=
 BIN := $(VENV)/bin
 BUILD_INPUTS := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: test demo bench lint format clean
+# What nvcc compiles is of use on a machine with a GPU only, and there for that GPU.
+GPU := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u)
+export KDKERNELS_CUDA ?= $(if $(GPU),AUTO,OFF)
+export KDKERNELS_CUDA_ARCHS ?= $(shell echo "$(GPU)" | sed -E 's/([0-9]+)\.([0-9]+)/\1\2-real/g; s/ /;/g')
+
+.PHONY: test demo bench emulator tsan lint format clean
 
 test: $(VENV)/.built $(VENV)/.test
 	$(BIN)/python -m pytest --numprocesses auto
@@ -22,16 +28,22 @@ demo: $(VENV)/.built $(VENV)/.demo
 bench: $(VENV)/.built $(VENV)/.bench
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
+emulator:
+	$(MAKE) -C csrc/tests check
+
+tsan:
+	$(MAKE) -C csrc/tests tsan
+
 lint: $(VENV)/.torch $(VENV)/.lint
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	git ls-files 'csrc/*' | xargs $(BIN)/clang-format --dry-run --Werror
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	git ls-files 'csrc/*' | xargs $(BIN)/clang-format -i
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs $(BIN)/clang-format -i
 
 # Torch first: resolved as a dependency, pip would take its newest build.
 $(VENV)/.torch:

@@ -2,7 +2,8 @@
 
 Environment:
     KDKERNELS_CUDA           AUTO (default: with CUDA where nvcc is found), ON or OFF
-    KDKERNELS_CUDA_ARCHS     CMake list of CUDA architectures, such as "80;90"
+    KDKERNELS_CUDA_ARCHS     CMake list of CUDA architectures, such as "80-real;90" (default: sm_80,
+                             sm_90 and sm_100, and PTX of the newest)
     CMAKE_BUILD_PARALLEL_LEVEL  compile jobs
 """
 
@@ -37,7 +38,12 @@ class CMakeBuild(build_ext):
         ]
         if archs := os.environ.get("KDKERNELS_CUDA_ARCHS"):
             options.append(f"-DCMAKE_CUDA_ARCHITECTURES={archs}")
-        subprocess.run(["cmake", "-S", str(ROOT), "-B", str(build), *options], check=True)
+        environment = os.environ.copy()
+        if not shutil.which("nvcc") and Path("/usr/local/cuda/bin/nvcc").exists():
+            environment.setdefault("CUDACXX", "/usr/local/cuda/bin/nvcc")
+        subprocess.run(
+            ["cmake", "-S", str(ROOT), "-B", str(build), *options], check=True, env=environment
+        )
         subprocess.run(["cmake", "--build", str(build), "--target", "_C"], check=True)
 
 

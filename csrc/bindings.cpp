@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "cpu/dispatch.h"
+#include "cuda/dispatch.h"
 
 namespace py = pybind11;
 
@@ -77,6 +78,64 @@ void scale_cpu(int64_t rows, const RowsArgs& gradient, uintptr_t grad_output,
   cpu::scale(params, threads);
 }
 
+#if defined(KD_WITH_CUDA)
+
+void logits_cuda(int64_t rows, int64_t vocab, const RowsArgs& student, const RowsArgs& teacher,
+                 const std::optional<RowsArgs>& gradient, int divergence, float parameter_0,
+                 float parameter_1, float temperature, float student_scale, float student_softcap,
+                 float teacher_scale, float teacher_softcap, float kd_weight, float ce_weight,
+                 uintptr_t labels, uintptr_t weight, uintptr_t normalizer, float divisor,
+                 float gradient_scale, uintptr_t row_scale, uintptr_t loss, uintptr_t metrics,
+                 int device, uintptr_t stream) {
+  LogitsParams params;
+  params.rows = rows;
+  params.vocab = vocab;
+  params.student = to_rows(student);
+  params.teacher = to_rows(teacher);
+  if (gradient) params.gradient = to_rows(*gradient);
+  params.divergence = divergence;
+  params.parameters[0] = parameter_0;
+  params.parameters[1] = parameter_1;
+  params.temperature = temperature;
+  params.student_transform = {student_scale, student_softcap};
+  params.teacher_transform = {teacher_scale, teacher_softcap};
+  params.kd_weight = kd_weight;
+  params.ce_weight = ce_weight;
+  params.labels = pointer<int64_t>(labels);
+  params.token_weight = pointer<float>(weight);
+  params.reduction = Reduction::kNone;
+  params.normalizer = pointer<float>(normalizer);
+  params.divisor = divisor;
+  params.gradient_scale = gradient_scale;
+  params.row_scale = pointer<float>(row_scale);
+  params.loss = pointer<float>(loss);
+  params.metrics = pointer<float>(metrics);
+  py::gil_scoped_release release;
+  cuda::logits(params, device, pointer<void>(stream));
+}
+
+void scale_cuda(int64_t rows, const RowsArgs& gradient, uintptr_t grad_output,
+                int64_t grad_output_stride, uintptr_t row_scale, int device, uintptr_t stream) {
+  ScaleParams params;
+  params.rows = rows;
+  params.gradient = to_rows(gradient);
+  params.grad_output = pointer<float>(grad_output);
+  params.grad_output_stride = grad_output_stride;
+  params.row_scale = pointer<float>(row_scale);
+  py::gil_scoped_release release;
+  cuda::scale(params, device, pointer<void>(stream));
+}
+
+#endif
+
+std::string cuda_why_not([[maybe_unused]] int device) {
+#if defined(KD_WITH_CUDA)
+  return cuda::why_not(device);
+#else
+  return "kdkernels was built without CUDA";
+#endif
+}
+
 }  // namespace
 }  // namespace kd
 
@@ -86,4 +145,10 @@ PYBIND11_MODULE(_C, module) {
   module.def("divergences", kd::cpu::divergences, "Names of the divergences, in kernel order.");
   module.def("logits_cpu", kd::logits_cpu, "Loss, and gradient where one is given, of all rows.");
   module.def("scale_cpu", kd::scale_cpu, "gradient *= grad_output * row_scale, row by row.");
+  module.def("cuda_why_not", kd::cuda_why_not,
+             "Why a CUDA device cannot be served, or an empty string.");
+#if defined(KD_WITH_CUDA)
+  module.def("logits_cuda", kd::logits_cuda, "Launches loss, and gradient where one is given.");
+  module.def("scale_cuda", kd::scale_cuda, "Launches gradient *= grad_output * row_scale.");
+#endif
 }

@@ -11,10 +11,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .backends import cpu, triton
+from .backends import cpu, cuda, triton
 from .options import METRICS, LogitsOptions
 
-_IMPLEMENTATIONS = {"cpu": cpu, "triton": triton}
+_IMPLEMENTATIONS = {"cpu": cpu, "cuda": cuda, "triton": triton}
 
 _TENSORS = "Tensor teacher, Tensor? labels, Tensor? token_weight, Tensor? normalizer, str backend"
 SCALARS = (

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import kdkernels
-from kdkernels.backends import cpu
+from kdkernels.backends import cpu, cuda
 
 from . import interpreter, tolerances
 
@@ -25,6 +25,8 @@ class Backend:
     skip: str = ""  # why it cannot run here
     kernel: bool = True  # has a gradient of its own: in place, consumed by one backward
     checks_labels: bool = True  # before anything is written; on a GPU that would wait for it
+    # CUDA threads share out a row by 16-byte addresses: rounding depends on where it lies.
+    same_bits_anywhere: bool = True
     interpreted: bool = False  # milliseconds per row: fewer rows where a test takes many
 
     def __str__(self) -> str:
@@ -46,6 +48,24 @@ def _cpu_backends() -> list[Backend]:
     ]
 
 
+def _cuda_backends() -> list[Backend]:
+    """The kernels that hold a row pair on chip, where they can, and those that stream it."""
+    skip = "; ".join(cuda.device_reasons())
+    streaming = {"KDKERNELS_CUDA_TILE": "streaming:1x256"}
+    return [
+        Backend(
+            name,
+            "cuda",
+            device="cuda",
+            environment=environment,
+            skip=skip,
+            checks_labels=False,
+            same_bits_anywhere=False,
+        )
+        for name, environment in (("cuda", {}), ("cuda-streaming", streaming))
+    ]
+
+
 TRITON = Backend(
     "triton",
     "triton",
@@ -54,7 +74,12 @@ TRITON = Backend(
     interpreted=interpreter.DEVICE == "cpu",
     skip="" if interpreter.INSTALLED else "Triton is not installed",
 )
-BACKENDS = [*_cpu_backends(), TRITON, Backend("reference", "reference", kernel=False)]
+BACKENDS = [
+    *_cpu_backends(),
+    *_cuda_backends(),
+    TRITON,
+    Backend("reference", "reference", kernel=False),
+]
 
 
 class Result(NamedTuple):
@@ -194,6 +219,19 @@ def assert_matches(
     subnormal = tolerances.FLOAT16_SUBNORMAL if dtype == torch.float16 else 0.0
     relative = tolerances.gradient_tolerance(divergence, dtype, close=close)
     assert_gradient(actual.gradient, expected.gradient, relative, subnormal)
+
+
+def assert_same(actual: Result, expected: Result, divergence: str, backend: Backend) -> None:
+    """The same call on the same values elsewhere in memory: the same bits, where those hold."""
+    if not backend.same_bits_anywhere:
+        assert_matches(actual, expected, divergence, expected.gradient.dtype)
+        if expected.metrics is not None:
+            assert_metrics(actual.metrics, expected.metrics, divergence)
+        return
+    assert torch.equal(actual.loss, expected.loss)
+    assert torch.equal(actual.gradient, expected.gradient)
+    for name, metric in (expected.metrics or {}).items():
+        assert metric is None or torch.equal(actual.metrics[name], metric), name
 
 
 def assert_metrics(actual: dict, expected: dict, divergence: str) -> None:

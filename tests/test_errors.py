@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -108,8 +109,13 @@ OPTIONS = [
     ("teacher_softcap", 0.0, ValueError, "teacher_softcap is 0.0, expected positive"),
     ("teacher_softcap", math.nan, ValueError, "teacher_softcap is nan, expected positive"),
     ("teacher_softcap", "30", TypeError, "teacher_softcap is a str, expected a number"),
-    ("backend", "metal", ValueError, "backend is 'metal', expected 'auto', 'cpu', .*'reference'"),
-    ("backend", None, ValueError, "backend is None, expected 'auto', 'cpu', .*'reference'"),
+    (
+        "backend",
+        "metal",
+        ValueError,
+        "backend is 'metal', expected 'auto', 'cpu', 'cuda', .*'reference'",
+    ),
+    ("backend", None, ValueError, "backend is None, expected 'auto', 'cpu', 'cuda', .*'reference'"),
 ]
 
 
@@ -202,6 +208,14 @@ def test_backends_say_why_not():
     leaf = S.double().requires_grad_()
     with pytest.raises(ValueError, match=r"cpu: .*float64.*reference: .*cannot overwrite"):
         kd_loss(leaf * 1, T, inplace_grad=True)
+
+
+def test_cuda_says_why_not_on_the_cpu():
+    with pytest.raises(ValueError, match=r"cuda: the tensors are on cpu, not on a CUDA device"):
+        kd_loss(S, T, backend="cuda")
+    for reason in kdkernels.backends.cuda.device_reasons():
+        with pytest.raises(ValueError, match=f"cuda: .*{re.escape(reason)}"):
+            kd_loss(S, T, backend="cuda")
 
 
 def test_unknown_instruction_set(monkeypatch):

@@ -83,6 +83,10 @@ def test_student_excludes_and_the_divergence_is_finite(backend, divergence):
     check_one_sided(backend, divergence, "student", infinite=False)
 
 
+def test_student_excludes_and_a_power_of_the_teacher_is_finite(backend):
+    check_one_sided(backend, AlphaBeta(0, 0.7), "student", infinite=False)
+
+
 @pytest.mark.parametrize("divergence", [*KL_WITH_STUDENT_FIRST, *SYMMETRIC], ids=str)
 def test_teacher_excludes_what_the_student_has(backend, divergence):
     check_one_sided(backend, divergence, "teacher", infinite=True, gradient_of_infinite="nan")

@@ -30,6 +30,8 @@ struct Defaults {
   // Whether one rounding error common to all log q changes the divergence at first order, so that
   // the kernel has to take it back.
   static constexpr bool kFeelsShift = false;
+  // Whether computing the slopes a second time costs less than keeping them.
+  static constexpr bool kCheapSlope = false;
 };
 
 // KL(p || q). Hinton et al. 2015.
@@ -46,6 +48,7 @@ struct ForwardKL : Defaults {
 
 // KL(q || p). Gu et al. 2023 (MiniLLM).
 struct ReverseKL : Defaults {
+  static constexpr bool kCheapSlope = true;
   ReverseKL(float, float) {}
 
   template <class F>
@@ -175,6 +178,7 @@ struct SymmetricKL : Defaults {
 
 // Total variation, sum |p - q| / 2; slope 0 where p = q. Wen et al. 2023.
 struct TVD : Defaults {
+  static constexpr bool kCheapSlope = true;
   TVD(float, float) {}
 
   template <class F>
@@ -202,11 +206,11 @@ struct AlphaBeta : Defaults {
   // K = sum_phi phi((a+b) d) + first_phi phi(x) + first_product (x (exp(x) - 1) - phi(x))
   //     + square d^2
   // slope / factor = sum_expm1 (exp((a+b) d) - 1) + first_expm1 (exp(x) - 1)
-  //     + linear d + linear_product d (exp(x) - 1)
+  //     + linear d + linear_power d exp(x)
   struct Coefficients {
     float first;
     float sum_phi = 0, first_phi = 0, first_product = 0, square = 0;
-    float sum_expm1 = 0, first_expm1 = 0, linear = 0, linear_product = 0;
+    float sum_expm1 = 0, first_expm1 = 0, linear = 0, linear_power = 0;
 
     // K(a, b, d).
     Coefficients(float a, float b) : first(a) {
@@ -235,8 +239,7 @@ struct AlphaBeta : Defaults {
       teacher_larger.first_expm1 = -1 / a;
     } else {
       student_larger.linear = -1;
-      teacher_larger.linear = 1;
-      teacher_larger.linear_product = 1;
+      teacher_larger.linear_power = 1;
     }
   }
 
@@ -263,10 +266,11 @@ struct AlphaBeta : Defaults {
         times_or_zero(pick(&Coefficients::first_phi), select(far, of_first.expm1, of_first.phi)) +
         times_or_zero(pick(&Coefficients::first_product), product) +
         times_or_zero(pick(&Coefficients::square), d * d);
-    const F slope = times_or_zero(pick(&Coefficients::sum_expm1), of_sum.expm1) +
-                    times_or_zero(pick(&Coefficients::first_expm1), of_first.expm1) +
-                    times_or_zero(pick(&Coefficients::linear), d) +
-                    times_or_zero(pick(&Coefficients::linear_product), d * of_first.expm1);
+    const F slope =
+        times_or_zero(pick(&Coefficients::sum_expm1), of_sum.expm1) +
+        times_or_zero(pick(&Coefficients::first_expm1), of_first.expm1) +
+        times_or_zero(pick(&Coefficients::linear), d) +
+        times_or_zero(pick(&Coefficients::linear_power), times_or_zero(of_first.expm1 + 1.0f, d));
     return {times_or_zero(factor, value), times_or_zero(factor, slope)};
   }
 };

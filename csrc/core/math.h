@@ -11,8 +11,10 @@ namespace kd::KD_NAMESPACE {
 
 KD_INLINE float select(bool condition, float yes, float no) { return condition ? yes : no; }
 KD_INLINE float abs(float x) { return fabsf(x); }
+#if !defined(KD_OWN_EXP_AND_LOG1P)  // csrc/cuda brings its own, of approximate instructions
 KD_INLINE float exp(float x) { return expf(x); }
 KD_INLINE float log1p(float x) { return log1pf(x); }
+#endif
 
 // x y, and 0 where x is 0, whatever y is: a probability of 0 times an infinite logarithm.
 template <class F>

@@ -53,6 +53,7 @@ struct LogitsParams {
   const float* token_weight = nullptr;  // (rows,)
   Reduction reduction = Reduction::kMean;
   const float* normalizer = nullptr;  // (); null: the sum of the kept rows' weights
+  float divisor = 1;                  // of the gradient, beside the normalizer (CUDA)
 
   // float16 gradients are stored times a power of two per row, without weight and normalizer;
   // row_scale gives what the backward multiplies them by.
@@ -72,6 +73,7 @@ struct ScaleParams {
   const float* grad_output = nullptr;
   int64_t grad_output_stride = 0;
   const float* row_scale = nullptr;  // (rows,)
+  int64_t first_row = 0;             // of this launch (CUDA)
 };
 
 }  // namespace kd

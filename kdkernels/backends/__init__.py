@@ -9,20 +9,20 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..divergences import Divergence
-from . import cpu, triton
+from . import cpu, cuda, triton
 
-#: In order of preference; "reference" last, since it serves nearly everything.
-BACKENDS = ("cpu", "triton", "reference")
+#: In order of preference: the usual refusal, for another device, comes first where it costs least.
+BACKENDS = ("cpu", "cuda", "triton", "reference")
+
+_WITH_KERNELS = {"cuda": cuda, "cpu": cpu, "triton": triton}
 
 
 def why_not(
     backend: str, student: Tensor, teacher: Tensor, divergence: Divergence, inplace_grad: bool
 ) -> list[str]:
     """Why ``backend`` cannot serve a call; empty if it can."""
-    if backend == "cpu":
-        return cpu.why_not(student, teacher, divergence)
-    if backend == "triton":
-        return triton.why_not(student, teacher, divergence)
+    if backend in _WITH_KERNELS:
+        return _WITH_KERNELS[backend].why_not(student, teacher, divergence)
     if inplace_grad:
         return ["its gradient comes from autograd and cannot overwrite student_logits"]
     return []

@@ -1,0 +1,82 @@
+// How the threads of a team share out the columns of a row.
+#pragma once
+
+#include "team.h"
+
+namespace kd::cuda {
+
+// n columns, `step` apart, from `begin` on.
+template <int n>
+struct Place {
+  static constexpr int kCount = n;
+  int slot;  // which of a thread's vectors
+  int begin, step;
+
+  KD_DEVICE int column(int i) const { return begin + i * step; }
+};
+
+// Vectors of kCount neighbours at addresses that are multiples of 16 in every tensor, with a few
+// columns left over at either end, one for a thread; or, where the tensors' rows are aligned
+// differently, single columns, neighbours in neighbouring threads.
+template <int kCount>
+struct Columns {
+  int vocab;
+  bool aligned;
+  int begin, end;  // of what this thread's places may begin at
+  int stride;      // threads in the team
+  int edge = -1;   // this thread's left-over column
+
+  KD_DEVICE Columns(const Team& team, int64_t vocab_size, const char* student, DType student_dtype,
+                    const char* teacher, DType teacher_dtype, const char* gradient)
+      : vocab((int)vocab_size), aligned(false), stride(team.stride) {
+    const int student_size = (int)item_size(student_dtype);
+    const int teacher_size = (int)item_size(teacher_dtype);
+    const auto whole = [](const char* row, int bytes) {
+      return ((uintptr_t)row + bytes) % 16 == 0;
+    };
+    const int shift = student_dtype == DType::kFloat32 ? 2 : 3;  // 1 << shift of them are 16 bytes
+    int head = (int)(-(uintptr_t)student % 16) >> (4 - shift);
+    for (; head < kCount; head += 1 << shift) {
+      aligned = whole(student, head * student_size) && whole(teacher, head * teacher_size) &&
+                (!gradient || whole(gradient, head * student_size));
+      if (aligned) break;
+    }
+    const int first = team.first;
+    begin = first;
+    end = vocab;
+    if (!aligned) return;
+    head = head < vocab ? head : vocab;
+    begin = head + first * kCount;
+    end = head + (vocab - head) / kCount * kCount;
+    if (first < head)
+      edge = first;
+    else if (first - head < vocab - end)
+      edge = end + first - head;
+  }
+
+  KD_DEVICE Place<kCount> place(int slot) const {
+    return {slot, begin + slot * kCount * stride, aligned ? 1 : stride};
+  }
+
+  KD_DEVICE Place<1> edge_place() const { return {0, edge, 1}; }
+
+  KD_DEVICE bool holds(const Place<kCount>& place) const { return place.begin < end; }
+};
+
+// Columns [begin, end) of a row of the gradient become `value`, 16 bytes at a time.
+KD_DEVICE void fill(const Team& team, char* row, DType dtype, int64_t begin, int64_t end,
+                    float value) {
+  const int shift = dtype == DType::kFloat32 ? 2 : 3;  // 1 << shift of them are 16 bytes
+  const int64_t misaligned = -(uintptr_t)(row + begin * (16 >> shift)) % 16 >> (4 - shift);
+  const int64_t head = begin + misaligned < end ? begin + misaligned : end;
+  const int64_t vectors = (end - head) >> shift, tail = head + (vectors << shift);
+  for (int64_t i = begin + team.first; i < head; i += team.stride) store_1(row, i, dtype, value);
+  for (int64_t i = tail + team.first; i < end; i += team.stride) store_1(row, i, dtype, value);
+  const uint32_t word = dtype == DType::kFloat32    ? bits_as<uint32_t>(value)
+                        : dtype == DType::kBFloat16 ? pack_bfloat16x2(value, value)
+                                                    : pack_float16x2(value, value);
+  for (int64_t i = team.first; i < vectors; i += team.stride)
+    store_16(row + (head << (4 - shift)) + i * 16, {word, word, word, word});
+}
+
+}  // namespace kd::cuda

@@ -1,0 +1,79 @@
+#include "scale.cuh"
+
+#include "../core/divergences.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <stdexcept>
+
+#include "dispatch.h"
+#include "launch.h"
+
+namespace kd::cuda {
+
+// In rows.cuh, compiled in a file per divergence.
+template <class Divergence>
+void run_rows(const LogitsParams& call, const Device& device, const Tile* wanted, void* stream);
+
+namespace {
+
+constexpr const char* kOverride = "KDKERNELS_CUDA_TILE";
+
+// For benchmarks and tests, such as "registers:8x256" or "streaming:1x256". Read at every call, so
+// that one process can compare them.
+bool tile_override(Tile& tile) {
+  const char* wanted = std::getenv(kOverride);
+  if (!wanted || !*wanted) return false;
+  const std::string text = wanted, name = text.substr(0, text.find(':'));
+  int max_threads = 0, used = 0;
+  const auto is = [&](const char* its_name, Kernel kernel, int its_max_threads) {
+    if (name != its_name) return;
+    tile.kernel = kernel;
+    max_threads = its_max_threads;
+  };
+  is("registers", Kernel::kRegisters, kMaxRegisterThreads);
+  is("shared", Kernel::kShared, kMaxSharedThreads);
+  is("streaming", Kernel::kStreaming, kMaxStreamingThreads);
+  const bool parsed =
+      std::sscanf(wanted + name.size(), ":%dx%d%n", &tile.cluster, &tile.threads, &used) == 2 &&
+      name.size() + used == text.size();
+  bool cluster = false;
+  for (const int known : kClusters) cluster |= tile.cluster == known;
+  if (tile.kernel == Kernel::kStreaming) cluster = tile.cluster == 1;
+  if (!parsed || !cluster || tile.threads < 32 || tile.threads > max_threads || tile.threads % 32)
+    throw std::invalid_argument(
+        std::string(kOverride) + " is " + text +
+        ", expected KERNEL:CLUSTERxTHREADS such as registers:8x256 (at most 512 threads), "
+        "shared:8x256 or streaming:1x256 (at most 256)");
+  return true;
+}
+
+using RowsFunction = void (*)(const LogitsParams&, const Device&, const Tile*, void*);
+#define KD_RUN_ROWS(name, Divergence) run_rows<Divergence>,
+constexpr RowsFunction kRows[] = {KD_DIVERGENCES(KD_RUN_ROWS)};
+#undef KD_RUN_ROWS
+
+}  // namespace
+
+std::string why_not(int device) { return why_not(scale_kernel, device); }
+
+void logits(const LogitsParams& params, int device, void* stream) {
+  if (params.rows == 0) return;
+  if (params.vocab > kMaxVocab)
+    throw std::invalid_argument("a vocabulary of " + std::to_string(params.vocab) + " is above " +
+                                std::to_string(kMaxVocab));
+  use_device(device);
+  Tile tile;
+  const bool wanted = tile_override(tile);
+  kRows[params.divergence](params, device_of(device), wanted ? &tile : nullptr, stream);
+}
+
+void scale(const ScaleParams& call, int device, void* stream) {
+  use_device(device);
+  ScaleParams params = call;
+  launch_in_parts(params, call.rows, [&](int64_t rows) {
+    launch(scale_kernel, Grid{(unsigned)rows, kScaleThreads, 1, 0}, stream, params);
+  });
+}
+
+}  // namespace kd::cuda

@@ -1,0 +1,20 @@
+// What the extension module calls; declared without CUDA's headers.
+#pragma once
+
+#include <string>
+
+#include "../core/params.h"
+
+namespace kd::cuda {
+
+// Why calls on a device cannot be served, or an empty string.
+std::string why_not(int device);
+
+// Launches on `stream`, a cudaStream_t, and returns at once. Beside the comments of LogitsParams:
+// token_weight is 0 for rows that take no part, labels need not be in range and are not compared
+// with ignore_index, a null normalizer is 1, reduction is none.
+void logits(const LogitsParams& params, int device, void* stream);
+
+void scale(const ScaleParams& params, int device, void* stream);
+
+}  // namespace kd::cuda

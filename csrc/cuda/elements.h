@@ -1,0 +1,229 @@
+// Floats in a thread: the maths primitives of csrc/core for the device, and dtypes, scale and
+// softcap where a block of a row is loaded or stored.
+#pragma once
+
+#ifndef KD_NAMESPACE
+#define KD_NAMESPACE cuda
+#endif
+#define KD_OWN_EXP_AND_LOG1P
+
+#include <cfloat>
+#include <cmath>
+#include <cstring>
+
+#include "ptx.h"
+
+#include "../core/params.h"
+
+namespace kd::cuda {
+
+constexpr float kLog2E = 1.44269504f;
+constexpr double kLn2 = 0.6931471805599453;
+
+KD_INLINE float exp(float x) {
+#if defined(__CUDA_ARCH__) || defined(KD_EMULATE)
+  return exp2_approx(x * kLog2E);
+#else
+  return expf(x);  // nvcc compiles csrc/core for the host too, where nothing calls it
+#endif
+}
+
+// log(1 + x) for -1 <= x <= 0, all that the divergences ask for, relative error below 1e-6.
+KD_INLINE float log1p(float x) {
+#if defined(__CUDA_ARCH__) || defined(KD_EMULATE)
+  // Minimax polynomial of log(1 + x) / x on [-0.3, 0].
+  float series = 4.05214310e-1f * x - 3.54297385e-2f;
+  series = series * x + 2.29551777e-1f;
+  series = series * x - 2.46710688e-1f;
+  series = series * x + 3.33504379e-1f;
+  series = series * x - 4.99996692e-1f;
+  series = series * x + 1.0f;
+  return x > -0.3f ? series * x : 0.693147181f * log2_approx(1.0f + x);
+#else
+  return log1pf(x);
+#endif
+}
+
+}  // namespace kd::cuda
+
+#include "../core/math.h"
+
+namespace kd::cuda {
+
+// Four or eight bytes of one type as another.
+template <class To, class From>
+KD_DEVICE To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// The same in every lane, though the compiler cannot know that it is what it was: it then computes
+// again what a sweep can compute again, and does not keep a row's worth of results in registers.
+template <class T>
+KD_DEVICE T opaque(T x) {
+  return __shfl_sync(~0u, x, 0);
+}
+
+// 1 / x with one rounding to float.
+KD_DEVICE float reciprocal(double x) {
+  const double y = 1.0f / (float)x;
+  return (float)(y + y * (1 - x * y));
+}
+
+// log(x / y) of positive numbers, to full accuracy where they are close.
+KD_DEVICE float log_ratio(double x, double y) {
+  const float difference = (float)(x - y);
+  return x > y ? log1pf(difference / (float)y) : -log1pf(-difference / (float)x);
+}
+
+// tanh to full relative accuracy.
+KD_DEVICE float tanh(float x) {
+  const float e = exponential(-2.0f * abs(x)).expm1;
+  return copysignf(-e / (2.0f + e), x);
+}
+
+// A few floats, combined in pairs: a power of two of them.
+template <int n, class Combine>
+KD_DEVICE float fold(const float (&x)[n], Combine combine) {
+  float pairs[n];
+#pragma unroll
+  for (int i = 0; i < n; ++i) pairs[i] = x[i];
+#pragma unroll
+  for (int width = n / 2; width > 0; width /= 2)
+#pragma unroll
+    for (int i = 0; i < width; ++i) pairs[i] = combine(pairs[i], pairs[i + width]);
+  return pairs[0];
+}
+
+template <int n>
+KD_DEVICE float sum_of(const float (&x)[n]) {
+  return fold(x, [](float a, float b) { return a + b; });
+}
+
+// NaN is lost.
+template <int n>
+KD_DEVICE float max_of(const float (&x)[n]) {
+  return fold(x, [](float a, float b) { return fmaxf(a, b); });
+}
+
+// A sum of many floats; what rounding takes from it is summed apart.
+struct Sum {
+  float total = 0, lost = 0;
+
+  KD_DEVICE void add(float term) {
+    const float sum = total + term;
+    lost += term - (sum - total);
+    total = sum;
+  }
+
+  // Infinities have nothing to lose.
+  KD_DEVICE double value() const {
+    return abs(total) <= FLT_MAX ? (double)total + (double)lost : (double)total;
+  }
+};
+
+// A sum of so few that rounding takes next to nothing.
+struct ShortSum {
+  float total = 0;
+
+  KD_DEVICE void add(float term) { total += term; }
+  KD_DEVICE double value() const { return total; }
+};
+
+// 16 bytes as 4 or 8 logits, and back.
+
+template <int kItem>
+constexpr int kLanes = 16 / kItem;
+
+template <int kItem>
+KD_DEVICE void unpack(const uint4& packed, bool bfloat16, float (&x)[kLanes<kItem>]) {
+  const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
+  if constexpr (kItem == 4) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[i] = bits_as<float>(words[i]);
+  } else if (bfloat16) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 pair = unpack_bfloat16x2(words[i]);
+      x[2 * i] = pair.x, x[2 * i + 1] = pair.y;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 pair = unpack_float16x2(words[i]);
+      x[2 * i] = pair.x, x[2 * i + 1] = pair.y;
+    }
+  }
+}
+
+template <int kItem>
+KD_DEVICE uint4 pack(const float (&x)[kLanes<kItem>], bool bfloat16) {
+  uint32_t words[4];
+  if constexpr (kItem == 4) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words[i] = bits_as<uint32_t>(x[i]);
+  } else if (bfloat16) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words[i] = pack_bfloat16x2(x[2 * i], x[2 * i + 1]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words[i] = pack_float16x2(x[2 * i], x[2 * i + 1]);
+  }
+  return {words[0], words[1], words[2], words[3]};
+}
+
+// Rows::row for fewer than 2^32 rows: a 64-bit division costs as much as a sweep of a short row.
+KD_DEVICE char* row_of(const Rows& rows, int64_t index) {
+  const int64_t outer = index < rows.inner_size ? 0 : (uint32_t)index / (uint32_t)rows.inner_size;
+  const int64_t inner = index - outer * rows.inner_size;
+  return rows.data +
+         (outer * rows.outer_stride + inner * rows.inner_stride) * item_size(rows.dtype);
+}
+
+// One element of a row.
+
+KD_DEVICE float load_1(const char* row, int64_t index, DType dtype) {
+  if (dtype == DType::kFloat32) return ((const float*)row)[index];
+  const uint32_t bits = ((const uint16_t*)row)[index];
+  return dtype == DType::kBFloat16 ? unpack_bfloat16x2(bits).x : unpack_float16x2(bits).x;
+}
+
+KD_DEVICE void store_1(char* row, int64_t index, DType dtype, float x) {
+  if (dtype == DType::kFloat32)
+    ((float*)row)[index] = x;
+  else
+    ((uint16_t*)row)[index] =
+        (uint16_t)(dtype == DType::kBFloat16 ? pack_bfloat16x2(x, 0) : pack_float16x2(x, 0));
+}
+
+// Scale and softcap; -inf stays -inf.
+template <int n>
+KD_DEVICE void apply(const Transform& transform, float (&x)[n]) {
+  const float scale = transform.scale, cap = transform.softcap;
+  if (cap > 0) {
+    const float ratio = scale / cap;
+#pragma unroll
+    for (int i = 0; i < n; ++i) x[i] = x[i] == -INFINITY ? x[i] : cap * tanh(x[i] * ratio);
+  } else {
+#pragma unroll
+    for (int i = 0; i < n; ++i) x[i] *= scale;
+  }
+}
+
+// gradient *= d transformed / d raw, for a softcap: scale / cosh(scale x / cap)^2. Without one the
+// factor is `scale`, which the caller folds into its weight.
+template <int n>
+KD_DEVICE void chain_softcap(const Transform& transform, const float (&raw)[n],
+                             float (&gradient)[n]) {
+  const float ratio = transform.scale / transform.softcap;
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    const float e = exp(-2.0f * abs(raw[i] * ratio));
+    const float derivative = (4.0f * transform.scale) * e / ((1.0f + e) * (1.0f + e));
+    gradient[i] = times_or_zero(derivative, gradient[i]);
+  }
+}
+
+}  // namespace kd::cuda

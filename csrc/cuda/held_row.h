@@ -1,0 +1,251 @@
+// A row pair of one dtype that its team reads once and then holds, in registers or in shared
+// memory. A thread holds what it computes, so that no thread waits for another's part.
+#pragma once
+
+#include "columns.h"
+
+namespace kd::cuda {
+
+// 16-byte vectors in registers; loops over them are unrolled.
+template <int kVectors>
+class Registers {
+ public:
+  static constexpr bool kKeeps = false;
+  using Total = ShortSum;
+
+  KD_DEVICE explicit Registers(const Team&) {}
+
+  template <class Columns, class Step>
+  KD_DEVICE void for_each_place(const Columns& columns, Step step) const {
+#pragma unroll
+    for (int slot = 0; slot < kVectors; ++slot) {
+      const auto place = columns.place(slot);
+      if (columns.holds(place)) step(place);
+    }
+  }
+
+  KD_DEVICE uint4& student(int slot) { return student_[slot]; }
+  KD_DEVICE uint4& teacher(int slot) { return teacher_[slot]; }
+
+ private:
+  uint4 student_[kVectors], teacher_[kVectors];
+};
+
+// 16-byte vectors of a slot in shared memory: student, teacher and, where slopes are kept and do
+// not fit the teacher's place, one more.
+KD_INLINE constexpr int vectors_of_slot(int item_size, bool keeps) {
+  return keeps && item_size == 2 ? 3 : 2;
+}
+
+// As many slots as the launch has shared memory for, after what the warps tell each other.
+template <int kItem, bool kKeepsSlopes>
+class Shared {
+  static constexpr int kVectors = vectors_of_slot(kItem, kKeepsSlopes);
+
+ public:
+  static constexpr bool kKeeps = kKeepsSlopes;
+  using Total = Sum;
+
+  KD_DEVICE explicit Shared(const Team& team)
+      : mine_(reinterpret_cast<uint4*>(shared_memory<WarpSlot>() + team.size * team.warps) +
+              threadIdx.x),
+        threads_(blockDim.x) {}
+
+  template <class Columns, class Step>
+  KD_DEVICE void for_each_place(const Columns& columns, Step step) const {
+    for (int slot = 0; columns.holds(columns.place(slot)); ++slot) step(columns.place(slot));
+  }
+
+  KD_DEVICE uint4& student(int slot) { return vector(slot, 0); }
+  KD_DEVICE uint4& teacher(int slot) { return vector(slot, 1); }
+
+  KD_DEVICE void keep(int slot, const float (&slopes)[kLanes<kItem>]) {
+#pragma unroll
+    for (int i = 0; i < kLanes<kItem>; i += 4)
+      vector(slot, 1 + i / 4) =
+          pack<4>({slopes[i], slopes[i + 1], slopes[i + 2], slopes[i + 3]}, false);
+  }
+  KD_DEVICE void kept(int slot, float (&slopes)[kLanes<kItem>]) {
+#pragma unroll
+    for (int i = 0; i < kLanes<kItem>; i += 4) {
+      float four[4];
+      unpack<4>(vector(slot, 1 + i / 4), false, four);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) slopes[i + j] = four[j];
+    }
+  }
+
+ private:
+  KD_DEVICE uint4& vector(int slot, int i) { return mine_[(slot * kVectors + i) * threads_]; }
+
+  uint4* const mine_;
+  const int threads_;
+};
+
+template <int kItem, class Storage>
+class HeldRow {
+  static constexpr int kCount = kLanes<kItem>;
+
+ public:
+  // Whether slopes stay, in float32, until the gradient is computed.
+  static constexpr bool kKeeps = Storage::kKeeps;
+  // What adds up a thread's vectors.
+  using Total = typename Storage::Total;
+
+  KD_DEVICE HeldRow(const LogitsParams& params, const Team& team, int64_t row)
+      : student(row_of(params.student, row)),
+        gradient(params.gradient.data ? row_of(params.gradient, row) : nullptr),
+        teacher_(row_of(params.teacher, row)),
+        bfloat16_(params.student.dtype == DType::kBFloat16),
+        columns_(team, params.vocab, student, params.student.dtype, teacher_, params.teacher.dtype,
+                 gradient),
+        storage_(team) {}
+
+  KD_DEVICE void load() {
+    if (columns_.aligned) {
+      storage_.for_each_place(columns_, [&](const Place<kCount>& place) {
+        const int64_t offset = place.begin * (int64_t)kItem;
+        storage_.student(place.slot) = load_16(student + offset);
+        storage_.teacher(place.slot) = reads_teacher ? load_16(teacher_ + offset) : uint4{};
+      });
+    } else {
+      storage_.for_each_place(columns_, [&](const Place<kCount>& place) {
+        storage_.student(place.slot) = gather(student, place);
+        storage_.teacher(place.slot) = reads_teacher ? gather(teacher_, place) : uint4{};
+      });
+    }
+    if (columns_.edge < 0) return;
+    student_edge_[0] = load_1(student, columns_.edge, dtype());
+    if (reads_teacher) teacher_edge_[0] = load_1(teacher_, columns_.edge, dtype());
+  }
+
+  // Makes the next sweep unpack again, rather than keep every logit in a register of its own.
+  KD_DEVICE void refresh() { bfloat16_ = opaque((int)bfloat16_); }
+
+  // Calls step(place, logits) for all of this thread's columns; beyond the vocabulary is -inf.
+  template <class Step>
+  KD_DEVICE void for_each_of_student(Step step) {
+    storage_.for_each_place(columns_, [&](const Place<kCount>& place) {
+      float s[kCount];
+      unpack<kItem>(storage_.student(place.slot), bfloat16_, s);
+      step(place, s);
+    });
+    float s[1] = {student_edge_[0]};
+    if (columns_.edge >= 0) step(columns_.edge_place(), s);
+  }
+  template <class Step>
+  KD_DEVICE void for_each_of_teacher(Step step) {
+    storage_.for_each_place(columns_, [&](const Place<kCount>& place) {
+      float t[kCount];
+      unpack<kItem>(storage_.teacher(place.slot), bfloat16_, t);
+      step(place, t);
+    });
+    float t[1] = {teacher_edge_[0]};
+    if (columns_.edge >= 0) step(columns_.edge_place(), t);
+  }
+
+  // Calls step(place, student's logits, teacher's logits).
+  template <class Step>
+  KD_DEVICE void for_each(Step step) {
+    storage_.for_each_place(columns_, [&](const Place<kCount>& place) {
+      float s[kCount], t[kCount];
+      unpack<kItem>(storage_.student(place.slot), bfloat16_, s);
+      unpack<kItem>(storage_.teacher(place.slot), bfloat16_, t);
+      step(place, s, t);
+    });
+    float s[1] = {student_edge_[0]}, t[1] = {teacher_edge_[0]};
+    if (columns_.edge >= 0) step(columns_.edge_place(), s, t);
+  }
+
+  // Takes the place of the teacher's logits.
+  KD_DEVICE void keep(const Place<kCount>& place, const float (&slopes)[kCount]) {
+    storage_.keep(place.slot, slopes);
+  }
+  KD_DEVICE void keep(const Place<1>&, const float (&slopes)[1]) { teacher_edge_[0] = slopes[0]; }
+
+  // Calls step(place, student's logits, slopes).
+  template <class Step>
+  KD_DEVICE void for_each_kept(Step step) {
+    storage_.for_each_place(columns_, [&](const Place<kCount>& place) {
+      float s[kCount], slopes[kCount];
+      unpack<kItem>(storage_.student(place.slot), bfloat16_, s);
+      storage_.kept(place.slot, slopes);
+      step(place, s, slopes);
+    });
+    float s[1] = {student_edge_[0]}, slopes[1] = {teacher_edge_[0]};
+    if (columns_.edge >= 0) step(columns_.edge_place(), s, slopes);
+  }
+
+  // Takes the place of the student's logits.
+  KD_DEVICE void put_gradient(const Place<kCount>& place, const float (&x)[kCount]) {
+    storage_.student(place.slot) = pack<kItem>(x, bfloat16_);
+  }
+  KD_DEVICE void put_gradient(const Place<1>&, const float (&x)[1]) { student_edge_[0] = x[0]; }
+
+  KD_DEVICE void store_gradient() {
+    if (columns_.aligned) {
+      storage_.for_each_place(columns_, [&](const Place<kCount>& place) {
+        store_16(gradient + place.begin * (int64_t)kItem, storage_.student(place.slot));
+      });
+    } else {
+      storage_.for_each_place(columns_, [&](const Place<kCount>& place) {
+        scatter(storage_.student(place.slot), place);
+      });
+    }
+    if (columns_.edge >= 0) store_1(gradient, columns_.edge, dtype(), student_edge_[0]);
+  }
+
+  KD_DEVICE DType dtype() const {
+    return kItem == 4 ? DType::kFloat32 : bfloat16_ ? DType::kBFloat16 : DType::kFloat16;
+  }
+
+  const char* const student;
+  char* const gradient;  // null: loss only
+  bool reads_teacher = true;
+
+ private:
+  // Columns one by one.
+  KD_DEVICE uint4 gather(const char* row, const Place<kCount>& place) const {
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (kItem == 4) {
+        words[i] = bits(row, place.column(i));
+      } else {
+        const uint32_t low = bits(row, place.column(2 * i));
+        words[i] = low | bits(row, place.column(2 * i + 1)) << 16;
+      }
+    }
+    return {words[0], words[1], words[2], words[3]};
+  }
+
+  KD_DEVICE void scatter(const uint4& packed, const Place<kCount>& place) const {
+    const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (place.column(i) >= columns_.vocab) continue;
+      if constexpr (kItem == 4)
+        ((uint32_t*)gradient)[place.column(i)] = words[i];
+      else
+        ((uint16_t*)gradient)[place.column(i)] = (uint16_t)(words[i / 2] >> (i % 2 * 16));
+    }
+  }
+
+  // -inf beyond the vocabulary.
+  KD_DEVICE uint32_t bits(const char* row, int column) const {
+    if constexpr (kItem == 4)
+      return column < columns_.vocab ? ((const uint32_t*)row)[column] : 0xff800000u;
+    else
+      return column < columns_.vocab ? ((const uint16_t*)row)[column]
+             : bfloat16_             ? 0xff80u
+                                     : 0xfc00u;
+  }
+
+  const char* const teacher_;
+  bool bfloat16_;
+  const Columns<kCount> columns_;
+  Storage storage_;
+  float student_edge_[1], teacher_edge_[1];
+};
+
+}  // namespace kd::cuda

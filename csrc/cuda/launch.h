@@ -1,0 +1,160 @@
+// The one way to launch a kernel, with every return code checked.
+#pragma once
+
+#if !defined(KD_EMULATE)
+
+#include <cuda_runtime_api.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "tiles.h"
+
+namespace kd::cuda {
+
+inline void check(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(status));
+}
+
+struct Grid {
+  unsigned grid, block, cluster;
+  size_t shared_bytes;
+};
+
+struct LaunchConfig {
+  cudaLaunchAttribute cluster{};
+  cudaLaunchConfig_t config{};
+
+  LaunchConfig(const Grid& grid, void* stream) {
+    config.gridDim = dim3(grid.grid);
+    config.blockDim = dim3(grid.block);
+    config.dynamicSmemBytes = grid.shared_bytes;
+    config.stream = (cudaStream_t)stream;
+    if (grid.cluster <= 1) return;
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = grid.cluster;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+  }
+  LaunchConfig(const LaunchConfig&) = delete;  // config points into it
+};
+
+// The caller has made it current for PyTorch, whose CUDA runtime is another one than ours.
+inline void use_device(int device) { check(cudaSetDevice(device), "choosing a device"); }
+
+// What a kernel may only have when it was asked for.
+template <class Params>
+void allow(void (*kernel)(Params), const Grid& grid) {
+  constexpr size_t kUnasked = 48 * 1024;
+  if (grid.shared_bytes > kUnasked)
+    check(cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               (int)grid.shared_bytes),
+          "allowing more shared memory");
+  if (grid.cluster > kPortableCluster)
+    check(cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributeNonPortableClusterSizeAllowed,
+                               1),
+          "allowing clusters of 16");
+}
+
+// Launches kernel<<<grid.grid, grid.block>>>(params) in clusters of grid.cluster CTAs.
+template <class Params>
+void launch(void (*kernel)(Params), const Grid& grid, void* stream, const Params& params) {
+  allow(kernel, grid);
+  const LaunchConfig launch(grid, stream);
+  check(cudaLaunchKernelEx(&launch.config, kernel, params), "launching a kernel");
+}
+
+inline int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, device), "asking what the device is");
+  return value;
+}
+
+inline Device device_of(int device) {
+  return {attribute(cudaDevAttrComputeCapabilityMajor, device),
+          attribute(cudaDevAttrComputeCapabilityMinor, device),
+          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};
+}
+
+// Why this build has no code for the device, or an empty string.
+template <class Params>
+std::string why_not(void (*kernel)(Params), int device) {
+  int count = 0;
+  cudaError_t status = cudaGetDeviceCount(&count);
+  if (status == cudaErrorNoDevice || (status == cudaSuccess && count == 0))
+    return "there is no CUDA device";
+  if (status == cudaSuccess && device >= count)
+    return "CUDA has " + std::to_string(count) + " devices, none is number " +
+           std::to_string(device);
+  if (status == cudaSuccess) {
+    use_device(device);
+    const Device capability = device_of(device);
+    if (capability.major < 8)
+      return "compute capability " + std::to_string(capability.major) + "." +
+             std::to_string(capability.minor) + " is below 8.0";
+    cudaFuncAttributes attributes;
+    status = cudaFuncGetAttributes(&attributes, (const void*)kernel);
+  }
+  if (status == cudaSuccess) return "";
+  cudaGetLastError();
+  return std::string("CUDA says: ") + cudaGetErrorString(status);
+}
+
+// Whether the current device can hold even one such cluster.
+template <class Params>
+bool fits(void (*kernel)(Params), const Grid& grid) {
+  allow(kernel, grid);
+  const LaunchConfig launch(grid, nullptr);
+  int clusters = 0;
+  const cudaError_t status =
+      cudaOccupancyMaxActiveClusters(&clusters, (const void*)kernel, &launch.config);
+  if (status == cudaErrorInvalidClusterSize) {
+    cudaGetLastError();
+    return false;
+  }
+  check(status, "asking how many clusters fit");
+  return clusters > 0;
+}
+
+}  // namespace kd::cuda
+
+#else
+
+#include <string>
+
+#include "tiles.h"
+
+namespace kd::cuda {
+
+inline void use_device(int) {}
+
+inline Device device_of(int) { return {9, 0, 227 * 1024}; }
+
+template <class Params>
+std::string why_not(void (*)(Params), int) {
+  return "";
+}
+
+template <class Params>
+bool fits(void (*)(Params), const Grid&) {
+  return true;
+}
+
+}  // namespace kd::cuda
+
+#endif
+
+namespace kd::cuda {
+
+// Calls part(rows) with params.first_row set until all rows had their turn.
+template <class Params, class Part>
+void launch_in_parts(Params& params, int64_t rows, Part part) {
+  for (; params.first_row < rows; params.first_row += kRowsPerLaunch) {
+    const int64_t left = rows - params.first_row;
+    part(left < kRowsPerLaunch ? left : kRowsPerLaunch);
+  }
+}
+
+}  // namespace kd::cuda

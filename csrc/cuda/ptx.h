@@ -1,0 +1,139 @@
+// Every PTX instruction and NVIDIA intrinsic the kernels use, as functions. The emulator of
+// csrc/tests provides the same names for the CPU.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#define KD_DEVICE __device__ __forceinline__
+
+#if !defined(KD_EMULATE)
+
+namespace kd::cuda {
+
+// 2^x, relative error below 2^-22, subnormal results are 0.
+KD_DEVICE float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// log2(x), absolute error below 2^-22 in (1/2, 2), relative elsewhere.
+KD_DEVICE float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// 16 bytes that no kernel writes before they have been read, past the first-level cache.
+KD_DEVICE uint4 load_16(const void* from) {
+  uint4 x;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(from));
+  return x;
+}
+
+// 16 bytes that this kernel does not read again: the first to be evicted.
+KD_DEVICE void store_16(void* to, uint4 x) {
+  asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x.x), "r"(x.y),
+               "r"(x.z), "r"(x.w)
+               : "memory");
+}
+
+// Two floats to two 16-bit ones, to nearest even; `low` is the first in memory.
+KD_DEVICE uint32_t pack_bfloat16x2(float low, float high) {
+  uint32_t x;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
+  return x;
+}
+
+KD_DEVICE uint32_t pack_float16x2(float low, float high) {
+  uint32_t x;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
+  return x;
+}
+
+KD_DEVICE float2 unpack_bfloat16x2(uint32_t x) {
+  return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)};
+}
+
+KD_DEVICE float2 unpack_float16x2(uint32_t x) {
+  float2 y;
+  asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high; }"
+      : "=f"(y.x), "=f"(y.y)
+      : "r"(x));
+  return y;
+}
+
+template <class T>
+KD_DEVICE T* shared_memory() {
+  extern __shared__ uint4 memory[];
+  return reinterpret_cast<T*>(memory);
+}
+
+// Clusters, from sm_90 on; elsewhere a CTA is a cluster of its own.
+
+KD_DEVICE unsigned cluster_rank() {
+  unsigned rank = 0;
+#if __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  return rank;
+}
+
+KD_DEVICE unsigned cluster_size() {
+  unsigned size = 1;
+#if __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+#endif
+  return size;
+}
+
+// What a thread wrote before it arrives, in any CTA's shared memory, all see after they waited.
+// All threads of a CTA call these; the relaxed one promises nothing about memory, and so does not
+// wait for what is on its way.
+KD_DEVICE void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+
+KD_DEVICE void cluster_arrive_relaxed() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+
+KD_DEVICE void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+  __syncthreads();
+#endif
+}
+
+// Stores where `mine` lies, in the shared memory of CTA `rank` of the cluster.
+template <class T>
+KD_DEVICE void store_remote(T* mine, T value, unsigned rank) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+#if __CUDA_ARCH__ >= 900
+  uint32_t address = (uint32_t)__cvta_generic_to_shared(mine);
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(address), "r"(rank));
+  if constexpr (sizeof(T) == 4) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(address), "r"(bits) : "memory");
+  } else {
+    uint64_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(address), "l"(bits) : "memory");
+  }
+#else
+  *mine = value;
+#endif
+}
+
+}  // namespace kd::cuda
+
+#endif

@@ -1,0 +1,404 @@
+// The algorithm of one row pair, for any team of threads and any way to hold or re-read the row:
+//
+//   1. softmax states of student and teacher (and at T = 1 for the hard-label term), merged over
+//      the team
+//   2. value and slope of every term; the gradient too where the slopes are known to sum to 0
+//   3. otherwise the gradient, once the sum of the slopes is known
+//
+// It follows csrc/cpu/rows.h; options most calls do not use exist in kernels of their own.
+#pragma once
+
+#include <type_traits>
+
+#include "columns.h"
+#include "probabilities.h"
+#include "rows_params.h"
+
+namespace kd::cuda {
+
+template <class Divergence, class Row, bool kOptions>
+class RowPair {
+ public:
+  KD_DEVICE RowPair(const RowsParams<Divergence>& params, const Team& team, Row& row, int64_t index,
+                    float weight)
+      : params_(params), team_(team), row_(row), index_(index) {
+    float scale = params.row_scale ? params.gradient_scale : weight * inverse_normalizer();
+    if (kOptions && !student_softcap()) scale *= params.student_transform.scale;
+    kd_scale_ = scale * params.kd_weight * params.inverse_temperature;
+    if (kOptions && params.labels) ce_scale_ = scale * params.ce_weight;
+  }
+
+  KD_DEVICE void run() {
+    if (kOptions) row_.reads_teacher = uses_divergence();
+    row_.load();
+    const float label_logit = this->label_logit();  // before the gradient may overwrite it
+    read_states();
+    const bool both_valid = student_.valid() && teacher_.valid();
+    const bool kd_gradient = row_.gradient && (!kOptions || params_.kd_weight != 0);
+    // Filled by other threads than would store it, so nothing may be stored before.
+    const bool gradient_is_nan =
+        (kd_gradient && !both_valid) ||
+        (kOptions && ce_scale_ != 0 && !(state_at_1_.valid() && label_in_range()));
+    const float cross_entropy = uses_cross_entropy() ? this->cross_entropy(label_logit) : 0;
+    if (kOptions && params_.metrics) read_entropies();  // before the gradient may overwrite them
+    if (!uses_divergence())
+      divergence_ = 0;
+    else if (both_valid)
+      sweep(kd_gradient && !gradient_is_nan);
+
+    if (row_.gradient) {
+      if (gradient_is_nan)
+        fill(team_, row_.gradient, row_.dtype(), 0, params_.vocab, NAN);
+      else if (kOptions && !kd_gradient)
+        hard_label_gradient();
+      fill(team_, row_.gradient, row_.dtype(), params_.vocab, params_.gradient.width, 0);
+    }
+    if (team_.first == 0) write_results(cross_entropy, both_valid);
+  }
+
+ private:
+  KD_DEVICE float weight() const {
+    return params_.token_weight ? params_.token_weight[index_] : 1.0f;
+  }
+  KD_DEVICE float inverse_normalizer() const {
+    return reciprocal((params_.normalizer ? *params_.normalizer : 1.0) * params_.divisor);
+  }
+
+  KD_DEVICE bool uses_divergence() const {
+    return !kOptions || params_.kd_weight != 0 || params_.metrics;
+  }
+  KD_DEVICE bool uses_cross_entropy() const {
+    return kOptions && params_.labels && (params_.ce_weight != 0 || params_.metrics);
+  }
+  KD_DEVICE bool student_softcap() const { return params_.student_transform.softcap > 0; }
+
+  KD_DEVICE int64_t label() const { return params_.labels[index_]; }
+  KD_DEVICE bool label_in_range() const { return label() >= 0 && label() < params_.vocab; }
+
+  // NaN for a label outside the vocabulary.
+  KD_DEVICE float label_logit() const {
+    if (!uses_cross_entropy() || !label_in_range()) return NAN;
+    float x[1] = {load_1(row_.student, label(), row_.dtype())};
+    apply(params_.student_transform, x);
+    return x[0];
+  }
+
+  KD_DEVICE float cross_entropy(float label_logit) const {
+    if (!state_at_1_.valid()) return NAN;
+    return state_at_1_.max - label_logit + state_at_1_.log_sum(kLog2E);
+  }
+
+  KD_DEVICE void read_states() {
+    Running student(params_.c), teacher(params_.c), at_1(kLog2E);
+    Top student_top, teacher_top;
+    const bool apart = uses_cross_entropy() && params_.temperature != 1;
+    row_.for_each_of_student([&](const auto& place, auto& s) {
+      if constexpr (kOptions) {
+        if (params_.metrics) student_top.push(s, place);
+        apply(params_.student_transform, s);
+        if (apart) at_1.push(s);
+      }
+      student.push(s);
+    });
+    if (uses_divergence()) {
+      row_.for_each_of_teacher([&](const auto& place, auto& t) {
+        if constexpr (kOptions) {
+          if (params_.metrics) teacher_top.push(t, place);
+          apply(params_.teacher_transform, t);
+        }
+        teacher.push(t);
+      });
+    }
+
+    team_.wait_until_all_entered();
+    team_.tell(team_.mine().student, warp_merge(student.state()));
+    team_.tell(team_.mine().teacher, warp_merge(teacher.state()));
+    if constexpr (kOptions) {
+      if (apart) team_.tell(team_.mine().student_at_1, warp_merge(at_1.state()));
+      if (params_.metrics) {
+        team_.tell(team_.mine().student_top, warp_top(student_top));
+        team_.tell(team_.mine().teacher_top, warp_top(teacher_top));
+      }
+    }
+    team_.arrive();
+    team_.wait();
+    team_.for_slots([&](const WarpSlot& slot) {
+      student_.merge(slot.student);
+      teacher_.merge(slot.teacher);
+      if (apart) state_at_1_.merge(slot.student_at_1);
+    });
+    student_ = warp_merge(student_);
+    teacher_ = warp_merge(teacher_);
+    if constexpr (kOptions) {
+      state_at_1_ = apart ? warp_merge(state_at_1_) : student_;
+      if (params_.metrics) agree_ = tops_agree();
+    }
+  }
+
+  KD_DEVICE bool tops_agree() const {
+    Top student, teacher;
+    team_.for_slots([&](const WarpSlot& slot) {
+      student.push(slot.student_top);
+      teacher.push(slot.teacher_top);
+    });
+    return warp_top(student).column == warp_top(teacher).column;
+  }
+
+  KD_DEVICE Probabilities probabilities() const {
+    Probabilities x;
+    x.c = params_.c;
+    x.inverse_temperature = params_.inverse_temperature;
+    x.s_max = student_.max, x.t_max = teacher_.max;
+    x.s_shift = student_.shift, x.t_shift = teacher_.shift;
+    x.s_inverse = reciprocal(student_.sum), x.t_inverse = reciprocal(teacher_.sum);
+    x.s_log_sum = student_.log_sum(x.c), x.t_log_sum = teacher_.log_sum(x.c);
+    const bool shifted = abs(x.s_max - x.t_max) > 4;
+    x.s_origin = shifted ? x.s_max : 0, x.t_origin = shifted ? x.t_max : 0;
+    const double apart = ((double)x.t_max - x.t_origin) - ((double)x.s_max - x.s_origin);
+    const double excess = student_.excess(x.c) - teacher_.excess(x.c);
+    x.offset = (float)(apart * x.inverse_temperature + kLn2 * excess +
+                       log_ratio(teacher_.corrected_sum(x.c), student_.corrected_sum(x.c)));
+    return x;
+  }
+
+  KD_DEVICE void read_entropies() {
+    const Probabilities probabilities = this->probabilities();
+    Sum student, teacher;
+    row_.for_each_of_student([&](const auto&, auto& s) {
+      apply(params_.student_transform, s);
+      for (float& x : s) x = times_or_zero(probabilities.q(x), probabilities.log_q(x));
+      student.add(sum_of(s));
+    });
+    row_.for_each_of_teacher([&](const auto&, auto& t) {
+      apply(params_.teacher_transform, t);
+      for (float& x : t) x = times_or_zero(probabilities.p(x), probabilities.log_p(x));
+      teacher.add(sum_of(t));
+    });
+    team_.tell(team_.mine().entropies[0], warp_sum(student.value()));
+    team_.tell(team_.mine().entropies[1], warp_sum(teacher.value()));
+    team_.arrive();
+    team_.wait();
+    double sums[2] = {};
+    team_.for_slots([&](const WarpSlot& slot) {
+      sums[0] += slot.entropies[0];
+      sums[1] += slot.entropies[1];
+    });
+    sums[0] = warp_sum(sums[0]), sums[1] = warp_sum(sums[1]);
+    if (student_.valid()) student_entropy_ = (float)-sums[0];
+    if (teacher_.valid()) teacher_entropy_ = (float)-sums[1];
+  }
+
+  // What the second sweep adds up.
+  struct Sums {
+    typename Row::Total value, slope, shift;
+  };
+
+  // Sweep 2, and 3 where the divergence needs one.
+  KD_DEVICE void sweep(bool with_gradient) {
+    const Probabilities probabilities = this->probabilities();
+    Sums sums;
+    row_.refresh();
+    row_.for_each([&](const auto& place, auto& s, auto& t) {
+      constexpr int n = std::decay_t<decltype(place)>::kCount;
+      float raw[n];
+      transform(s, t, raw);
+      float values[n], slopes[n];
+      [[maybe_unused]] float shifts[n];
+#pragma unroll
+      for (int i = 0; i < n; ++i) {
+        const Point<float> point = probabilities(s[i], t[i]);
+        const Term<float> term = params_.term(point);
+        values[i] = term.value;
+        slopes[i] = term.slope;
+        if constexpr (Divergence::kFeelsShift)
+          shifts[i] = bregman(point.p, point.q, point.r).difference;
+      }
+      sums.value.add(sum_of(values));
+      if constexpr (!Divergence::kSlopeSumsToZero) sums.slope.add(sum_of(slopes));
+      if constexpr (Divergence::kFeelsShift) sums.shift.add(sum_of(shifts));
+      if constexpr (Divergence::kSlopeSumsToZero) {
+        if (with_gradient) {
+#pragma unroll
+          for (int i = 0; i < n; ++i) slopes[i] *= kd_scale_;
+          finish_gradient(place, raw, s, slopes);
+        }
+      } else if constexpr (Row::kKeeps) {
+        row_.keep(place, slopes);
+      }
+    });
+    const double slope_sum = add_up(sums, with_gradient);
+    if constexpr (!Divergence::kSlopeSumsToZero)
+      if (with_gradient) gradient_sweep(probabilities, slope_sum);
+  }
+
+  // Sums over the team; returns that of the slopes. A finished gradient leaves in between: before
+  // the others are told they would have to wait for it.
+  KD_DEVICE double add_up(const Sums& sums, [[maybe_unused]] bool with_gradient) {
+    constexpr int kCount = Divergence::kFeelsShift ? 3 : Divergence::kSlopeSumsToZero ? 1 : 2;
+    const double mine[] = {sums.value.value(), sums.slope.value(), sums.shift.value()};
+    double all[3] = {};
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) team_.tell(team_.mine().sums[i], warp_sum(mine[i]));
+    team_.arrive();
+    if constexpr (Divergence::kSlopeSumsToZero)
+      if (with_gradient) row_.store_gradient();
+    team_.wait();
+    team_.for_slots([&](const WarpSlot& slot) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) all[i] += slot.sums[i];
+    });
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) all[i] = warp_sum(all[i]);
+    divergence_ = all[0];
+    // sum q - p is 0; what it comes to is how far rounding of the softmax sums moved all log q.
+    if constexpr (Divergence::kFeelsShift) {
+      if (all[1] <= FLT_MAX && all[1] >= -FLT_MAX) divergence_ -= all[2] * all[1];
+      if (divergence_ < 0) divergence_ = 0;
+    }
+    return all[1];
+  }
+
+  KD_DEVICE void gradient_sweep(const Probabilities& before, double sum) {
+    const Probabilities probabilities = before.again();
+    // The probabilities sum to 1 up to the rounding of s_inverse.
+    const double total = (double)probabilities.s_inverse * student_.sum;
+    const float slope_sum = (float)(sum * (2 - total));
+    // Covers NaN and both infinities: an infinite divergence of q has no gradient.
+    if (!(abs(slope_sum) <= FLT_MAX))
+      return fill(team_, row_.gradient, row_.dtype(), 0, params_.vocab, NAN);
+    const float scale = kd_scale_ * fit_float16_range(slope_sum);
+    row_.refresh();
+    if constexpr (Row::kKeeps) {
+      row_.for_each_kept([&](const auto& place, auto& s, auto& slopes) {
+        constexpr int n = std::decay_t<decltype(place)>::kCount;
+        float raw[n];
+        transform_student(s, raw);
+#pragma unroll
+        for (int i = 0; i < n; ++i)
+          slopes[i] = (slopes[i] - probabilities.q(s[i]) * slope_sum) * scale;
+        finish_gradient(place, raw, s, slopes);
+      });
+    } else {
+      row_.for_each([&](const auto& place, auto& s, auto& t) {
+        constexpr int n = std::decay_t<decltype(place)>::kCount;
+        float raw[n], gradient[n];
+        transform(s, t, raw);
+#pragma unroll
+        for (int i = 0; i < n; ++i) {
+          const Point<float> point = probabilities(s[i], t[i]);
+          gradient[i] = (params_.term(point).slope - point.q * slope_sum) * scale;
+        }
+        finish_gradient(place, raw, s, gradient);
+      });
+    }
+    row_.store_gradient();
+  }
+
+  // The slopes of reverse KL are as large as its value, which has no bound: a float16 row takes
+  // another power of two then. Returns the factor for kd_scale_ and applies it to the rest.
+  KD_DEVICE float fit_float16_range(float slope_sum) {
+    if (!params_.row_scale || abs(slope_sum) < 1) return 1;
+    range_factor_ = exp2f((float)-ilogbf(slope_sum));
+    ce_scale_ *= range_factor_;
+    return range_factor_;
+  }
+
+  KD_DEVICE void hard_label_gradient() {
+    row_.refresh();
+    row_.for_each_of_student([&](const auto& place, auto& s) {
+      constexpr int n = std::decay_t<decltype(place)>::kCount;
+      float raw[n], gradient[n] = {};
+      transform_student(s, raw);
+      finish_gradient(place, raw, s, gradient);
+    });
+    row_.store_gradient();
+  }
+
+  // Scale and softcap, keeping the student's raw logits for the softcap's derivative.
+  template <int n>
+  KD_DEVICE void transform_student(float (&s)[n], float (&raw)[n]) const {
+    if constexpr (kOptions) {
+#pragma unroll
+      for (int i = 0; i < n; ++i) raw[i] = s[i];
+      apply(params_.student_transform, s);
+    }
+  }
+  template <int n>
+  KD_DEVICE void transform(float (&s)[n], float (&t)[n], float (&raw)[n]) const {
+    transform_student(s, raw);
+    if constexpr (kOptions) apply(params_.teacher_transform, t);
+  }
+
+  // Adds the hard-label term, applies the softcap's derivative and hands over.
+  template <class Place, int n>
+  KD_DEVICE void finish_gradient(const Place& place, const float (&raw)[n], const float (&s)[n],
+                                 float (&gradient)[n]) {
+    if constexpr (kOptions) {
+      if (ce_scale_ != 0) {
+        const float scale = ce_scale_ * reciprocal(state_at_1_.sum);
+#pragma unroll
+        for (int i = 0; i < n; ++i) {
+          gradient[i] =
+              fmaf(exp2_approx(fmaf(s[i], kLog2E, -state_at_1_.shift)), scale, gradient[i]);
+          if (place.column(i) == label()) gradient[i] -= ce_scale_;
+        }
+      }
+      if (student_softcap()) chain_softcap(params_.student_transform, raw, gradient);
+    }
+    row_.put_gradient(place, gradient);
+  }
+
+  KD_DEVICE void write_results(float cross_entropy, bool both_valid) const {
+    double loss = 0;  // a term of weight 0 may be infinite
+    if (params_.kd_weight != 0) loss += params_.kd_weight * divergence_;
+    if (kOptions && params_.ce_weight != 0) loss += (double)params_.ce_weight * cross_entropy;
+    params_.loss[index_] = (float)(weight() * loss);
+    if (params_.row_scale)
+      params_.row_scale[index_] =
+          weight() * inverse_normalizer() / (params_.gradient_scale * range_factor_);
+    if (!kOptions || !params_.metrics) return;
+    metric(kDivergence) = (float)divergence_;
+    metric(kCrossEntropy) = cross_entropy;
+    metric(kTeacherEntropy) = teacher_entropy_;
+    metric(kStudentEntropy) = student_entropy_;
+    metric(kAgreement) = both_valid ? agree_ : NAN;
+  }
+
+  KD_DEVICE float& metric(Metric which) const {
+    return params_.metrics[which * params_.rows + index_];
+  }
+
+  const RowsParams<Divergence>& params_;
+  const Team& team_;
+  Row& row_;
+  const int64_t index_;
+  float kd_scale_, ce_scale_ = 0;  // what a term's gradient is multiplied by
+  float range_factor_ = 1;         // see fit_float16_range
+  State student_, teacher_, state_at_1_;
+  bool agree_ = false;
+  float student_entropy_ = NAN, teacher_entropy_ = NAN;
+  double divergence_ = NAN;
+};
+
+// A row of weight 0: exact zeros, whatever the logits hold.
+KD_DEVICE void write_masked_row(const LogitsParams& params, const Team& team, int64_t row) {
+  if (params.gradient.data)
+    fill(team, row_of(params.gradient, row), params.gradient.dtype, 0, params.gradient.width, 0);
+  if (team.first != 0) return;
+  params.loss[row] = 0;
+  if (params.row_scale) params.row_scale[row] = 0;
+  if (params.metrics)
+    for (int i = 0; i < kMetrics; ++i) params.metrics[i * params.rows + row] = 0;
+}
+
+// One row, by the team; Row says how it is held.
+template <class Row, bool kOptions, class Divergence>
+KD_DEVICE void run_row(const RowsParams<Divergence>& params, const Team& team, int64_t index) {
+  const float weight = params.token_weight ? params.token_weight[index] : 1.0f;
+  if (weight == 0) return write_masked_row(params, team, index);
+  team.enter();
+  Row row(params, team, index);
+  RowPair<Divergence, Row, kOptions>(params, team, row, index, weight).run();
+}
+
+}  // namespace kd::cuda

@@ -1,0 +1,67 @@
+// Launches the kernel of one divergence for all rows of a call.
+#pragma once
+
+#include <stdexcept>
+
+#include "launch.h"
+#include "resident.cuh"
+#include "streaming.cuh"
+#include "tiles.h"
+
+namespace kd::cuda {
+
+inline Grid grid_of(const Problem& problem, const Tile& tile, int64_t rows) {
+  return {(unsigned)(rows * tile.cluster), (unsigned)tile.threads, (unsigned)tile.cluster,
+          (size_t)(slot_bytes(tile.cluster, tile.threads) + row_bytes(problem, tile))};
+}
+
+template <class Divergence>
+using RowsKernel = void (*)(RowsParams<Divergence>);
+
+template <class Divergence, int kItem>
+RowsKernel<Divergence> resident_kernel(Kernel kernel, bool options) {
+  if constexpr (kRegisterVectors<Divergence> > 0)
+    if (kernel == Kernel::kRegisters) return registers_kernel<Divergence, kItem>;
+  return options ? shared_kernel<Divergence, kItem, true> : shared_kernel<Divergence, kItem, false>;
+}
+
+template <class Divergence>
+RowsKernel<Divergence> kernel_of(const Problem& problem, Kernel kernel) {
+  const bool options = problem.options;
+  if (kernel == Kernel::kStreaming)
+    return options ? streaming_kernel<Divergence, true> : streaming_kernel<Divergence, false>;
+  return problem.item_size == 4 ? resident_kernel<Divergence, 4>(kernel, options)
+                                : resident_kernel<Divergence, 2>(kernel, options);
+}
+
+template <class Divergence>
+Problem problem_of(const LogitsParams& params) {
+  const int item = (int)item_size(params.student.dtype);
+  return {params.vocab,
+          item,
+          params.student.dtype == params.teacher.dtype,
+          uses_options(params),
+          kRegisterVectors<Divergence>,
+          vectors_of_slot(item, kKeepsSlopes<Divergence>)};
+}
+
+// With the tile that was asked for, or else the chooser's.
+template <class Divergence>
+void run_rows(const LogitsParams& call, const Device& device, const Tile* wanted, void* stream) {
+  RowsParams<Divergence> params(call);
+  const Problem problem = problem_of<Divergence>(call);
+  constexpr int64_t kSlotBytes = slot_bytes(16, kMaxSharedThreads);
+  Tile tile = wanted ? *wanted : choose(problem, device, kSlotBytes);
+  if (!holds(problem, tile, alone(device, kSlotBytes)))
+    throw std::invalid_argument("the tile that was asked for cannot hold this row pair");
+  // Only the device knows whether it has room for a large cluster.
+  if (tile.cluster > kPortableCluster &&
+      !fits(kernel_of<Divergence>(problem, tile.kernel), grid_of(problem, tile, 1)))
+    tile = streaming_tile(problem);
+  const auto kernel = kernel_of<Divergence>(problem, tile.kernel);
+  launch_in_parts(params, params.rows, [&](int64_t rows) {
+    launch(kernel, grid_of(problem, tile, rows), stream, params);
+  });
+}
+
+}  // namespace kd::cuda

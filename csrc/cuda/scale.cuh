@@ -1,0 +1,45 @@
+// The backward: gradient *= grad_output * row_scale, one CTA for a row. Returns at once where the
+// factor is 1, which the device alone knows.
+#pragma once
+
+#include "columns.h"
+
+namespace kd::cuda {
+
+constexpr int kScaleThreads = 256;
+
+template <int kItem>
+KD_DEVICE void scale_vector(char* at, bool bfloat16, float factor) {
+  float x[kLanes<kItem>];
+  unpack<kItem>(*(const uint4*)at, bfloat16, x);
+#pragma unroll
+  for (int i = 0; i < kLanes<kItem>; ++i) x[i] *= factor;
+  store_16(at, pack<kItem>(x, bfloat16));
+}
+
+__global__ void __launch_bounds__(kScaleThreads) scale_kernel(const ScaleParams params) {
+  const int64_t index = params.first_row + blockIdx.x;
+  float factor = params.grad_output[index * params.grad_output_stride];
+  if (params.row_scale) factor *= params.row_scale[index];
+  if (factor == 1) return;
+  const Rows& rows = params.gradient;
+  char* const row = row_of(rows, index);
+  const int shift = rows.dtype == DType::kFloat32 ? 2 : 3;  // 1 << shift of them are 16 bytes
+  const int64_t misaligned = -(uintptr_t)row % 16 >> (4 - shift);
+  const int64_t head = misaligned < rows.width ? misaligned : rows.width;
+  const int64_t vectors = (rows.width - head) >> shift, tail = head + (vectors << shift);
+  const auto scale_1 = [&](int64_t i) {
+    store_1(row, i, rows.dtype, load_1(row, i, rows.dtype) * factor);
+  };
+  for (int64_t i = threadIdx.x; i < head; i += blockDim.x) scale_1(i);
+  for (int64_t i = tail + threadIdx.x; i < rows.width; i += blockDim.x) scale_1(i);
+  for (int64_t i = threadIdx.x; i < vectors; i += blockDim.x) {
+    char* const at = row + (head << (4 - shift)) + i * 16;
+    if (rows.dtype == DType::kFloat32)
+      scale_vector<4>(at, false, factor);
+    else
+      scale_vector<2>(at, rows.dtype == DType::kBFloat16, factor);
+  }
+}
+
+}  // namespace kd::cuda

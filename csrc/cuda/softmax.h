@@ -1,0 +1,131 @@
+// A softmax state in a thread, and merged over the threads that share a row.
+#pragma once
+
+#include "elements.h"
+
+#include "../core/softmax_state.h"
+
+namespace kd::cuda {
+
+// Adding this and taking it away rounds to a whole number; in between it is in the low bits.
+constexpr float kRound = 12582912.0f;  // 1.5 * 2^23
+
+// 2^d for a whole d <= 0, exactly; 0 below 2^-126.
+KD_DEVICE float power_of_two(float d) {
+  return bits_as<float>(bits_as<uint32_t>(fmaxf(d, -127.0f) + (kRound + 127.0f)) << 23);
+}
+
+// The sum of 2^(x c - shift) over logits x, where c = log2(e) / T. An exponent is one multiply-add
+// with one rounding; and since shifts are whole numbers, states merge without rounding, which the
+// ratio of two sums, a part of every log q - log p, would feel.
+struct State {
+  float max = kLowestLogit;
+  float shift = -INFINITY;  // max c, rounded
+  double sum = 0;
+
+  KD_DEVICE void merge(const State& other) {
+    const float common = fmaxf(shift, other.shift);
+    sum = sum * power_of_two(shift - common) + other.sum * power_of_two(other.shift - common);
+    shift = common;
+    max = fmaxf(max, other.max);
+  }
+
+  // False for a row that is all -inf or holds NaN or +inf: it has no softmax.
+  KD_DEVICE bool valid() const { return sum > 0 && sum <= FLT_MAX; }
+
+  // max c - shift.
+  KD_DEVICE double excess(float c) const { return (double)max * c - shift; }
+
+  // The sum with its largest term as it should be: that of a certain model is nearly all of it, and
+  // 2^x is approximate.
+  KD_DEVICE double corrected_sum(float c) const {
+    const float added = exp2_approx(fmaf(max, c, -shift));
+    return sum + (exponential((float)(kLn2 * excess(c))).expm1 - ((double)added - 1));
+  }
+
+  // log sum exp((x - max) / T).
+  KD_DEVICE float log_sum(float c) const {
+    return (float)(logf((float)corrected_sum(c)) - kLn2 * excess(c));
+  }
+};
+
+// The state of the logits a thread has seen.
+struct Running {
+  float c;
+  float max = kLowestLogit;
+  float shift = kLowestLogit;
+  Sum sum;
+
+  KD_DEVICE explicit Running(float c) : c(c) {}
+
+  template <int n>
+  KD_DEVICE void push(const float (&x)[n]) {
+    max = fmaxf(max, max_of(x));
+    const float before = shift;
+    shift = fmaf(max, c, kRound) - kRound;
+    float terms[n];
+#pragma unroll
+    for (int i = 0; i < n; ++i) terms[i] = exp2_approx(fmaf(x[i], c, -shift));
+    const float factor = power_of_two(before - shift);
+    sum.total *= factor;
+    sum.lost *= factor;
+    sum.add(sum_of(terms));
+  }
+
+  KD_DEVICE State state() const {
+    State state;
+    state.max = max;
+    state.shift = shift;
+    state.sum = (double)sum.total + sum.lost;
+    return state;
+  }
+};
+
+template <class T>
+KD_DEVICE T warp_sum(T x) {
+#pragma unroll
+  for (int bits = 16; bits > 0; bits /= 2) x += __shfl_xor_sync(~0u, x, bits);
+  return x;
+}
+
+KD_DEVICE float warp_max(float x) {
+#pragma unroll
+  for (int bits = 16; bits > 0; bits /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, bits));
+  return x;
+}
+
+// One state of all lanes', the same in every lane.
+KD_DEVICE State warp_merge(const State& mine) {
+  State all;
+  all.max = warp_max(mine.max);
+  all.shift = warp_max(mine.shift);
+  all.sum = warp_sum(mine.sum * power_of_two(mine.shift - all.shift));
+  return all;
+}
+
+// The first largest logit.
+struct Top {
+  float logit = -INFINITY;
+  int column = 0x7fffffff;
+
+  KD_DEVICE void push(const Top& other) {
+    if (other.logit > logit || (other.logit == logit && other.column < column)) *this = other;
+  }
+
+  template <int n, class Place>
+  KD_DEVICE void push(const float (&x)[n], const Place& place) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) push(Top{x[i], place.column(i)});
+  }
+};
+
+KD_DEVICE Top warp_top(Top top) {
+#pragma unroll
+  for (int bits = 16; bits > 0; bits /= 2) {
+    const float logit = __shfl_xor_sync(~0u, top.logit, bits);
+    top.push(Top{logit, __shfl_xor_sync(~0u, top.column, bits)});
+  }
+  return top;
+}
+
+}  // namespace kd::cuda

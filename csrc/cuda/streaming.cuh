@@ -1,0 +1,126 @@
+// One CTA reads the row pair again in every sweep, from cache where it is still there. Serves every
+// vocabulary, dtype and device; the resident kernel is better where it fits.
+#pragma once
+
+#include "row_pair.h"
+#include "tiles.h"
+
+namespace kd::cuda {
+
+class StreamingRow {
+  static constexpr int kCount = 8;
+
+ public:
+  static constexpr bool kKeeps = false;
+  using Total = Sum;
+
+  KD_DEVICE StreamingRow(const LogitsParams& params, const Team& team, int64_t row)
+      : student(row_of(params.student, row)),
+        gradient(params.gradient.data ? row_of(params.gradient, row) : nullptr),
+        teacher_(row_of(params.teacher, row)),
+        dtype_(params.student.dtype),
+        teacher_dtype_(params.teacher.dtype),
+        columns_(team, params.vocab, student, dtype_, teacher_, teacher_dtype_, gradient) {}
+
+  KD_DEVICE void load() const {}
+  KD_DEVICE void refresh() const {}
+
+  // Calls step(place, logits) for all of this thread's columns; what lies beyond the vocabulary is
+  // -inf.
+  template <class Step>
+  KD_DEVICE void for_each_of_student(Step step) const {
+    for_each_of(student, dtype_, step);
+  }
+  template <class Step>
+  KD_DEVICE void for_each_of_teacher(Step step) const {
+    for_each_of(teacher_, teacher_dtype_, step);
+  }
+
+  // Calls step(place, student's logits, teacher's logits).
+  template <class Step>
+  KD_DEVICE void for_each(Step step) const {
+    for (int slot = 0; columns_.holds(columns_.place(slot)); ++slot) {
+      const Place<kCount> place = columns_.place(slot);
+      float s[kCount], t[kCount] = {};
+      load(student, dtype_, place, s);
+      if (reads_teacher) load(teacher_, teacher_dtype_, place, t);
+      step(place, s, t);
+    }
+    if (columns_.edge < 0) return;
+    float s[1] = {load_1(student, columns_.edge, dtype_)}, t[1] = {};
+    if (reads_teacher) t[0] = load_1(teacher_, columns_.edge, teacher_dtype_);
+    step(columns_.edge_place(), s, t);
+  }
+
+  KD_DEVICE void put_gradient(const Place<kCount>& place, const float (&x)[kCount]) const {
+    if (!columns_.aligned) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i)
+        if (place.column(i) < columns_.vocab) store_1(gradient, place.column(i), dtype_, x[i]);
+    } else if (dtype_ == DType::kFloat32) {
+      char* to = gradient + place.begin * (int64_t)4;
+      store_16(to, pack<4>({x[0], x[1], x[2], x[3]}, false));
+      store_16(to + 16, pack<4>({x[4], x[5], x[6], x[7]}, false));
+    } else {
+      store_16(gradient + place.begin * (int64_t)2, pack<2>(x, dtype_ == DType::kBFloat16));
+    }
+  }
+  KD_DEVICE void put_gradient(const Place<1>& place, const float (&x)[1]) const {
+    store_1(gradient, place.begin, dtype_, x[0]);
+  }
+
+  KD_DEVICE void store_gradient() const {}  // it is stored already
+
+  KD_DEVICE DType dtype() const { return dtype_; }
+
+  const char* const student;
+  char* const gradient;  // null: loss only
+  bool reads_teacher = true;
+
+ private:
+  template <class Step>
+  KD_DEVICE void for_each_of(const char* row, DType dtype, Step step) const {
+    for (int slot = 0; columns_.holds(columns_.place(slot)); ++slot) {
+      const Place<kCount> place = columns_.place(slot);
+      float x[kCount];
+      load(row, dtype, place, x);
+      step(place, x);
+    }
+    if (columns_.edge < 0) return;
+    float x[1] = {load_1(row, columns_.edge, dtype)};
+    step(columns_.edge_place(), x);
+  }
+
+  KD_DEVICE void load(const char* row, DType dtype, const Place<kCount>& place,
+                      float (&x)[kCount]) const {
+    if (!columns_.aligned) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        const int column = place.column(i);
+        x[i] = column < columns_.vocab ? load_1(row, column, dtype) : -INFINITY;
+      }
+    } else if (dtype == DType::kFloat32) {
+      const char* from = row + place.begin * (int64_t)4;
+      float low[4], high[4];
+      unpack<4>(load_16(from), false, low);
+      unpack<4>(load_16(from + 16), false, high);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[i] = low[i], x[4 + i] = high[i];
+    } else {
+      unpack<2>(load_16(row + place.begin * (int64_t)2), dtype == DType::kBFloat16, x);
+    }
+  }
+
+  const char* const teacher_;
+  const DType dtype_, teacher_dtype_;
+  const Columns<kCount> columns_;
+};
+
+template <class Divergence, bool kOptions>
+__global__ void __launch_bounds__(kMaxStreamingThreads, kOptions ? 1 : kCtasOfAnSm<Divergence>)
+    streaming_kernel(const RowsParams<Divergence> params) {
+  const Team team(1);
+  run_row<StreamingRow, kOptions>(params, team, params.first_row + blockIdx.x);
+}
+
+}  // namespace kd::cuda

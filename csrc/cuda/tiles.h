@@ -1,0 +1,106 @@
+// Which kernel serves a call, and with how many threads: a pure function of shape, dtypes,
+// divergence and device, so that tuning is data.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace kd::cuda {
+
+struct Device {
+  int major = 0, minor = 0;  // compute capability
+  int64_t shared_bytes = 0;  // that a CTA may have
+};
+
+enum class Kernel { kRegisters, kShared, kStreaming };
+
+struct Tile {
+  Kernel kernel = Kernel::kStreaming;
+  int cluster = 1;  // CTAs that share a row pair
+  int threads = 0;  // of a CTA
+};
+
+struct Problem {
+  int64_t vocab;
+  int item_size;         // of a logit
+  bool same_dtypes;      // student and teacher
+  bool options;          // see uses_options
+  int register_vectors;  // 16-byte vectors of each tensor that a thread can hold in registers
+  int shared_vectors;    // that it needs in shared memory for one of each tensor
+};
+
+// Threads of a CTA, by the kernel's launch bounds.
+constexpr int kMaxRegisterThreads = 512, kMaxSharedThreads = 256, kMaxStreamingThreads = 256;
+
+// Columns are counted in 32 bits, with room for a team's stride.
+constexpr int64_t kMaxVocab = 1 << 30;
+
+// Rows of a launch: the grid's first dimension holds 2^31 - 1 CTAs, a row needs up to 16.
+constexpr int64_t kRowsPerLaunch = 1 << 26;
+
+constexpr int kClusters[] = {1, 2, 4, 8, 16};
+constexpr int kPortableCluster = 8;  // larger ones exist on some devices only
+
+constexpr int64_t divide_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
+
+// 16-byte vectors of each tensor for one thread of `threads`. One more than a row has in all,
+// since its columns may be dealt out one by one.
+constexpr int64_t vectors_per_thread(const Problem& problem, int64_t threads) {
+  return divide_up(problem.vocab * problem.item_size / 16 + 1, threads);
+}
+
+// Shared memory of a CTA for its part of a row pair.
+constexpr int64_t row_bytes(const Problem& problem, const Tile& tile) {
+  if (tile.kernel != Kernel::kShared) return 0;
+  return vectors_per_thread(problem, tile.cluster * tile.threads) * tile.threads *
+         problem.shared_vectors * 16;
+}
+
+constexpr bool holds(const Problem& problem, const Tile& tile, int64_t shared_bytes) {
+  if (tile.kernel == Kernel::kStreaming) return true;
+  if (!problem.same_dtypes) return false;
+  if (tile.kernel == Kernel::kShared) return row_bytes(problem, tile) <= shared_bytes;
+  return !problem.options &&
+         vectors_per_thread(problem, tile.cluster * tile.threads) <= problem.register_vectors;
+}
+
+// The fewest threads of a CTA, then the fewest CTAs, that hold the row and leave room on an SM for
+// a second CTA, whose loads overlap the first one's arithmetic: 256 threads of 128 registers, or
+// half of the shared memory. One CTA alone only where nothing else holds the row.
+constexpr Tile resident_tile(const Problem& problem, Kernel kernel, int64_t half) {
+  for (int threads = 64; threads < 256; threads *= 2) {
+    const Tile tile{kernel, 1, threads};
+    if (vectors_per_thread(problem, threads) <= 8 && holds(problem, tile, half)) return tile;
+  }
+  for (const int cluster : kClusters) {
+    const Tile tile{kernel, cluster, 256};
+    if (holds(problem, tile, half)) return tile;
+  }
+  return {kernel, 16, kernel == Kernel::kRegisters ? 512 : 256};
+}
+
+constexpr Tile streaming_tile(const Problem& problem) {
+  int threads = 64;
+  while (threads < 256 && threads * 16 < problem.vocab) threads *= 2;
+  return {Kernel::kStreaming, 1, threads};
+}
+
+// Shared memory for row pairs, of a CTA that is alone on an SM or one of two; slot_bytes are what
+// its warps need besides, at most.
+constexpr int64_t alone(const Device& device, int64_t slot_bytes) {
+  return device.shared_bytes - slot_bytes;
+}
+constexpr int64_t one_of_two(const Device& device, int64_t slot_bytes) {
+  constexpr int64_t kReserved = 1024;  // by the system, of each CTA
+  return (device.shared_bytes - kReserved) / 2 - slot_bytes;
+}
+
+constexpr Tile choose(const Problem& problem, const Device& device, int64_t slot_bytes) {
+  if (device.major < 9) return streaming_tile(problem);
+  const bool registers = !problem.options && problem.register_vectors > 0;
+  const Tile tile = resident_tile(problem, registers ? Kernel::kRegisters : Kernel::kShared,
+                                  one_of_two(device, slot_bytes));
+  return holds(problem, tile, alone(device, slot_bytes)) ? tile : streaming_tile(problem);
+}
+
+}  // namespace kd::cuda

@@ -1,0 +1,362 @@
+// Runs the CUDA kernels of csrc/cuda on the CPU. Include this before a .cuh: it provides what a
+// kernel uses of CUDA, and the wrappers that csrc/cuda/ptx.h and launch.h provide on a device.
+//
+// The threads of a cluster are fibers on one OS thread (emulator.cpp). They run in an order drawn
+// from a seed, until they have to wait. What a device would punish, at times, is always an error
+// here: a lane missing from a *_sync call, a misaligned access, a wait that never ends, remote
+// shared memory of a CTA that has exited, shared memory that nobody wrote (NaN). AddressSanitizer
+// sees memory overruns, since tests allocate exact sizes; ThreadSanitizer sees missing barriers,
+// since it is told of the order that barriers make and of no other.
+#pragma once
+
+#define KD_EMULATE 1
+
+#include <cfloat>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+namespace kd::emulator {
+
+// The line of a kernel that calls one of the functions below.
+struct Where {
+  const char* file;
+  int line;
+  static constexpr Where here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    return {file, line};
+  }
+};
+
+// The last argument of whatever can fail: the line that calls it.
+#define KD_HERE kd::emulator::Where where = kd::emulator::Where::here()
+
+struct Options {
+  uint64_t seed = 0;       // of the order of threads, clusters and copies
+  const char* label = "";  // what messages call the launch
+};
+extern Options options;
+
+// Prints what went wrong, and where, and aborts.
+[[noreturn]] void fail(Where where, const char* format, ...) __attribute__((format(printf, 2, 3)));
+void check_aligned(const volatile void* address, size_t bytes, const char* what, Where where);
+
+struct Launch {
+  unsigned grid, block, cluster;
+  size_t shared_bytes;
+};
+void run(const Launch& launch, void (*thread)(const void*), const void* arguments);
+
+// What the running thread does; all of it but the first may let others run.
+char* shared_memory();
+void pause();
+void sync_threads(Where where);
+struct Exchange {
+  uint64_t value;   // of the source lane
+  unsigned ballot;  // the lanes whose value is not 0
+};
+Exchange exchange(const char* what, unsigned mask, uint64_t value, int source, Where where);
+void sync_warp(unsigned mask, Where where);
+void fence();
+unsigned cluster_rank();
+unsigned cluster_size();
+void cluster_arrive(bool ordered, Where where);
+void cluster_wait(Where where);
+// The address in another CTA's shared memory that corresponds to one in our own.
+void* remote(const volatile void* mine, size_t bytes, unsigned rank, Where where);
+void mbarrier_init(uint64_t* barrier, unsigned arrivals, Where where);
+void mbarrier_arrive(uint64_t* barrier, int64_t expected_bytes, Where where);
+void mbarrier_wait(uint64_t* barrier, unsigned parity, Where where);
+void copy_bulk(void* shared, const void* global, size_t bytes, uint64_t* barrier, Where where);
+
+}  // namespace kd::emulator
+
+// ---- CUDA ----
+
+#define __global__
+#define __device__
+#define __host__
+#define __constant__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+
+// One-dimensional, as our kernels are.
+struct Index {
+  unsigned x;
+};
+extern Index threadIdx, blockIdx, blockDim, gridDim;
+constexpr int warpSize = 32;
+
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+template <class T>
+constexpr T min(T x, T y) {
+  return y < x ? y : x;
+}
+template <class T>
+constexpr T max(T x, T y) {
+  return x < y ? y : x;
+}
+
+inline void __syncthreads(KD_HERE) { kd::emulator::sync_threads(where); }
+inline void __syncwarp(unsigned mask = ~0u, KD_HERE) { kd::emulator::sync_warp(mask, where); }
+inline void __threadfence() { kd::emulator::fence(); }
+inline void __threadfence_block() { kd::emulator::fence(); }
+
+namespace kd::emulator {
+
+template <class T>
+T shuffle(const char* what, unsigned mask, T value, int source, Where where) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "shuffles move 4 or 8 bytes");
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  bits = exchange(what, mask, bits, source, where).value;
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+inline int lane() { return threadIdx.x % 32; }
+
+}  // namespace kd::emulator
+
+// A lane outside its segment of `width` lanes is replaced by the caller's own, as on a device.
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source, int width = 32, KD_HERE) {
+  const int first = kd::emulator::lane() & -width;
+  return kd::emulator::shuffle("__shfl_sync", mask, value, first + (source & (width - 1)), where);
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, KD_HERE) {
+  const int lane = kd::emulator::lane(), source = lane - (int)delta;
+  return kd::emulator::shuffle("__shfl_up_sync", mask, value,
+                               source < (lane & -width) ? lane : source, where);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, KD_HERE) {
+  const int lane = kd::emulator::lane(), source = lane + (int)delta;
+  return kd::emulator::shuffle("__shfl_down_sync", mask, value,
+                               source > (lane | (width - 1)) ? lane : source, where);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, KD_HERE) {
+  const int lane = kd::emulator::lane(), source = lane ^ bits;
+  return kd::emulator::shuffle("__shfl_xor_sync", mask, value,
+                               source > (lane | (width - 1)) ? lane : source, where);
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate, KD_HERE) {
+  return kd::emulator::exchange("__ballot_sync", mask, predicate != 0, -1, where).ballot;
+}
+inline int __any_sync(unsigned mask, int predicate, KD_HERE) {
+  return kd::emulator::exchange("__any_sync", mask, predicate != 0, -1, where).ballot != 0;
+}
+inline int __all_sync(unsigned mask, int predicate, KD_HERE) {
+  return kd::emulator::exchange("__all_sync", mask, predicate != 0, -1, where).ballot == mask;
+}
+
+namespace kd::emulator {
+
+template <class T, class Update>
+T atomic_update(T* address, Where where, Update update) {
+  check_aligned(address, sizeof(T), "an atomic", where);
+  pause();
+  T seen, next;
+  __atomic_load(address, &seen, __ATOMIC_RELAXED);
+  do {
+    next = update(seen);
+  } while (
+      !__atomic_compare_exchange(address, &seen, &next, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+  return seen;
+}
+
+template <class T>
+struct Same {
+  using type = T;
+};
+
+}  // namespace kd::emulator
+
+#define KD_EMULATED_ATOMIC(name, result)                                                     \
+  template <class T>                                                                         \
+  T name(T* address, typename kd::emulator::Same<T>::type value, KD_HERE) {                  \
+    return kd::emulator::atomic_update(address, where, [&](T seen) -> T { return result; }); \
+  }
+KD_EMULATED_ATOMIC(atomicAdd, seen + value)
+KD_EMULATED_ATOMIC(atomicSub, seen - value)
+KD_EMULATED_ATOMIC(atomicMin, value < seen ? value : seen)
+KD_EMULATED_ATOMIC(atomicMax, value > seen ? value : seen)
+KD_EMULATED_ATOMIC(atomicAnd, seen& value)
+KD_EMULATED_ATOMIC(atomicOr, seen | value)
+KD_EMULATED_ATOMIC(atomicExch, value)
+KD_EMULATED_ATOMIC(atomicInc, seen >= value ? 0 : seen + 1)
+#undef KD_EMULATED_ATOMIC
+template <class T>
+T atomicCAS(T* address, typename kd::emulator::Same<T>::type compare,
+            typename kd::emulator::Same<T>::type value, KD_HERE) {
+  return kd::emulator::atomic_update(address, where,
+                                     [&](T seen) { return seen == compare ? value : seen; });
+}
+
+// ---- csrc/cuda/ptx.h and launch.h ----
+
+namespace kd::cuda {
+
+// An error up to the 2^-22 that PTX allows the approximations, less what rounding to float adds;
+// its sign and share are drawn from x.
+inline double allowed_error(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  bits = (bits ^ (bits >> 16)) * 0x7feb352du;
+  bits = (bits ^ (bits >> 15)) * 0x846ca68bu;
+  return std::ldexp(0.75 * (int32_t)(bits ^ (bits >> 16)), -31 - 22);
+}
+
+inline float flush_subnormal(float x) {
+  return std::fabs(x) < FLT_MIN ? std::copysign(0.0f, x) : x;
+}
+
+inline float exp2_approx(float x) {
+  if (flush_subnormal(x) == 0) return 1;
+  return flush_subnormal((float)(std::exp2((double)x) * (1 + allowed_error(x))));
+}
+
+inline float log2_approx(float x) {
+  x = flush_subnormal(x);
+  const double exact = std::log2((double)x);
+  if (!std::isfinite(exact)) return (float)exact;
+  return (float)(exact + allowed_error(x) * (0.5f < x && x < 2 ? 1 : std::fabs(exact)));
+}
+
+inline uint4 load_16(const void* address, KD_HERE) {
+  emulator::check_aligned(address, 16, "load_16", where);
+  return *static_cast<const uint4*>(address);
+}
+
+inline void store_16(void* address, uint4 value, KD_HERE) {
+  emulator::check_aligned(address, 16, "store_16", where);
+  *static_cast<uint4*>(address) = value;
+}
+
+inline uint32_t to_bfloat16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return std::isnan(x) ? 0x7fff : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+inline float from_bfloat16(uint32_t x) {
+  x <<= 16;
+  float result;
+  std::memcpy(&result, &x, sizeof x);
+  return result;
+}
+
+inline uint32_t to_float16(float x) {
+  if (std::isnan(x)) return 0x7fff;
+  const uint32_t sign = std::signbit(x) ? 0x8000 : 0;
+  const float size = std::fabs(x);
+  if (size >= 65520) return sign | 0x7c00;
+  if (size < 0x1p-14f) return sign | (uint32_t)std::nearbyint(size * 0x1p24f);  // carries to normal
+  const int exponent = std::ilogb(size);
+  const uint32_t mantissa = (uint32_t)std::nearbyint(std::ldexp(size, 10 - exponent));
+  return sign | (((uint32_t)(exponent + 14) << 10) + mantissa);  // the leading 1 counts in both
+}
+
+inline float from_float16(uint32_t x) {
+  const int exponent = (x >> 10) & 31, mantissa = x & 1023;
+  const float size = exponent == 31  ? (mantissa ? NAN : INFINITY)
+                     : exponent == 0 ? std::ldexp((float)mantissa, -24)
+                                     : std::ldexp((float)(mantissa + 1024), exponent - 25);
+  return x & 0x8000 ? -size : size;
+}
+
+// The first argument goes to the lower half, the lower address.
+inline uint32_t pack_bfloat16x2(float low, float high) {
+  return to_bfloat16(low) | to_bfloat16(high) << 16;
+}
+inline uint32_t pack_float16x2(float low, float high) {
+  return to_float16(low) | to_float16(high) << 16;
+}
+inline float2 unpack_bfloat16x2(uint32_t x) {
+  return {from_bfloat16(x & 0xffff), from_bfloat16(x >> 16)};
+}
+inline float2 unpack_float16x2(uint32_t x) {
+  return {from_float16(x & 0xffff), from_float16(x >> 16)};
+}
+
+template <class T>
+T* shared_memory() {
+  return reinterpret_cast<T*>(emulator::shared_memory());
+}
+
+inline unsigned cluster_rank() { return emulator::cluster_rank(); }
+inline unsigned cluster_size() { return emulator::cluster_size(); }
+inline void cluster_arrive(KD_HERE) { emulator::cluster_arrive(true, where); }
+// Orders no memory accesses.
+inline void cluster_arrive_relaxed(KD_HERE) { emulator::cluster_arrive(false, where); }
+inline void cluster_wait(KD_HERE) { emulator::cluster_wait(where); }
+
+template <class T>
+T load_remote(const T* mine, unsigned rank, KD_HERE) {
+  return *static_cast<const T*>(emulator::remote(mine, sizeof(T), rank, where));
+}
+template <class T>
+void store_remote(T* mine, T value, unsigned rank, KD_HERE) {
+  *static_cast<T*>(emulator::remote(mine, sizeof(T), rank, where)) = value;
+}
+
+inline void mbarrier_init(uint64_t* barrier, unsigned arrivals, KD_HERE) {
+  emulator::mbarrier_init(barrier, arrivals, where);
+}
+inline void mbarrier_arrive(uint64_t* barrier, KD_HERE) {
+  emulator::mbarrier_arrive(barrier, 0, where);
+}
+// Arrives, and lets the phase last until that many bytes more have been copied.
+inline void mbarrier_expect_bytes(uint64_t* barrier, unsigned bytes, KD_HERE) {
+  emulator::mbarrier_arrive(barrier, bytes, where);
+}
+// Returns when the phase of this parity is over.
+inline void mbarrier_wait(uint64_t* barrier, unsigned parity, KD_HERE) {
+  emulator::mbarrier_wait(barrier, parity, where);
+}
+inline void copy_bulk_async(void* shared, const void* global, unsigned bytes, uint64_t* barrier,
+                            KD_HERE) {
+  emulator::copy_bulk(shared, global, bytes, barrier, where);
+}
+inline void fence_mbarrier_init() { emulator::fence(); }
+inline void fence_proxy_async() { emulator::fence(); }
+
+struct Grid {
+  unsigned grid, block, cluster;
+  size_t shared_bytes;
+};
+
+template <class Params>
+void launch(void (*kernel)(Params), const Grid& grid, void* /*stream*/, const Params& params) {
+  struct Arguments {
+    void (*kernel)(Params);
+    const Params& params;
+  } arguments{kernel, params};
+  emulator::run(
+      {grid.grid, grid.block, grid.cluster, grid.shared_bytes},
+      [](const void* pointer) {
+        const auto& arguments = *static_cast<const Arguments*>(pointer);
+        arguments.kernel(arguments.params);
+      },
+      &arguments);
+}
+
+}  // namespace kd::cuda

@@ -1,0 +1,53 @@
+#include "emulator.h"
+
+#include "../cuda/rows.cuh"
+
+#include <tuple>
+
+#include "rows_of.h"
+
+namespace kd::tests {
+namespace {
+
+#define KD_NAME(name, Divergence) #name,
+#define KD_STRUCT(name, Divergence) cuda::Divergence,
+constexpr const char* kNames[] = {KD_DIVERGENCES(KD_NAME)};
+
+constexpr bool same(const char* x, const char* y) {
+  while (*x && *x == *y) ++x, ++y;
+  return *x == *y;
+}
+constexpr int index_of(const char* name) {
+  int index = 0;
+  while (!same(kNames[index], name)) ++index;
+  return index;
+}
+
+constexpr int kIndex = index_of(KD_DIVERGENCE);
+using Divergence = std::tuple_element_t<kIndex, std::tuple<KD_DIVERGENCES(KD_STRUCT) void>>;
+
+constexpr cuda::Device kH100{9, 0, 227 << 10};
+constexpr int64_t kSlotBytes = cuda::slot_bytes(16, cuda::kMaxSharedThreads);  // as run_rows has it
+
+}  // namespace
+
+const char* const kDivergenceName = kNames[kIndex];
+const int kDivergenceIndex = kIndex;
+
+void run_rows(const LogitsParams& params, const cuda::Tile* wanted) {
+  cuda::run_rows<Divergence>(params, kH100, wanted, nullptr);
+}
+
+cuda::Problem problem_of(const LogitsParams& params) {
+  return cuda::problem_of<Divergence>(params);
+}
+
+cuda::Tile choose(const cuda::Problem& problem, int compute_capability) {
+  return cuda::choose(problem, {compute_capability, 0, kH100.shared_bytes}, kSlotBytes);
+}
+
+bool holds(const cuda::Problem& problem, const cuda::Tile& tile) {
+  return cuda::holds(problem, tile, cuda::alone(kH100, kSlotBytes));
+}
+
+}  // namespace kd::tests

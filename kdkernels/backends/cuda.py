@@ -1,0 +1,142 @@
+"""The compiled CUDA backend: addresses, strides and the current stream for ``kdkernels._C``."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from ..divergences import DIVERGENCES, Divergence
+from ..options import METRICS, LogitsOptions
+from .device import row_plan
+from .rows import DTYPES, address, check_in_place, gradient_scale, in_rows, rows_of
+
+try:
+    from .. import _C
+except ImportError as error:  # a source tree that was not built
+    _missing = str(error)
+else:
+    _missing = ""
+
+_KERNEL = {name: index for index, name in enumerate(DIVERGENCES)}
+_MAX_VOCAB = 2**30
+
+
+_device_reasons: dict[int, str] = {}
+
+
+@torch.compiler.assume_constant_result
+def _device_reason(index: int) -> str:
+    if index not in _device_reasons:
+        with torch.cuda.device(index) if torch.cuda.is_available() else nullcontext():
+            _device_reasons[index] = _C.cuda_why_not(index)
+    return _device_reasons[index]
+
+
+def device_reasons(index: int = 0) -> list[str]:
+    """Why no call on CUDA device ``index`` can be served; empty if some can."""
+    if _missing:
+        return [f"the extension kdkernels._C is not built ({_missing})"]
+    reasons = [] if torch.version.cuda else ["this PyTorch is built without CUDA"]
+    if reason := _device_reason(index):
+        reasons.append(reason)
+    return reasons
+
+
+def why_not(student: Tensor, teacher: Tensor, divergence: Divergence) -> list[str]:
+    """Why this backend cannot serve a call; empty if it can."""
+    device = student.device
+    on_cuda = device.type == "cuda"
+    reasons = [] if on_cuda else [f"the tensors are on {device}, not on a CUDA device"]
+    reasons += device_reasons((device.index if on_cuda else None) or 0)
+    for name, tensor in (("student_logits", student), ("teacher_logits", teacher)):
+        if tensor.dtype not in DTYPES:
+            reasons.append(f"{name} is {tensor.dtype}, it takes float32, bfloat16 or float16")
+    # By type: a subclass of a built-in divergence may define another value.
+    if DIVERGENCES.get(divergence.name) is not type(divergence):
+        reasons.append(f"divergence {type(divergence).__name__} is not compiled")
+    if min(student.shape[-1], teacher.shape[-1]) > _MAX_VOCAB:
+        reasons.append(f"the vocabulary is above 2**{_MAX_VOCAB.bit_length() - 1}")
+    return reasons
+
+
+def _launch(function: Callable[..., None], on: Tensor, *arguments: object) -> None:
+    """Calls ``function`` for the device of ``on`` and its current stream."""
+    with torch.cuda.device(on.device):
+        stream = torch.cuda.current_stream()
+        function(*arguments, stream.device_index, stream.cuda_stream)
+
+
+def logits_loss(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    token_weight: Tensor | None,
+    normalizer: Tensor | None,
+    o: LogitsOptions,
+    gradient: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, metrics and row scales; the gradient, if any, is written into ``gradient``."""
+    lead = student.shape[:-1]
+    rows = math.prod(lead)
+    if gradient is student:
+        check_in_place(student)
+    student, teacher = in_rows(student), in_rows(teacher)
+    with_scale = gradient is not None and gradient.dtype == torch.float16
+    floats = functools.partial(torch.empty, dtype=torch.float32, device=student.device)
+    loss = floats(lead)
+    metrics = floats((len(METRICS), *lead) if o.metrics else 0)
+    row_scale = floats(lead if with_scale else 0)
+    plan = row_plan(labels, token_weight, normalizer, o, rows)
+    labels = None if labels is None else labels.contiguous()
+    if rows > 0:
+        _launch(
+            _C.logits_cuda,
+            student,
+            rows,
+            o.vocab,
+            rows_of(student),
+            rows_of(teacher),
+            None if gradient is None else rows_of(gradient),
+            _KERNEL[o.divergence],
+            o.parameter_0,
+            o.parameter_1,
+            o.temperature,
+            o.student_scale,
+            o.student_softcap,
+            o.teacher_scale,
+            o.teacher_softcap,
+            o.kd_weight,
+            o.ce_weight,
+            address(labels),
+            address(plan.weight),
+            address(plan.normalizer),
+            plan.divisor,
+            gradient_scale(o) if with_scale else 1.0,
+            address(row_scale),
+            loss.data_ptr(),
+            address(metrics),
+        )
+    if o.reduction == "none":
+        return loss, metrics, row_scale
+    total = loss.sum() / plan.divisor
+    return total if plan.normalizer is None else total / plan.normalizer, metrics, row_scale
+
+
+def scale_gradient(gradient: Tensor, grad_output: Tensor, row_scale: Tensor) -> None:
+    """gradient *= grad_output * row_scale, in place; one number or one per row each."""
+    if gradient.numel() == 0:
+        return
+    _launch(
+        _C.scale_cuda,
+        gradient,
+        math.prod(gradient.shape[:-1]),
+        rows_of(gradient),
+        grad_output.data_ptr(),
+        1 if grad_output.dim() > 0 else 0,
+        address(row_scale),
+    )
