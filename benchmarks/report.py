@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "docs/performance.md")
+DOCUMENTS = ("README.md", "docs/linear.md", "docs/performance.md")
 MARKED = re.compile(r"(<!-- table (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -92,6 +92,28 @@ def divergences(report: dict, file: str) -> str:
     return _table(header, rows) + _source(report, file)
 
 
+def linear(report: dict, file: str) -> str:
+    """Times, and peak memory beyond the returned gradients as a share of eager's."""
+    rows = []
+    for case in report["cases"]:
+        r = case["results"]
+        extra = (r["kdkernels"]["peak_mib"] - case["gradients_mib"]) / r["eager"]["peak_mib"]
+        label = f"{case['rows']} x {case['vocab']}, {case['hidden']} / {case['teacher_hidden']}"
+        names = ("eager", "torch.compile", "kdkernels", "floor")
+        rows.append(
+            [f"{label}, {case['dtype']}"]
+            + [_milliseconds(r.get(name)) for name in names]
+            + [
+                f"{r['eager']['ms'] / r['kdkernels']['ms']:.2f}x",
+                f"{r['kdkernels']['ms'] / r['floor']['ms']:.2f}x",
+                f"{extra:.0%}",
+            ]
+        )
+    header = ["tokens x vocab, hidden sizes", "eager", "torch.compile", "linear_kd_loss"]
+    header += ["four bare products", "eager / ours", "ours / products", "peak, of eager's"]
+    return _table(header, rows) + _source(report, file)
+
+
 def triton_resources(report: dict, file: str) -> str:
     """Registers and instructions per divergence, at a vocabulary of 128256."""
     kernels = [k for k in report["kernels"] if k["vocab"] == 128256 and k["divergence"] != "scale"]
@@ -133,6 +155,7 @@ def triton_resources(report: dict, file: str) -> str:
 TABLES: dict[str, Callable[[dict, str], str]] = {
     "forward_kl": forward_kl,
     "divergences": divergences,
+    "linear": linear,
     "triton_resources": triton_resources,
 }
 
