@@ -128,14 +128,6 @@ void scale_cuda(int64_t rows, const RowsArgs& gradient, uintptr_t grad_output,
 
 #endif
 
-std::string cuda_why_not([[maybe_unused]] int device) {
-#if defined(KD_WITH_CUDA)
-  return cuda::why_not(device);
-#else
-  return "kdkernels was built without CUDA";
-#endif
-}
-
 }  // namespace
 }  // namespace kd
 
@@ -145,9 +137,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("divergences", kd::cpu::divergences, "Names of the divergences, in kernel order.");
   module.def("logits_cpu", kd::logits_cpu, "Loss, and gradient where one is given, of all rows.");
   module.def("scale_cpu", kd::scale_cpu, "gradient *= grad_output * row_scale, row by row.");
-  module.def("cuda_why_not", kd::cuda_why_not,
-             "Why a CUDA device cannot be served, or an empty string.");
 #if defined(KD_WITH_CUDA)
+  module.def("cuda_why_not", kd::cuda::why_not,
+             "Why a CUDA device cannot be served, or an empty string.");
   module.def("logits_cuda", kd::logits_cuda, "Launches loss, and gradient where one is given.");
   module.def("scale_cuda", kd::scale_cuda, "Launches gradient *= grad_output * row_scale.");
 #endif

@@ -24,14 +24,16 @@ else:
 
 _KERNEL = {name: index for index, name in enumerate(DIVERGENCES)}
 _MAX_VOCAB = 2**30
-
-
+_built = not _missing and hasattr(_C, "logits_cuda")
 _device_reasons: dict[int, str] = {}
 
 
-@torch.compiler.assume_constant_result
 def _device_reason(index: int) -> str:
+    if not _built:
+        return "kdkernels was built without CUDA"
     if index not in _device_reasons:
+        if torch.compiler.is_compiling():
+            return ""  # tracing cannot look; a call that cannot be served raises then
         with torch.cuda.device(index) if torch.cuda.is_available() else nullcontext():
             _device_reasons[index] = _C.cuda_why_not(index)
     return _device_reasons[index]
