@@ -28,17 +28,17 @@ KD_INLINE float exp(float x) {
 #endif
 }
 
-// log(1 + x) for -1 <= x <= 0, all that the divergences ask for, relative error below 1e-6.
+// log(1 + x) for x >= 0, all that the divergences ask for, relative error below 6e-7.
 KD_INLINE float log1p(float x) {
 #if defined(__CUDA_ARCH__) || defined(KD_EMULATE)
-  // Minimax polynomial of log(1 + x) / x on [-0.3, 0].
-  float series = 4.05214310e-1f * x - 3.54297385e-2f;
-  series = series * x + 2.29551777e-1f;
-  series = series * x - 2.46710688e-1f;
-  series = series * x + 3.33504379e-1f;
-  series = series * x - 4.99996692e-1f;
+  // Near-minimax polynomial of log(1 + x) / x on [0, 0.45].
+  float series = 4.31090444e-2f * x - 1.19477667e-1f;
+  series = series * x + 1.87308103e-1f;
+  series = series * x - 2.48140410e-1f;
+  series = series * x + 3.33199441e-1f;
+  series = series * x - 4.99996305e-1f;
   series = series * x + 1.0f;
-  return x > -0.3f ? series * x : 0.693147181f * log2_approx(1.0f + x);
+  return x < 0.45f ? series * x : 0.693147181f * log2_approx(1.0f + x);
 #else
   return log1pf(x);
 #endif
