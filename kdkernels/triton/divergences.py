@@ -15,6 +15,7 @@ import triton.language as tl
 
 from .math import (
     LARGEST_FLOAT,
+    LOWEST,
     bregman_difference,
     bregman_excess,
     exp,
@@ -172,7 +173,7 @@ def alpha_beta_slope(p, q, log_p, log_q, r, a, b):
     # -q^(a+b) (exp(a d) - 1) / a, or p^(a+b) (exp(-(a+b) d) - exp(-b d)) / a from the larger p.
     d = -tl.abs(r)
     from_q = tl.where(a == 0.0, -d, -expm1(a * d) / a)
-    power = times_or_zero(exp(b * d), d)
+    power = exp(b * d) * tl.maximum(d, LOWEST)
     from_p = tl.where(a == 0.0, power, (expm1((a + b) * d) - expm1(b * d)) / a)
     k = tl.where(r >= 0.0, from_q, from_p)
     return times_or_zero(_larger_to(a + b, log_p, log_q, r), k)

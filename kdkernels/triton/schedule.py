@@ -86,13 +86,13 @@ def choose(
 def _split(in_flight: int, plain: bool, device: Device) -> Schedule:
     """As few programs per row as let all rows in flight stay in the cache.
 
-    They walk over many rows and keep more in registers meanwhile: 256 threads of 8 entries.
+    They walk over many rows and keep more in registers meanwhile: 256 threads of 8 entries, or 4.
     """
     programs = 2 if plain else 1  # on a multiprocessor
     needed = programs / 2 * in_flight / max(1, CACHE_SHARE * device.cache_bytes)
     splits = min(MOST_SPLITS, max(2, _power_of_two(math.ceil(needed))))
     return Schedule(
-        block=2048,
+        block=2048 if plain else 1024,
         num_warps=256 // device.warp_size,
         registers=min(255, device.registers // (256 * programs)),
         splits=splits,
