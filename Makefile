@@ -1,6 +1,6 @@
 # make test   everything the tests need, then the tests
 # make demo   everything the demo needs, then a real distillation run
-# make bench  the CPU benchmarks (BENCH_ARGS=--help for what they take)
+# make bench  the benchmarks (BENCH_ARGS=--help for what they take)
 # make emulator  the CUDA kernels on the CPU, under AddressSanitizer and UBSan; make tsan likewise
 # make lint   formatters, linters and types, pinned in pyproject.toml
 PYTHON ?= python3

@@ -1,173 +1,160 @@
-"""Times one level on this CPU and writes JSON with everything needed to repeat it.
+"""Measures kdkernels, its peers and the physical floor side by side, verified before timed.
 
-python -m benchmarks --output benchmarks/results/cpu.json
-python -m benchmarks --level linear --output benchmarks/results/cpu_linear.json
+    python -m benchmarks                                   forward KL of logits, on the CPU
+    python -m benchmarks --divergence all --providers kdkernels-in-place
+    python -m benchmarks --level linear --shapes real --providers default peers --output out/linear
+
+Every provider has its turn in every round, with cold caches and fresh inputs. The floor is
+`torch.add(s, t, out=g)` for logits, which moves the bytes of a fused loss with gradient (3U, U one
+tensor of logits), and the bare matrix products at the linear level. A provider's speed is the work
+a fused loss needs (3U, 2U for a loss alone, or FLOPs) over its time. A result beyond the rounding
+of its dtype (`Case.allowed`) is shown as wrong and not timed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import shlex
-import statistics
-import subprocess
+import itertools
 import sys
-import time
-from datetime import date
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
-import kdkernels
-from kdkernels import _C
 from kdkernels.divergences import DIVERGENCES
 
-from .linear import LINEAR_PROVIDERS, LINEAR_SHAPES, LinearCase, verify_linear
-from .measure import interleaved, peak_bytes, ratios, verify
-from .providers import PROVIDERS, Case, Step
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def environment(threads: int) -> dict[str, object]:
-    cpu = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        models = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = models[0].split(":")[1].strip() if models else cpu
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "instruction_set": os.environ.get("KDKERNELS_CPU_ISA") or _C.instruction_sets()[0],
-        "kdkernels": kdkernels.__version__,
-        "commit": commit,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": date.today().isoformat(),
-        "command": "python -m benchmarks " + shlex.join(sys.argv[1:]),
-    }
+from . import output, shapes
+from .case import DTYPES, LOSS_AND_GRADIENT, WHAT
+from .cases import CASES
+from .device import DEVICES, Cpu, Cuda, device_of
+from .environment import environment
+from .measure import (
+    WARM_UP_ROUNDS,
+    Budget,
+    Progress,
+    first_line,
+    measure_ceilings,
+    run_case,
+    small_call,
+)
+from .providers import Provider, choose, providers_of
+from .tables import markdown
 
 
-def run_case(
-    case: Case | LinearCase, names: list[str], rounds: int, memory: bool
-) -> dict[str, object]:
-    linear = isinstance(case, LinearCase)
-    providers = LINEAR_PROVIDERS if linear else PROVIDERS
-    check = verify_linear if linear else verify
-    steps: dict[str, Step] = {"floor": providers["floor"](case)}
-    results: dict[str, dict[str, object]] = {"floor": {}}
-    for name in names:
-        if name == "floor":
-            continue
-        step = providers[name](case)
-        try:
-            results[name] = dict(check(case, step))
-            steps[name] = step
-        except ArithmeticError as wrong:
-            results[name] = {"wrong": str(wrong)}
-
-    def progress() -> None:
-        print(".", end="", flush=True)
-
-    print(f"{case.label} {case.divergence} ", end="", flush=True)
-    times = interleaved(steps, rounds, progress)
-    print()
-    speed = ratios(times, "floor")
-    for name, seconds in times.items():
-        results[name] |= {
-            "ms": round(statistics.median(seconds) * 1e3, 3),
-            "ms_min": round(min(seconds) * 1e3, 3),
-            "ms_max": round(max(seconds) * 1e3, 3),
-            "speed_of_floor": round(speed[name], 4),
-        }
-        if memory and name != "floor":
-            results[name]["peak_mib"] = round((peak_bytes(steps[name]) or 0) / 2**20, 1)
-    return {**case.describe(), "results": results}
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(
+            f"providers of {level}: default, peers, {', '.join(providers_of(level))}"
+            for level in CASES
+        ),
+    )
+    add = result.add_argument
+    add("--level", choices=CASES, default="logits")
+    names, forward = ("all", *DIVERGENCES), ["forward_kl"]
+    add(
+        "--divergence",
+        nargs="+",
+        choices=names,
+        default=forward,
+        metavar="D",
+        help=", ".join(names),
+    )
+    add("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
+    named = ", ".join(shapes.MODELS)
+    add("--shapes", nargs="+", metavar="SHAPE", help=f"real, {named}, [ROWSx]VOCAB[xD_SxD_T]")
+    add("--rows", type=int, help="of shapes without: 512, linear 128; on a GPU 8192")
+    add("--providers", nargs="+", default=["default"], metavar="PROVIDER")
+    add("--what", nargs="+", choices=WHAT, default=[LOSS_AND_GRADIENT])
+    add("--device", choices=DEVICES, default="cpu")
+    add("--rounds", type=int, default=9)
+    add("--budget", type=float, metavar="SECONDS", help="stop in time and say what is left out")
+    add("--threads", type=int, help="default: PyTorch's")
+    add("--output", type=Path, help="FILE.json, .csv, .md or .png, or a stem for all four")
+    return result
 
 
-def small_call(rounds: int = 2000) -> dict[str, float]:
-    """Microseconds of forward and backward of one (1, 8) call."""
-    student = torch.randn(1, 8, requires_grad=True)
-    teacher = torch.randn(1, 8)
+def run(
+    arguments: argparse.Namespace,
+    device: Cpu | Cuda,
+    providers: list[Provider],
+    chosen: list[shapes.Shape],
+    command: list[str],
+) -> dict:
+    """The report of a run; JSON is written after every case."""
+    budget = Budget(arguments.budget)
+    level = arguments.level
+    divergences = DIVERGENCES if "all" in arguments.divergence else arguments.divergence
 
-    def eager() -> torch.Tensor:
-        log_q, log_p = F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1)
-        return F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+    packages = sorted({p.package for p in providers if p.package})
+    report = {"environment": device.describe() | environment(command, packages)}
+    report["ceilings"] = measure_ceilings(device)
+    if level == "logits":
+        report["small_call"] = small_call(device)
+    report["cases"], report["left_out"] = [], []
 
-    report = {}
-    for name, loss in (("us", lambda: kdkernels.kd_loss(student, teacher)), ("eager_us", eager)):
-        times = []
-        for _ in range(rounds):
-            student.grad = None
-            start = time.perf_counter()
-            loss().backward()
-            times.append(time.perf_counter() - start)
-        report |= {
-            name: round(statistics.median(times) * 1e6, 1),
-            f"{name}_min": round(min(times) * 1e6, 1),
-        }
+    inputs = list(itertools.product(chosen, arguments.dtype))
+    settings = list(itertools.product(divergences, arguments.what))
+    steps = len(providers) + WARM_UP_ROUNDS + arguments.rounds
+    progress = Progress(len(inputs) * len(settings) * steps)
+
+    def run_inputs(shape: shapes.Shape, dtype: str) -> None:
+        """A function of its own, so that its tensors are gone before the next ones are made."""
+        case = None
+        for divergence, what in settings:
+            label = f"{shape.name} {dtype} {divergence} {what}"
+            if not budget.allows():
+                report["left_out"].append(f"{label}: the budget was spent")
+                continue
+            try:
+                case = case or CASES[level].make(shape, DTYPES[dtype], device.torch_device)
+                case = case.variant(divergence, what)
+                result = run_case(case, providers, device, arguments.rounds, budget, progress)
+            except Exception as error:  # such as a case too large for the device
+                report["left_out"].append(f"{label}: {first_line(error)}")
+                continue
+            report["cases"].append(result)
+            if result["rounds"] < arguments.rounds:
+                report["left_out"].append(
+                    f"{label}: {arguments.rounds - result['rounds']} of {arguments.rounds} rounds"
+                )
+            if arguments.output:  # the run may be ended before it is done
+                output.write(report, arguments.output, only=".json")
+
+    for shape, dtype in inputs:
+        run_inputs(shape, dtype)
+        device.release()
+    progress.close()
     return report
 
 
-def logits_cases(arguments: argparse.Namespace, names: list[str]) -> list[dict[str, object]]:
-    cases = []
-    for vocab in arguments.vocab:
-        for dtype in arguments.dtype:
-            case = Case(arguments.rows, vocab, DTYPES[dtype])
-            cases.append(run_case(case, names, arguments.rounds, memory=True))
-            if not arguments.divergences:
-                continue
-            for divergence in DIVERGENCES:
-                case = Case(arguments.rows, vocab, DTYPES[dtype], divergence)
-                in_place = ["kdkernels", "kdkernels in place", "kdkernels loss only"]
-                cases.append(run_case(case, in_place, arguments.rounds, memory=False))
-    return cases
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--level", choices=("logits", "linear"), default="logits")
-    parser.add_argument("--rows", type=int, default=512, help="of the logits level")
-    parser.add_argument("--vocab", type=int, nargs="+", default=[32000, 128256])
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
-    parser.add_argument("--providers", nargs="+", help="default: all of the level")
-    parser.add_argument("--divergences", action="store_true", help="also all nine, in place")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", type=Path, help="a JSON file to write")
-    arguments = parser.parse_args()
-    known = LINEAR_PROVIDERS if arguments.level == "linear" else PROVIDERS
-    names = arguments.providers or list(known)
-    if unknown := set(names) - set(known):
-        parser.error(f"--providers: {', '.join(unknown)} unknown, expected {', '.join(known)}")
-
-    torch.set_num_threads(arguments.threads)
-    report: dict[str, object] = {"environment": environment(arguments.threads)}
-    cases = []
-    if arguments.level == "linear":
-        for rows, vocab, hidden, teacher_hidden in LINEAR_SHAPES:
-            if vocab in arguments.vocab:
-                for dtype in arguments.dtype:
-                    case = LinearCase(rows, vocab, hidden, teacher_hidden, DTYPES[dtype])
-                    cases.append(run_case(case, names, arguments.rounds, memory=True))
-    else:
-        report["small_call"] = small_call()
-        cases = logits_cases(arguments, names)
-    report["cases"] = cases
-    text = json.dumps(report, indent=1)
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = parser().parse_args(argv)
+    level = arguments.level
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    try:
+        device = device_of(arguments.device)
+        providers = choose(arguments.providers, level)
+        rows = arguments.rows or shapes.DEFAULT_ROWS[level, arguments.device]
+        chosen = shapes.parse(arguments.shapes or shapes.DEFAULT[level], level, rows)
+    except ValueError as error:
+        parser().error(str(error))
+    report = run(arguments, device, providers, chosen, ["benchmarks", *argv])
+    print(markdown(report))
     if arguments.output:
-        arguments.output.write_text(text + "\n")
-    else:
-        print(text)
+        for missing in output.write(report, arguments.output):
+            print(missing, file=sys.stderr)
+    ours = [
+        (name, result)
+        for case in report["cases"]
+        for name, result in case["results"].items()
+        if name.startswith("kdkernels")
+    ]
+    if bad := {name for name, result in ours if "wrong" in result or "failed" in result}:
+        sys.exit(f"wrong or failed: {', '.join(sorted(bad))}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Builds, tests and times the CUDA backend on a machine with an NVIDIA GPU.
 #
-#   benchmarks/gpu.sh FOLDER          all stages, under 9 minutes
+#   benchmarks/gpu.sh FOLDER          all stages, under 10 minutes
 #   benchmarks/gpu.sh FOLDER first    build and tests alone, under 3 minutes
 #
 # Needs python3 with torch, triton, pybind11 and pytest, and nvcc, cmake and ninja; no network and no
-# installation. Logs and JSON go to FOLDER, a short table is printed last. A stage that fails does
-# not stop the others, but the exit status tells.
+# installation; peers are timed where they are installed. Logs and results go to FOLDER, a short table
+# is printed last. A stage that fails does not stop the others, but the exit status tells.
 set -uo pipefail
 
 if [ $# -lt 1 ] || { [ $# -ge 2 ] && [ "$2" != first ]; }; then
@@ -53,8 +53,17 @@ stage() {
   [ $status -eq 124 ] && outcome="stopped after $limit s"
   [ $status -ne 0 ] && [ $status -ne 124 ] && outcome="failed ($status)"
   [ $status -ne 0 ] && failed=1 && tail -n 15 "$out/$name.log"
-  summary+=("$(printf '%-14s %4d s  %s' "$name" $((SECONDS - start)) "$outcome")")
+  summary+=("$(printf '%-16s %4d s  %s' "$name" $((SECONDS - start)) "$outcome")")
   return $status
+}
+
+# timed NAME SECONDS OPTION...: a run of the benchmarks that ends by itself; results in FOLDER/NAME.*
+timed() {
+  local name="$1" budget="$2"
+  shift 2
+  # One pool that grows: tensors of gigabytes and many sizes leave no holes.
+  stage "$name" $((budget + 18)) env PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True \
+    python3 -m benchmarks --device cuda --budget "$budget" --output "$out/$name" "$@"
 }
 
 capability="$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)"
@@ -89,20 +98,29 @@ run_stages() {
       stage "$tool" 45 "$sanitizer" --tool "$tool" --error-exitcode 3 python3 -m benchmarks.gpu check
     done
   else
-    summary+=("sanitizers     skipped: there is no compute-sanitizer")
+    summary+=("sanitizers       skipped: there is no compute-sanitizer")
   fi
   stage check 20 python3 -m benchmarks.gpu check
-  stage bench 120 python3 -m benchmarks.gpu bench --compile --output "$out/gpu.json"
-  stage tune 60 python3 -m benchmarks.gpu tune --vocab 128256 32000 151936 --rounds 7 \
-    --output "$out/tiles.json"
+  ours=(kdkernels-cuda kdkernels-triton)
+  timed gpu 40 --dtype bfloat16 --shapes 128256 --rounds 15 \
+    --providers "${ours[@]}" kdkernels-cuda-in-place eager torch.compile peers
+  timed gpu_vocabs 20 --dtype bfloat16 --shapes 32000 151936 50257 256000 \
+    --providers "${ours[@]}" kdkernels-cuda-in-place eager peers
+  timed gpu_divergences 25 --dtype bfloat16 --shapes 128256 32000 --divergence all \
+    --providers "${ours[@]}"
+  timed gpu_float32 15 --dtype float32 --shapes 128256 32000 50257 151936 256000 --rows 4096 \
+    --divergence forward_kl jsd --providers "${ours[@]}"
+  timed gpu_linear 20 --level linear --dtype bfloat16 --shapes llama3 qwen3 gemma3 --rounds 5 \
+    --providers kdkernels eager peers
+  stage tune 40 python3 -m benchmarks.gpu tune --budget 30 --output "$out/tiles.json"
 }
 export -f build  # for the shell that timeout runs
 export out root capability
 run_stages
 
 echo
-for log in bench tune; do
-  [ -s "$out/$log.log" ] && printf '== %s (ms, share of copy bandwidth)\n' "$log" && cat "$out/$log.log"
+for log in gpu gpu_vocabs gpu_divergences gpu_float32 gpu_linear tune; do
+  [ -s "$out/$log.log" ] && printf '== %s\n' "$log" && cat "$out/$log.log"
 done
 echo "== stages"
 printf '%s\n' "${summary[@]}"

@@ -1,70 +1,38 @@
 """What is timed: the same distillation loss and gradient, each as a user would write it.
 
-``floor`` is no loss: ``torch.add(s, t, out=g)`` reads both logits tensors and writes one, exactly
-what a fused loss with gradient has to move.
+A provider says why it cannot serve a case, or makes a step of it; only then what it needs is
+imported. The floors are no losses: they do the least that any loss has to.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kdkernels import AlphaBeta, kd_loss
-from kdkernels.divergences import DIVERGENCES, Divergence
+from kdkernels import backends, kd_loss, linear_kd_loss
+
+from . import dense, peers
+from .case import Case, Result, Step
+from .cases import LinearCase, LogitsCase
 
 
-@dataclass
-class Case:
-    """One setting: logits of a student that has learnt something, and a teacher."""
+@dataclass(frozen=True)
+class Provider:
+    """One implementation at one level."""
 
-    rows: int
-    vocab: int
-    dtype: torch.dtype
-    divergence: str = "forward_kl"
-    temperature: float = 2.0
-    student: Tensor = field(init=False, repr=False)  # (rows, vocab)
-    teacher: Tensor = field(init=False, repr=False)  # (rows, vocab)
-
-    def __post_init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        teacher = torch.randn(self.rows, self.vocab, generator=generator) * 2
-        noise = torch.randn(self.rows, self.vocab, generator=generator)
-        self.student = (teacher * 0.6 + noise * 1.2).to(self.dtype)
-        self.teacher = teacher.to(self.dtype)
+    name: str
+    make: Callable[[Case], Step]
+    why_not: Callable[[Case], str | None] = lambda case: None
+    package: str | None = None  # whose version is recorded
 
     @property
-    def instance(self) -> Divergence:
-        return (
-            AlphaBeta(0.3, 0.7)
-            if self.divergence == "alpha_beta"
-            else DIVERGENCES[self.divergence]()
-        )
-
-    @property
-    def label(self) -> str:
-        return f"{self.rows} x {self.vocab} {str(self.dtype).removeprefix('torch.')}"
-
-    def describe(self) -> dict[str, object]:
-        return {
-            "rows": self.rows,
-            "vocab": self.vocab,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "divergence": self.divergence,
-            "temperature": self.temperature,
-            "tensor_mib": round(self.rows * self.vocab * self.dtype.itemsize / 2**20, 1),
-        }
-
-
-@dataclass
-class Step:
-    """``prepare`` runs untimed before every timed ``run``; run returns loss and gradient."""
-
-    run: Callable[[], tuple[Tensor, Tensor | None]]
-    prepare: Callable[[], None] = lambda: None
+    def key(self) -> str:
+        """Its name on the command line."""
+        return self.name.lower().replace(" ", "-")
 
 
 class _Produce(torch.autograd.Function):
@@ -76,78 +44,157 @@ class _Produce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return torch.zeros(()), None
+        return gradient.new_zeros(()), None
 
 
-def floor(case: Case) -> Step:
-    out = torch.empty_like(case.student)
+def in_place(case: LogitsCase, backend: str) -> Step:
+    """The gradient overwrites the logits, which are fresh in every run."""
+    buffer = torch.empty_like(case.student)
+    anchor = torch.zeros((), device=case.device, requires_grad=True)
 
-    def run():
-        return torch.add(case.student, case.teacher, out=out), None
-
-    return Step(run)
-
-
-def kdkernels(case: Case, *, inplace: bool = False, gradient: bool = True) -> Step:
-    divergence, temperature = case.instance, case.temperature
-    buffer = case.student.clone() if inplace else case.student
-    anchor = torch.zeros((), requires_grad=True)
-
-    def restore():
-        buffer.copy_(case.student)
-
-    def run():
-        student = buffer.detach()
-        if inplace:
-            student = _Produce.apply(anchor, buffer)
-        elif gradient:
-            student.requires_grad_()
+    def run() -> Result:
+        student = _Produce.apply(anchor, buffer)
         loss = kd_loss(
             student,
             case.teacher,
-            divergence=divergence,
-            temperature=temperature,
-            inplace_grad=inplace,
+            divergence=case.instance,
+            temperature=case.temperature,
+            inplace_grad=True,
+            backend=backend,
         )
-        if gradient:
-            loss.backward()
-        return loss.detach(), buffer if inplace else student.grad
+        case.backward(loss)
+        return loss.detach(), (buffer,)
 
-    return Step(run, restore if inplace else lambda: None)
-
-
-def dense_forward_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    log_q = F.log_softmax(student / temperature, dim=-1)
-    log_p = F.log_softmax(teacher / temperature, dim=-1)
-    return F.kl_div(log_q, log_p, log_target=True, reduction="batchmean") * temperature**2
+    return Step(run, lambda: buffer.copy_(case.student))
 
 
-def _dense(case: Case, function: Callable) -> Step:
-    if case.divergence != "forward_kl":
-        raise ValueError(f"no dense formula of {case.divergence} here")
+def kdkernels(case: Case, backend: str) -> Step:
+    if isinstance(case, LogitsCase):
 
-    def run():
-        student = case.student.detach().requires_grad_()
-        loss = function(student, case.teacher, case.temperature)
-        loss.backward()
-        return loss.detach(), student.grad
+        def loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+            options = {"divergence": case.instance, "backend": backend}
+            return kd_loss(student, teacher, temperature=temperature, **options)
 
-    return Step(run)
+        return case.step(loss)
+
+    def linear_loss(*tensors_and_temperature) -> Tensor:
+        *tensors, temperature = tensors_and_temperature
+        options = {"divergence": case.instance, "backend": backend}
+        return linear_kd_loss(*tensors, temperature=temperature, **options)
+
+    return case.step(linear_loss)
 
 
-def eager(case: Case) -> Step:
-    return _dense(case, dense_forward_kl)
+def kdkernels_why_not(case: Case, backend: str, in_place: bool) -> str | None:
+    if in_place and not case.with_gradient:
+        return "a loss alone has no gradient to put in place"
+    if backend == "auto":
+        return None
+    like = torch.empty(0, case.vocab, dtype=case.dtype, device=case.device)
+    return "; ".join(backends.why_not(backend, like, like, case.instance, in_place)) or None
+
+
+def textbook(case: Case) -> Callable[..., Tensor]:
+    losses = {"logits": dense.logits_loss, "linear": dense.linear_loss}
+    return losses[case.level](case.divergence)
 
 
 def compiled(case: Case) -> Step:
-    return _dense(case, torch.compile(dense_forward_kl))
+    # Anew for every case: what was compiled for other shapes would make this one's dynamic.
+    torch.compiler.reset()
+    return case.step(torch.compile(textbook(case), dynamic=False))
 
 
-PROVIDERS: dict[str, Callable[[Case], Step]] = {
-    "floor": floor,
-    "kdkernels": kdkernels,
-    "kdkernels in place": lambda case: kdkernels(case, inplace=True),
-    "kdkernels loss only": lambda case: kdkernels(case, gradient=False),
-    "eager": eager,
-    "torch.compile": compiled,
-}
+def of_kdkernels(level: str) -> list[Provider]:
+    """kdkernels with the backend it chooses, and with each; in place where logits are given."""
+    providers = []
+    for backend in ("auto", *backends.BACKENDS):
+        name = "kdkernels" if backend == "auto" else f"kdkernels {backend}"
+        why_not = functools.partial(kdkernels_why_not, backend=backend)
+        providers.append(
+            Provider(
+                name,
+                functools.partial(kdkernels, backend=backend),
+                functools.partial(why_not, in_place=False),
+            )
+        )
+        if level == "logits" and backend != "reference":
+            providers.append(
+                Provider(
+                    f"{name} in place",
+                    functools.partial(in_place, backend=backend),
+                    functools.partial(why_not, in_place=True),
+                )
+            )
+    return providers
+
+
+def of_peer(peer: peers.Peer) -> Provider:
+    def why_not(case: Case) -> str | None:
+        if case.divergence not in peer.divergences:
+            return f"it does not compute {case.divergence}"
+        return peers.why_not(peer, case.device)
+
+    def make(case: Case) -> Step:
+        return case.step(peer.load(case.divergence))
+
+    return Provider(peer.name, make, why_not, peer.package)
+
+
+def providers_of(level: str) -> dict[str, Provider]:
+    """All of a level by their names on the command line."""
+    providers = [
+        *of_kdkernels(level),
+        Provider("eager", lambda case: case.step(textbook(case))),
+        Provider("torch.compile", compiled),
+        *(of_peer(peer) for peer in peers.PEERS.values() if peer.level == level),
+    ]
+    return {provider.key: provider for provider in providers}
+
+
+def choose(names: list[str], level: str) -> list[Provider]:
+    """The providers of ``names``: their keys, ``default`` and ``peers``; each once, in order."""
+    known = providers_of(level)
+    of_peers = [name for name, provider in known.items() if provider.package]
+    default = ("kdkernels", "kdkernels-in-place", "eager", "torch.compile")
+    groups = {"default": [name for name in default if name in known], "peers": of_peers}
+    chosen: dict[str, Provider] = {}
+    for name in names:
+        for key in groups.get(name, [name]):
+            if key not in known:
+                raise ValueError(
+                    f"provider {key!r} is unknown at the {level} level, expected one of "
+                    f"{', '.join([*groups, *known])}"
+                )
+            chosen[key] = known[key]
+    return list(chosen.values())
+
+
+def floors(case: Case) -> dict[str, Step]:
+    """What bounds a case from below: ``floor`` at both levels, ``copy`` for logits."""
+    return floors_of_logits(case) if isinstance(case, LogitsCase) else floors_of_linear(case)
+
+
+def floors_of_logits(case: LogitsCase) -> dict[str, Step]:
+    """``add`` reads both logits tensors and writes one: 3U. ``copy`` moves 2U."""
+    out = torch.empty_like(case.student)
+    return {
+        "floor": Step(lambda: (torch.add(case.student, case.teacher, out=out), ())),
+        "copy": Step(lambda: (out.copy_(case.student), ())),
+    }
+
+
+def floors_of_linear(case: LinearCase) -> dict[str, Step]:
+    """The products that any loss needs, over all rows at once, into logits that are there."""
+    student = torch.full((case.rows, case.vocab), 0.5, dtype=case.dtype, device=case.device)
+    teacher = torch.empty_like(student)
+    hidden, weight = case.student_hidden.detach(), case.student_weight.detach()
+
+    def run() -> Result:
+        torch.mm(hidden, weight.t(), out=student)
+        torch.mm(case.teacher_hidden, case.teacher_weight.t(), out=teacher)
+        if case.with_gradient:  # the student's logits stand in for their gradient
+            return student, (student @ weight, student.t() @ hidden)
+        return student, ()
+
+    return {"floor": Step(run)}

@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/performance.md from the JSON files they name.
+"""Writes the tables of README.md and docs/ from the JSON files they name.
 
     python -m benchmarks.report           rewrite the tables
     python -m benchmarks.report --check   fail if one is stale
@@ -15,6 +15,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from .tables import error, machine, milliseconds, name_of, reason, table, worst_gradient_error
+
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "docs/linear.md", "docs/performance.md")
 MARKED = re.compile(r"(<!-- table (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -23,7 +25,7 @@ MARKED = re.compile(r"(<!-- table (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTAL
 def _milliseconds(result: dict | None) -> str:
     if result is None:
         return ""
-    return "wrong: " + result["wrong"] if "wrong" in result else f"{result['ms']:.0f} ms"
+    return reason(result) or f"{result['ms']:.0f} ms"
 
 
 def _memory(result: dict, case: dict) -> str:
@@ -31,17 +33,15 @@ def _memory(result: dict, case: dict) -> str:
     return f"{result['peak_mib'] / case['tensor_mib']:.1f}"
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def _ratio(slow: dict, fast: dict, digits: int = 1) -> str:
+    """How many times as long the first takes, where both were timed."""
+    both = "ms" in slow and "ms" in fast
+    return f"{slow['ms'] / fast['ms']:.{digits}f}x" if both else ""
 
 
 def _source(report: dict, file: str) -> str:
     e = report["environment"]
-    return (
-        f"\n\n{e['cpu']}, {e['threads']} threads, {e['instruction_set']}, torch {e['torch']}, "
-        f"{e['date']}, commit {e['commit']}: [`{file}`]({{root}}{file}), `{e['command']}`.\n"
-    )
+    return f"\n\n{machine(e)}: [`{file}`]({{root}}{file}), `{e['command']}`.\n"
 
 
 def forward_kl(report: dict, file: str) -> str:
@@ -53,11 +53,10 @@ def forward_kl(report: dict, file: str) -> str:
         row = [f"{case['rows']} x {case['vocab']} {case['dtype']}"]
         for name in ("eager", "torch.compile", "kdkernels", "kdkernels in place", "floor"):
             cell = _milliseconds(r.get(name))
-            if name != "floor" and name in r:
+            if name != "floor" and "peak_mib" in r.get(name, {}):
                 cell += f", {_memory(r[name], case)}"
             row.append(cell)
-        row.append(f"{r['eager']['ms'] / r['kdkernels']['ms']:.1f}x")
-        row.append(f"{r['eager']['ms'] / r['kdkernels in place']['ms']:.1f}x")
+        row += [_ratio(r["eager"], r[name]) for name in ("kdkernels", "kdkernels in place")]
         rows.append(row)
     header = [
         "logits",
@@ -69,27 +68,24 @@ def forward_kl(report: dict, file: str) -> str:
         "eager / kd_loss",
         "in place",
     ]
-    return _table(header, rows) + _source(report, file)
+    return table(header, rows) + _source(report, file)
 
 
 def divergences(report: dict, file: str) -> str:
     cases = [case for case in report["cases"] if "eager" not in case["results"]]
     columns = list(dict.fromkeys((c["vocab"], c["dtype"]) for c in cases))
-    names = list(dict.fromkeys(c["divergence"] for c in cases))
     rows = []
-    for name in names:
+    for name in dict.fromkeys(c["divergence"] for c in cases):
         row = [f"`{name}`"]
-        for vocab, dtype in columns:
+        for column in columns:
             case = next(
-                c
-                for c in cases
-                if (c["divergence"], c["vocab"], c["dtype"]) == (name, vocab, dtype)
+                c for c in cases if (c["divergence"], c["vocab"], c["dtype"]) == (name, *column)
             )
             r = case["results"]["kdkernels in place"]
-            row.append(f"{r['ms']:.1f} ({r['speed_of_floor']:.0%})")
+            row.append(reason(r) or f"{r['ms']:.1f} ({r['speed_of_floor']:.0%})")
         rows.append(row)
     header = ["in place, ms (speed of floor)", *(f"{v} {d}" for v, d in columns)]
-    return _table(header, rows) + _source(report, file)
+    return table(header, rows) + _source(report, file)
 
 
 def linear(report: dict, file: str) -> str:
@@ -97,21 +93,75 @@ def linear(report: dict, file: str) -> str:
     rows = []
     for case in report["cases"]:
         r = case["results"]
-        extra = (r["kdkernels"]["peak_mib"] - case["gradients_mib"]) / r["eager"]["peak_mib"]
+        extra = r["kdkernels"]["peak_mib"] - case["gradients_mib"]
+        dense = r["eager"]["peak_mib"]
         label = f"{case['rows']} x {case['vocab']}, {case['hidden']} / {case['teacher_hidden']}"
         names = ("eager", "torch.compile", "kdkernels", "floor")
         rows.append(
             [f"{label}, {case['dtype']}"]
             + [_milliseconds(r.get(name)) for name in names]
             + [
-                f"{r['eager']['ms'] / r['kdkernels']['ms']:.2f}x",
-                f"{r['kdkernels']['ms'] / r['floor']['ms']:.2f}x",
-                f"{extra:.0%}",
+                _ratio(r["eager"], r["kdkernels"], 2),
+                _ratio(r["kdkernels"], r["floor"], 2),
+                f"{extra / dense:.0%}" if dense else "",
             ]
         )
     header = ["tokens x vocab, hidden sizes", "eager", "torch.compile", "linear_kd_loss"]
     header += ["four bare products", "eager / ours", "ours / products", "peak, of eager's"]
-    return _table(header, rows) + _source(report, file)
+    return table(header, rows) + _source(report, file)
+
+
+def shapes(report: dict, file: str) -> str:
+    """A provider a row, a shape a column; a table for each dtype, divergence and question."""
+    on_gpu = "gpu" in report["environment"]
+    ceiling = "copy" if on_gpu else "floor"
+    groups: dict[str, list[dict]] = {}
+    for case in report["cases"]:
+        title = f"{case['divergence']}, {case['dtype']}, {case['what']}"
+        groups.setdefault(title, []).append(case)
+    tables = []
+    for title, cases in groups.items():
+        names = dict.fromkeys(
+            name
+            for case in cases
+            for name, result in case["results"].items()
+            if "refused" not in result and (on_gpu or name != "copy")
+        )
+        header = [f"{title}: ms, speed of {name_of(cases[0], ceiling)}, peak, gradient error"]
+        header += [f"{case['shape']}, {case['rows']} x {case['vocab']}" for case in cases]
+        rows = [
+            [name_of(cases[0], name), *(_shape_cell(case, name, ceiling) for case in cases)]
+            for name in names
+        ]
+        tables.append(table(header, rows))
+    return "\n\n".join(tables) + _never_timed(report) + _source(report, file)
+
+
+def _shape_cell(case: dict, name: str, ceiling: str) -> str:
+    result = case["results"].get(name, {})
+    if "ms" not in result or reason(result):
+        return reason(result)
+    parts = [milliseconds(result["ms"]), f"{result.get(f'speed_of_{ceiling}', 1):.0%}"]
+    if "peak_mib" in result:
+        logits = case["level"] == "logits"
+        parts.append(f"{_memory(result, case)} U" if logits else f"{result['peak_mib']:.0f} MiB")
+    if (worst := worst_gradient_error(result)) is not None:
+        parts.append(error(worst))
+    return ", ".join(parts)
+
+
+def _never_timed(report: dict) -> str:
+    """Who refused every case, and why the first."""
+    refused: dict[str, str] = {}
+    served = set()
+    for case in report["cases"]:
+        for name, result in case["results"].items():
+            if "refused" in result:
+                refused.setdefault(name, result["refused"])
+            else:
+                served.add(name)
+    names = [f"{name} ({why})" for name, why in refused.items() if name not in served]
+    return f"\n\nNot timed: {'; '.join(names)}." if names else ""
 
 
 def triton_resources(report: dict, file: str) -> str:
@@ -149,13 +199,14 @@ def triton_resources(report: dict, file: str) -> str:
         f"{report['triton']}: [`{file}`]({{root}}{file}), "
         "`python -m benchmarks.triton_resources`.\n"
     )
-    return _table(header, rows) + note
+    return table(header, rows) + note
 
 
 TABLES: dict[str, Callable[[dict, str], str]] = {
     "forward_kl": forward_kl,
     "divergences": divergences,
     "linear": linear,
+    "shapes": shapes,
     "triton_resources": triton_resources,
 }
 
