@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import ops
 from .options import LinearOptions, LogitsOptions
 
 _ops = torch.ops.kdkernels
@@ -33,30 +34,37 @@ class LogitsLoss(torch.autograd.Function):
     """Loss and metrics of raw logits; saves only the gradient, so both logits can be freed."""
 
     @staticmethod
-    def forward(ctx, student, teacher, labels, token_weight, normalizer, backend, inplace, options):
-        arguments = (student, teacher, labels, token_weight, normalizer, backend, *options)
-        if inplace:
-            loss, metrics, row_scale = _ops.logits_loss_and_grad_.default(*arguments)
-            gradient = student
-        else:
-            loss, metrics, row_scale, gradient = _ops.logits_loss_and_grad.default(*arguments)
+    def forward(ctx, student, constants, backend, inplace, options):
+        tensors = student, *constants
+        loss, metrics, row_scale, gradient = ops.loss_and_grad(tensors, backend, options, inplace)
         ctx.save_for_backward(gradient, row_scale)
-        ctx.mark_non_differentiable(metrics)
         ctx.set_materialize_grads(False)
         ctx.backend = backend
         ctx.consumed = False
+        if not options.metrics:
+            return loss
+        ctx.mark_non_differentiable(metrics)
         return loss, metrics
 
     @staticmethod
-    def backward(ctx, grad_output, _):
+    def backward(ctx, grad_output, *_):
         _check_backward(ctx, "kd_loss")
         if grad_output is None:
-            return (None,) * 8
+            return _NO_GRADIENTS
         gradient, row_scale = ctx.saved_tensors
         gradient = gradient.detach()
-        scale = grad_output.to(torch.float32).contiguous()  # from sum() it comes expanded
-        _ops.scale_gradient_.default(gradient, scale, row_scale, ctx.backend)
-        return gradient, *(None,) * 7
+        ops.scale_gradient(gradient, _as_scale(grad_output), row_scale, ctx.backend)
+        return gradient, *_NO_GRADIENTS[1:]
+
+
+_NO_GRADIENTS = (None,) * 5  # of the arguments of LogitsLoss
+
+
+def _as_scale(grad_output: Tensor) -> Tensor:
+    """grad_output as kernels read it; from sum() it comes expanded."""
+    if grad_output.dtype != torch.float32:
+        grad_output = grad_output.to(torch.float32)
+    return grad_output.contiguous()
 
 
 def logits_loss(
@@ -68,14 +76,14 @@ def logits_loss(
     backend: str,
     inplace: bool,
     options: LogitsOptions,
-) -> tuple[Tensor, Tensor]:
-    """Loss and stacked metrics (empty unless asked for) through a compiled backend."""
+) -> tuple[Tensor, Tensor | None]:
+    """Loss, and the stacked metrics where asked for, through a compiled backend."""
+    constants = teacher, labels, token_weight, normalizer
     if student.requires_grad and torch.is_grad_enabled():
-        return LogitsLoss.apply(
-            student, teacher, labels, token_weight, normalizer, backend, inplace, options
-        )
-    arguments = (student, teacher, labels, token_weight, normalizer, backend, *options)
-    return _ops.logits_loss.default(*arguments)
+        outputs = LogitsLoss.apply(student, constants, backend, inplace, options)
+        return outputs if options.metrics else (outputs, None)
+    loss, metrics = ops.loss((student, *constants), backend, options)
+    return loss, metrics if options.metrics else None
 
 
 class LinearLoss(torch.autograd.Function):
@@ -98,16 +106,14 @@ class LinearLoss(torch.autograd.Function):
         _check_backward(ctx, "linear_kd_loss")
         if grad_output is None:
             return (None,) * (3 + len(ctx.dtypes) + ctx.rest)
-        scale = grad_output.to(torch.float32).contiguous()
+        scale = _as_scale(grad_output)
         results = []
         for gradient, dtype, needed in zip(
             ctx.saved_tensors, ctx.dtypes, ctx.linear.needs_grad, strict=True
         ):
             if needed:
                 gradient = gradient.detach()
-                _ops.scale_gradient_.default(
-                    gradient, scale, scale.new_empty(0), ctx.linear.backend
-                )
+                ops.scale_gradient(gradient, scale, None, ctx.linear.backend)
             results.append(gradient.to(dtype) if needed else None)
         return None, None, None, *results, *(None,) * ctx.rest
 

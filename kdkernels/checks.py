@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,12 +57,65 @@ def call(
     per-token arguments.
     """
     divergence = as_divergence(divergence)
-    _per_token("labels", labels, lead, student, (torch.int64,))
-    _per_token("token_weight", token_weight, lead, student, (torch.bool, *DTYPES))
+    if labels is not None:
+        _per_token("labels", labels, lead, student, (torch.int64,))
+    if token_weight is not None:
+        _per_token("token_weight", token_weight, lead, student, (torch.bool, *DTYPES))
+    total = None
+    if isinstance(normalizer, Tensor):
+        total = _normalizer_tensor(normalizer, student) if reduction == "mean" else None
+        normalizer = None
+    chosen = backends.choose(backend, student, teacher, divergence, inplace_grad)
+    compiled = chosen != "reference"
+    if token_weight is not None:
+        token_weight = token_weight.detach()
+        token_weight = token_weight.to(torch.float32) if compiled else token_weight
+    options = _remembered(
+        divergence.kernel() if compiled else ("", 0.0, 0.0),
+        temperature,
+        kd_weight,
+        ce_weight,
+        labels is not None,
+        ignore_index,
+        reduction,
+        normalizer,
+        temperature_squared,
+        vocab_size,
+        student.shape[-1],
+        teacher.shape[-1],
+        student_scale,
+        teacher_scale,
+        student_softcap,
+        teacher_softcap,
+        return_metrics,
+    )
+    return Call(chosen, divergence, token_weight, total, options)
+
+
+def _options(
+    kernel: tuple[str, float, float],
+    temperature: float,
+    kd_weight: float,
+    ce_weight: float,
+    with_labels: bool,
+    ignore_index: int,
+    reduction: str,
+    normalizer: float | None,
+    temperature_squared: bool,
+    vocab_size: int | None,
+    student_width: int,
+    teacher_width: int,
+    student_scale: float,
+    teacher_scale: float,
+    student_softcap: float | None,
+    teacher_softcap: float | None,
+    return_metrics: bool,
+) -> LogitsOptions:
+    """Checks the arguments that are no tensors."""
     temperature = number("temperature", temperature, positive=True)
     kd_weight = number("kd_weight", kd_weight)
     ce_weight = number("ce_weight", ce_weight)
-    if ce_weight != 0 and labels is None:
+    if ce_weight != 0 and not with_labels:
         raise ValueError(f"ce_weight is {ce_weight}, which needs labels, and labels is None")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index is a {type(ignore_index).__name__}, expected an int")
@@ -70,38 +124,35 @@ def call(
     if temperature_squared:
         kd_weight *= temperature * temperature
     if normalizer is not None and reduction == "mean":
-        if isinstance(normalizer, Tensor):
-            normalizer = _normalizer_tensor(normalizer, student)
-        else:
-            normalizer = number("normalizer", normalizer, positive=True)
-            kd_weight, ce_weight, reduction = kd_weight / normalizer, ce_weight / normalizer, "sum"
-            normalizer = None
-    else:
-        normalizer = None
-
-    chosen = backends.choose(backend, student, teacher, divergence, inplace_grad)
-    compiled = chosen != "reference"
-    kernel, parameter_0, parameter_1 = divergence.kernel() if compiled else ("", 0.0, 0.0)
-    if token_weight is not None:
-        token_weight = token_weight.detach()
-        token_weight = token_weight.to(torch.float32) if compiled else token_weight
-    options = LogitsOptions(
-        kernel,
-        parameter_0,
-        parameter_1,
+        normalizer = number("normalizer", normalizer, positive=True)
+        kd_weight, ce_weight, reduction = kd_weight / normalizer, ce_weight / normalizer, "sum"
+    return LogitsOptions(
+        *kernel,
         temperature,
         kd_weight,
         ce_weight,
         ignore_index,
         reduction,
-        _vocab_size(vocab_size, student.shape[-1], teacher.shape[-1]),
+        _vocab_size(vocab_size, student_width, teacher_width),
         number("student_scale", student_scale, positive=True),
         _softcap("student_softcap", student_softcap),
         number("teacher_scale", teacher_scale, positive=True),
         _softcap("teacher_softcap", teacher_softcap),
         bool(return_metrics),
     )
-    return Call(chosen, divergence, token_weight, normalizer, options)
+
+
+_cached_options = functools.lru_cache(maxsize=256, typed=True)(_options)
+
+
+def _remembered(*arguments: Any) -> LogitsOptions:
+    """:func:`_options`, checked once for the same arguments."""
+    if not torch.compiler.is_compiling():  # which sees through the cache, and warns
+        try:
+            return _cached_options(*arguments)
+        except TypeError:  # of an argument without a hash, or raised anew below
+            pass
+    return _options(*arguments)
 
 
 def number(name: str, value: float, *, positive: bool = False) -> float:
@@ -175,13 +226,11 @@ def logits(student: Tensor, teacher: Tensor) -> torch.Size:
 
 def _per_token(
     name: str,
-    tensor: Tensor | None,
+    tensor: Tensor,
     lead: torch.Size,
     student: Tensor,
     dtypes: tuple[torch.dtype, ...],
 ) -> None:
-    if tensor is None:
-        return
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
     if tensor.dtype not in dtypes:

@@ -34,7 +34,7 @@ def _slices(vocab: int, width: int) -> Iterator[slice]:
 def _accumulates_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether this torch adds a 16-bit product to a float32 matrix."""
     matrix = torch.zeros(16, 16, device=device, dtype=dtype)
-    total = torch.zeros(16, 16, device=device)
+    total = torch.zeros(16, 16, device=device, dtype=torch.float32)
     try:
         torch.addmm(total, matrix, matrix, out_dtype=torch.float32, out=total)
     except RuntimeError:
@@ -126,6 +126,6 @@ def add_bias_gradient(
 ) -> None:
     """out += row_scale @ gradient, in float32."""
     if row_scale is None:
-        row_scale = torch.ones(gradient.shape[0], device=gradient.device)
+        row_scale = torch.ones(gradient.shape[0], dtype=torch.float32, device=gradient.device)
     for part in _slices(out.shape[0], gradient.shape[0]):
         out[part] += row_scale @ gradient[:, part].float()

@@ -44,7 +44,7 @@ class Rows:
         self.normalizer = normalizer
         if o.reduction == "mean" and normalizer is None:
             total = (
-                torch.full((), float(self.count), device=device)
+                torch.full((), self.count, dtype=torch.float32, device=device)
                 if weight is None
                 else weight.sum(dtype=torch.float64).float()
             )
@@ -213,9 +213,13 @@ class Student:
             for gradient in self.weight_gradients:
                 if gradient is not None:
                     gradient.zero_()
-        self.bias_gradient = torch.zeros(self.vocab if self.needs_bias else 0, device=device)
+        self.bias_gradient = torch.zeros(
+            self.vocab if self.needs_bias else 0, dtype=torch.float32, device=device
+        )
         # float16: weight gradients are held as multiples of this, which grows with the rows'.
-        self.unit = torch.full((), torch.finfo(torch.float32).tiny, device=device)
+        self.unit = torch.full(
+            (), torch.finfo(torch.float32).tiny, dtype=torch.float32, device=device
+        )
 
     def memory_of_a_weight_gradient(self) -> Tensor:
         """The bytes of the largest one, free until the chunk's end."""

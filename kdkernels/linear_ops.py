@@ -7,6 +7,7 @@ gradient. It carries no autograd formula; :mod:`kdkernels.autograd` wraps it.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -113,9 +114,11 @@ def _run(
     ]
     lent = student.memory_of_a_weight_gradient() if split.lend else None
 
-    losses = torch.empty(rows.count if o.reduction == "none" else 0, device=device)
+    # Whatever torch.set_default_dtype says.
+    floats = functools.partial(torch.empty, dtype=torch.float32, device=device)
+    losses = floats(rows.count if o.reduction == "none" else 0)
     total = torch.zeros((), dtype=torch.float64, device=device)
-    metrics = torch.empty((len(METRICS), rows.count) if o.metrics else 0, device=device)
+    metrics = floats((len(METRICS), rows.count) if o.metrics else 0)
     scales = []
     for (begin, end), teacher_logits in zip(spans, teacher.blocks(spans, lent), strict=True):
         offset = begin % split.chunk

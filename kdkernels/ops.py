@@ -1,7 +1,8 @@
 """Operators of the logits level: one schema each, a fake for tracing, backends behind a name.
 
-They carry no autograd formula; :mod:`kdkernels.autograd` wraps them. Mutating ones are separate and
-return no alias.
+They carry no autograd formula; :mod:`kdkernels.autograd` wraps them, through :func:`loss`,
+:func:`loss_and_grad` and :func:`scale_gradient`. Mutating operators are separate and return no
+alias.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from .backends import cpu, cuda, triton
 from .options import METRICS, LogitsOptions
+from .watchers import goes_straight
 
 _IMPLEMENTATIONS = {"cpu": cpu, "cuda": cuda, "triton": triton}
 
@@ -52,25 +54,23 @@ def _implement(name: str) -> Callable[[Callable], Callable]:
 def _logits_loss(student, teacher, labels, token_weight, normalizer, backend, *scalars):
     run = _IMPLEMENTATIONS[backend].logits_loss
     options = LogitsOptions(*scalars)
-    return run(student, teacher, labels, token_weight, normalizer, options, None)[:2]
+    loss, metrics, _ = run(student, teacher, labels, token_weight, normalizer, options, None)
+    return loss, _or_empty(metrics, loss)
 
 
 @_implement("logits_loss_and_grad")
 def _logits_loss_and_grad(student, teacher, labels, token_weight, normalizer, backend, *scalars):
-    run = _IMPLEMENTATIONS[backend].logits_loss
-    gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
-    options = LogitsOptions(*scalars)
-    return *run(student, teacher, labels, token_weight, normalizer, options, gradient), gradient
+    tensors = student, teacher, labels, token_weight, normalizer
+    outputs = _run(tensors, backend, LogitsOptions(*scalars), inplace=False)
+    loss, metrics, row_scale, gradient = outputs
+    return loss, _or_empty(metrics, loss), _or_empty(row_scale, loss), gradient
 
 
 @_implement("logits_loss_and_grad_")
 def _logits_loss_and_grad_(student, teacher, labels, token_weight, normalizer, backend, *scalars):
-    _check_inplace(student, teacher)
-    run = _IMPLEMENTATIONS[backend].logits_loss
-    options = LogitsOptions(*scalars)
-    outputs = run(student, teacher, labels, token_weight, normalizer, options, student)
-    torch.autograd.graph.increment_version(student)
-    return outputs
+    tensors = student, teacher, labels, token_weight, normalizer
+    loss, metrics, row_scale, _ = _run(tensors, backend, LogitsOptions(*scalars), inplace=True)
+    return loss, _or_empty(metrics, loss), _or_empty(row_scale, loss)
 
 
 @_implement("scale_gradient_")
@@ -78,6 +78,25 @@ def _scale_gradient_(gradient, grad_output, row_scale, backend):
     _IMPLEMENTATIONS[backend].scale_gradient(gradient, grad_output, row_scale)
     # Also where nothing changed: the gradient is handed out, a second backward must not reuse it.
     torch.autograd.graph.increment_version(gradient)
+
+
+def _run(tensors, backend, options, inplace):
+    """:func:`loss_and_grad` by the implementation itself."""
+    student, teacher, *_ = tensors
+    if inplace:
+        _check_inplace(student, teacher)
+        gradient = student
+    else:
+        gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
+    run = _IMPLEMENTATIONS[backend].logits_loss
+    outputs = run(*tensors, options, gradient)
+    if inplace:
+        torch.autograd.graph.increment_version(student)
+    return *outputs, gradient
+
+
+def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if tensor is None else tensor
 
 
 def _check_inplace(student: Tensor, teacher: Tensor) -> None:
@@ -130,3 +149,43 @@ def _(student, *rest):
 @torch.library.register_fake("kdkernels::scale_gradient_", lib=library)
 def _(gradient, grad_output, row_scale, backend):
     return None
+
+
+_ops = torch.ops.kdkernels
+
+
+def loss(
+    tensors: tuple[Tensor | None, ...], backend: str, options: LogitsOptions
+) -> tuple[Tensor, Tensor | None]:
+    """Loss and metrics (None or empty where there are none) of the tensors of loss_and_grad."""
+    if goes_straight(*tensors):
+        return _IMPLEMENTATIONS[backend].logits_loss(*tensors, options, None)[:2]
+    return _ops.logits_loss.default(*tensors, backend, *options)
+
+
+def loss_and_grad(
+    tensors: tuple[Tensor | None, ...],
+    backend: str,
+    options: LogitsOptions,
+    inplace: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """Loss, metrics and row scales (None or empty where there are none), and the gradient.
+
+    ``tensors``: student, teacher, labels, token_weight and normalizer.
+    """
+    if goes_straight(*tensors):
+        return _run(tensors, backend, options, inplace)
+    if inplace:
+        return *_ops.logits_loss_and_grad_.default(*tensors, backend, *options), tensors[0]
+    return _ops.logits_loss_and_grad.default(*tensors, backend, *options)
+
+
+def scale_gradient(
+    gradient: Tensor, grad_output: Tensor, row_scale: Tensor | None, backend: str
+) -> None:
+    """gradient *= grad_output * row_scale, in place; one number or one per row each."""
+    if goes_straight(gradient, grad_output, row_scale):
+        _scale_gradient_(gradient, grad_output, row_scale, backend)
+    else:
+        row_scale = _or_empty(row_scale, grad_output)
+        _ops.scale_gradient_.default(gradient, grad_output, row_scale, backend)

@@ -121,17 +121,23 @@ void for_rows(int64_t rows, int64_t width, int64_t floats, int threads, Body bod
   threads = (int)std::min<int64_t>(std::max(1, threads), chunks);
   std::atomic<int64_t> taken{0};
   std::atomic<bool> out_of_memory{false};
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
+  const auto work = [&] {
     float* const scratch = floats ? thread_scratch(floats * sizeof(float)) : nullptr;
     if (floats && !scratch) {
       out_of_memory = true;
-    } else {
-      for (int64_t begin = chunk * taken++, next; begin < rows; begin = next) {
-        next = std::min(rows, chunk * taken++);
-        body(begin, std::min(rows, begin + chunk), next, scratch);
-      }
+      return;
     }
+    for (int64_t begin = chunk * taken++, next; begin < rows; begin = next) {
+      next = std::min(rows, chunk * taken++);
+      body(begin, std::min(rows, begin + chunk), next, scratch);
+    }
+  };
+  // A parallel region of one thread still costs a system call, and the branch predictions with it.
+  if (threads <= 1) {
+    work();
+  } else {
+#pragma omp parallel num_threads(threads)
+    work();
   }
   if (out_of_memory) throw std::bad_alloc();
 }

@@ -26,11 +26,11 @@ def why_not(student: Tensor, teacher: Tensor, divergence: Divergence) -> list[st
     reasons = []
     if _missing:
         reasons.append(f"the extension kdkernels._C is not built ({_missing})")
-    if student.device.type != "cpu":
+    if not student.is_cpu:
         reasons.append(f"the tensors are on {student.device}")
-    for name, tensor in (("student_logits", student), ("teacher_logits", teacher)):
-        if tensor.dtype not in DTYPES:
-            reasons.append(f"{name} is {tensor.dtype}, it takes float32, bfloat16 or float16")
+    for name, dtype in (("student_logits", student.dtype), ("teacher_logits", teacher.dtype)):
+        if dtype not in DTYPES:
+            reasons.append(f"{name} is {dtype}, it takes float32, bfloat16 or float16")
     # By type: a subclass of a built-in divergence may define another value.
     if DIVERGENCES.get(divergence.name) is not type(divergence):
         reasons.append(f"divergence {type(divergence).__name__} is not compiled")
@@ -45,21 +45,20 @@ def logits_loss(
     normalizer: Tensor | None,
     o: LogitsOptions,
     gradient: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Loss, metrics and row scales; the gradient, if any, is written into ``gradient``."""
     lead = student.shape[:-1]
-    rows = math.prod(lead)
     if gradient is student:
         check_in_place(student)
     with_scale = gradient is not None and gradient.dtype == torch.float16
-    loss = torch.empty(lead if o.reduction == "none" else ())
-    metrics = torch.empty((len(METRICS), *lead) if o.metrics else 0)
-    row_scale = torch.empty(lead if with_scale else 0)
+    loss = _floats(lead if o.reduction == "none" else ())
+    metrics = _floats((len(METRICS), *lead)) if o.metrics else None
+    row_scale = _floats(lead) if with_scale else None
     student, teacher = in_rows(student), in_rows(teacher)
     labels = None if labels is None else labels.contiguous()
     token_weight = None if token_weight is None else token_weight.contiguous()
     _C.logits_cpu(
-        rows,
+        lead.numel(),
         o.vocab,
         rows_of(student),
         rows_of(teacher),
@@ -88,9 +87,16 @@ def logits_loss(
     return loss, metrics, row_scale
 
 
-def scale_gradient(gradient: Tensor, grad_output: Tensor, row_scale: Tensor) -> None:
+def _floats(shape: tuple[int, ...]) -> Tensor:
+    """Memory for a kernel's results, whatever torch.set_default_dtype and the like say."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
+def scale_gradient(gradient: Tensor, grad_output: Tensor, row_scale: Tensor | None) -> None:
     """gradient *= grad_output * row_scale, in place; one number or one per row each."""
     per_row = grad_output.dim() > 0
+    if not per_row and not address(row_scale) and grad_output.item() == 1:
+        return
     _C.scale_cpu(
         math.prod(gradient.shape[:-1]),
         rows_of(gradient),

@@ -12,6 +12,9 @@ from ..options import LogitsOptions
 #: Dtypes that compiled backends take, as numbered by csrc/core/params.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
+#: An inner size above any number of rows: they lie end to end, at the inner stride.
+_ALL_ROWS = 2**62
+
 
 def _leading(tensor: Tensor) -> list[tuple[int, int]]:
     """Leading dimensions as (size, stride), outermost first, merged where they lie end to end."""
@@ -55,7 +58,9 @@ def row_strides(tensor: Tensor) -> tuple[int, int, int]:
 
 def rows_of(tensor: Tensor) -> tuple[int, int, int, int, int, int]:
     """Address, dtype, width and row strides: Rows of csrc/core/params.h."""
-    return tensor.data_ptr(), DTYPES[tensor.dtype], tensor.shape[-1], *row_strides(tensor)
+    width = tensor.shape[-1]
+    strides = (_ALL_ROWS, 0, width) if tensor.is_contiguous() else row_strides(tensor)
+    return tensor.data_ptr(), DTYPES[tensor.dtype], width, *strides
 
 
 def address(tensor: Tensor | None) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..divergences import DIVERGENCES, REGISTERED, Divergence
 from ..options import METRICS, LogitsOptions
-from .rows import DTYPES, check_in_place, in_rows
+from .rows import DTYPES, address, check_in_place, in_rows
 
 
 def _interpreted() -> bool:
@@ -76,8 +76,8 @@ def logits_loss(
     return row_loss if o.reduction == "none" else row_loss.sum(), metrics, row_scale
 
 
-def scale_gradient(gradient: Tensor, grad_output: Tensor, row_scale: Tensor) -> None:
+def scale_gradient(gradient: Tensor, grad_output: Tensor, row_scale: Tensor | None) -> None:
     """gradient *= grad_output * row_scale, in place; one number or one per row each."""
     from ..triton import launch
 
-    launch.scale(gradient, grad_output, row_scale if row_scale.numel() else None)
+    launch.scale(gradient, grad_output, row_scale if address(row_scale) else None)

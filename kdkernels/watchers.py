@@ -1,0 +1,51 @@
+"""Whether anything watches or transforms the operators that a call would dispatch."""
+
+from __future__ import annotations
+
+import operator
+from functools import reduce
+
+from torch import Tensor
+from torch.compiler import is_compiling
+from torch.overrides import has_torch_function
+
+try:  # private names: with a PyTorch that has others, every call is dispatched
+    from torch._C import (
+        DispatchKey,
+        DispatchKeySet,
+        _dispatch_keys,
+        _dispatch_tls_local_include_set,
+    )
+    from torch._C._autograd import _profiler_enabled
+
+    def _keys(*names: str) -> int:
+        return reduce(
+            operator.or_, (DispatchKeySet(getattr(DispatchKey, name)) for name in names)
+        ).raw_repr()
+
+    _THREAD_KEYS = _keys("BackendSelect", "ADInplaceOrView")
+    _TENSOR_KEYS = _keys("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU")
+except (AttributeError, ImportError, TypeError):
+    _THREAD_KEYS = 0
+
+
+def goes_straight(*tensors: Tensor | None) -> bool:
+    """Whether calling an operator would only run its implementation on plain CPU tensors.
+
+    The implementation is called itself then: two dispatches take a fifth of what a small call does.
+    Whoever looks at operators shows in the keys by which torch dispatches. In those of the thread:
+    modes, fake tensors, transforms, tracing. In those of a tensor: subclasses, wrappers of
+    transforms, lazy negation and zeros. Any other set of keys than the usual one is theirs.
+    """
+    if (
+        is_compiling()
+        or not _THREAD_KEYS
+        or _profiler_enabled()
+        or has_torch_function(tensors)
+        or _dispatch_tls_local_include_set().raw_repr() != _THREAD_KEYS
+    ):
+        return False
+    for tensor in tensors:
+        if tensor is not None and _dispatch_keys(tensor).raw_repr() != _TENSOR_KEYS:
+            return False
+    return True

@@ -1,0 +1,261 @@
+"""Where plain tensors go straight to a kernel, whoever watches operators still sees them."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kdkernels import kd_loss, linear_kd_loss, ops, watchers
+
+from .cases import correlated_pair
+from .harness import loss_of
+
+FORWARD = torch.ops.kdkernels.logits_loss_and_grad.default
+IN_PLACE = torch.ops.kdkernels.logits_loss_and_grad_.default
+BACKWARD = torch.ops.kdkernels.scale_gradient_.default
+VOCAB = 37
+
+
+def pair(rows=3):
+    student, teacher = correlated_pair(rows, VOCAB)
+    return student.requires_grad_(), teacher
+
+
+def step(student, teacher, **options):
+    return torch.autograd.grad(kd_loss(student, teacher, **options), student)[0]
+
+
+class DispatchMode(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+class FunctionMode(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.seen.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+class Wrapper(torch.Tensor):
+    """A tensor that is another one, and counts the operators it meets."""
+
+    seen: list = []  # noqa: RUF012
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(
+            cls, inner.shape, inner.stride(), dtype=inner.dtype, device=inner.device
+        )
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        cls.seen.append(function)
+        plain = torch.utils._pytree.tree_map_only(Wrapper, lambda x: x.inner, args)
+        return function(*plain, **(kwargs or {}))
+
+
+def test_plain_tensors_go_straight(monkeypatch):
+    def dispatched(*_):
+        raise AssertionError("dispatched")
+
+    student, teacher = pair()
+    expected = step(student, teacher)
+    names = ("logits_loss", "logits_loss_and_grad", "logits_loss_and_grad_", "scale_gradient_")
+    for name in names:
+        monkeypatch.setattr(getattr(ops._ops, name), "default", dispatched)
+    assert torch.equal(step(student, teacher), expected)
+    assert step(1 * student.detach().requires_grad_(), teacher).shape == student.shape
+    assert kd_loss(student.detach(), teacher) == kd_loss(student, teacher)
+    for leaf in (student, student.detach()):
+        with pytest.raises(AssertionError, match="dispatched"), DispatchMode():
+            kd_loss(leaf, teacher)
+
+
+def test_dispatch_modes_see_operators():
+    student, teacher = pair()
+    expected = step(student, teacher)
+    with DispatchMode() as mode:
+        actual = step(student, teacher)
+    assert FORWARD in mode.seen
+    assert BACKWARD in mode.seen
+    assert torch.equal(actual, expected)
+    with DispatchMode() as mode:
+        step(student * 1, teacher, inplace_grad=True)
+    assert IN_PLACE in mode.seen
+
+
+def test_a_mode_that_only_the_backward_runs_under():
+    student, teacher = pair()
+    loss = kd_loss(student, teacher)
+    with DispatchMode() as mode:
+        loss.backward()
+    assert BACKWARD in mode.seen
+
+
+def test_function_modes_see_operators():
+    with FunctionMode() as mode:
+        step(*pair())
+    assert FORWARD in mode.seen
+
+
+def test_fake_tensors_are_never_read():
+    with FakeTensorMode() as mode:
+        student, teacher = torch.randn(3, VOCAB, requires_grad=True), torch.randn(3, VOCAB)
+        gradient = step(student, teacher)
+    assert isinstance(gradient, torch._subclasses.FakeTensor)
+    fake = mode.from_tensor(pair()[1])
+    assert not watchers.goes_straight(fake)
+
+
+@pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
+def test_traces_hold_operators(tracing_mode):
+    graph = make_fx(lambda s, t: step(s, t), tracing_mode=tracing_mode)(*pair())
+    called = {node.target for node in graph.graph.nodes}
+    assert {FORWARD, BACKWARD} <= called
+
+
+def test_exported_programs_hold_operators():
+    class Loss(torch.nn.Module):
+        def forward(self, student, teacher):
+            return kd_loss(student, teacher)
+
+    program = torch.export.export(Loss(), pair())
+    assert any("kdkernels" in str(node.target) for node in program.graph.nodes)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_subclasses_see_operators(which):
+    student, teacher = pair()
+    expected = step(student, teacher)
+    arguments = [student.detach(), teacher]
+    arguments[which] = Wrapper(arguments[which])
+    arguments[0].requires_grad_()
+    Wrapper.seen.clear()
+    loss = kd_loss(*arguments)
+    assert FORWARD in Wrapper.seen
+    if which == 1:
+        loss.backward()
+        assert torch.equal(arguments[0].grad, expected)
+
+
+def test_profiles_show_operators():
+    student, teacher = pair()
+    with torch.profiler.profile() as profile:
+        step(student, teacher)
+    names = {event.key for event in profile.key_averages()}
+    assert {"kdkernels::logits_loss_and_grad", "kdkernels::scale_gradient_"} <= names
+
+
+@pytest.mark.parametrize("which", ["student", "teacher", "token_weight", "grad_output"])
+def test_lazily_negated_tensors(which):
+    """A negation that torch has only noted down is not in memory, where kernels read."""
+    student, teacher = correlated_pair(1, VOCAB)
+    tensors = {"student": student, "teacher": teacher}
+    tensors |= {"token_weight": torch.tensor([0.5]), "grad_output": torch.tensor([2.0])}
+
+    def gradient(tensors):
+        leaf = tensors["student"].requires_grad_()
+        weight = tensors["token_weight"]
+        loss = kd_loss(leaf, tensors["teacher"], token_weight=weight, reduction="none")
+        return torch.autograd.grad(loss, leaf, tensors["grad_output"])[0]
+
+    lazy = tensors | {which: torch._neg_view(-tensors[which])}
+    assert lazy[which].is_neg()
+    assert torch.equal(gradient(lazy), gradient(tensors))
+
+
+def test_vmap_of_the_loss():
+    student, teacher = correlated_pair(4, 3, VOCAB)
+    losses = torch.func.vmap(kd_loss)(student, teacher)
+    expected = torch.stack([kd_loss(s, t) for s, t in zip(student, teacher, strict=True)])
+    assert torch.equal(losses, expected)
+
+
+@pytest.mark.parametrize("context", [torch.inference_mode, nullcontext, torch.no_grad])
+def test_contexts_give_the_same(context):
+    student, teacher = pair()
+    expected = kd_loss(student, teacher)
+    with context():
+        assert torch.equal(kd_loss(student, teacher), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_the_default_dtype_is_not_that_of_results(kernel, dtype):
+    student, teacher = pair()
+    options = {"reduction": "none", "return_metrics": True}
+    expected, metrics = loss_of(kernel, student, teacher, **options)
+    torch.set_default_dtype(dtype)
+    try:
+        actual, actual_metrics = loss_of(kernel, student, teacher, **options)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(actual, expected)
+    assert torch.equal(actual_metrics["divergence"], metrics["divergence"])
+
+
+def test_arguments_are_checked_each_time():
+    student, teacher = pair()
+    kd_loss(student, teacher, temperature=1)
+    with pytest.raises(TypeError, match="temperature is a bool"):
+        kd_loss(student, teacher, temperature=True)
+    with pytest.raises(TypeError, match="temperature is a list") as caught:
+        kd_loss(student, teacher, temperature=[1.0])
+    assert caught.value.__context__ is None
+    kd_loss(student, teacher, ignore_index=1)
+    with pytest.raises(TypeError, match="ignore_index is a float"):
+        kd_loss(student, teacher, ignore_index=1.0)
+
+
+@pytest.mark.parametrize("student_dtype", [torch.float32, torch.float16], ids=str)
+def test_the_default_dtype_is_not_that_of_linear_results(student_dtype):
+    hidden = correlated_pair(6, 8)[0].to(student_dtype)
+    weight, teacher = correlated_pair(VOCAB, 8)[0].to(student_dtype), correlated_pair(6, VOCAB)[1]
+    bias = correlated_pair(1, VOCAB)[0][0].to(student_dtype)
+
+    def results():
+        leaves = [x.detach().requires_grad_() for x in (hidden, weight, bias)]
+        loss, metrics = linear_kd_loss(
+            leaves[0],
+            leaves[1],
+            teacher_logits=teacher,
+            student_bias=leaves[2],
+            chunk_bytes=4 * VOCAB * 8,
+            return_metrics=True,
+        )
+        return loss, metrics["divergence"], *torch.autograd.grad(loss, leaves)
+
+    expected = results()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        actual = results()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for x, y in zip(actual, expected, strict=True):
+        assert x.dtype == y.dtype
+        assert torch.equal(x, y)
+
+
+def test_without_torchs_private_names_every_call_is_dispatched(monkeypatch):
+    student, teacher = pair()
+    assert watchers.goes_straight(student, teacher, None)
+    monkeypatch.setattr(watchers, "_THREAD_KEYS", 0)
+    assert not watchers.goes_straight(student, teacher, None)
