@@ -135,7 +135,7 @@ class Grid:
                 low = distance
             else:
                 high = distance
-        return Pair(pair.student.to(self.device), pair.teacher.to(self.device))
+        return pair.to(self.device)
 
     @staticmethod
     def kl(pair: Pair, temperature: float) -> float:
@@ -186,7 +186,7 @@ def rounding(grid: Grid, dtype: str, divergence: str) -> list[list[float]]:
 
 def results(providers: dict[str, Provider], grid: Grid, log: Callable[[str], None]) -> dict:
     """Errors of every provider on the grid, and its behaviour on every case."""
-    cases = {name: make() for name, make in behaviour.CASES.items()}
+    cases = {name: make().to(grid.device) for name, make in behaviour.CASES.items()}
     accuracy: dict[str, dict] = {}
     behaves: dict[str, dict] = {}
     for name, provider in providers.items():

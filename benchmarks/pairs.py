@@ -55,6 +55,10 @@ class Pair:
         self.student, self.teacher, self._heads = student, teacher, heads
         self._exact: dict[tuple[str, float, str], Outcome] = {}
 
+    def to(self, device: torch.device) -> Pair:
+        heads = self._heads and tuple(x.to(device) for x in self._heads)
+        return Pair(self.student.to(device), self.teacher.to(device), heads)
+
     @property
     def heads(self) -> tuple[Tensor, ...]:
         """Hidden states and weight of the student, then of the teacher."""

@@ -15,10 +15,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from .numerics_report import behaviour_table, numerics_table
 from .tables import error, machine, milliseconds, name_of, reason, table, worst_gradient_error
+from .training import training_table
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "docs/linear.md", "docs/performance.md")
+DOCUMENTS = ("README.md", "docs/linear.md", "docs/numerics.md", "docs/performance.md")
 MARKED = re.compile(r"(<!-- table (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -207,6 +209,9 @@ TABLES: dict[str, Callable[[dict, str], str]] = {
     "divergences": divergences,
     "linear": linear,
     "shapes": shapes,
+    "numerics": numerics_table,
+    "behaviour": behaviour_table,
+    "training": training_table,
     "triton_resources": triton_resources,
 }
 

@@ -11,7 +11,7 @@ and gradients, then timed in turns.
 
 A batch fits where what the process holds before a step and the peak the step adds stay below
 ``--memory``. Peaks are measured, on a CPU as the growth of the resident size: the batches tried are
-those a straight line through the last two peaks predicts, until one fits and the next doesn't.
+those a straight line through two peaks predicts, until one fits and the next doesn't.
 """
 
 from __future__ import annotations
@@ -186,13 +186,13 @@ def largest_batch(peak: Callable[[int], int], available: int, most: int = MOST) 
             fits = batch
         else:
             fails = batch
-        if len(peaks) == 1:
-            batch = 4
-        else:  # the line through the last two
-            (a, at_a), (b, at_b) = list(peaks.items())[-2:]
+        batch = 4
+        if len(peaks) > 1:
+            (a, at_a), (b, at_b) = sorted(peaks.items())[-2:]
             slope = max(1.0, (at_b - at_a) / (b - a))
             batch = a + int((available - at_a) / slope)
-        batch = min(max(batch, fits + 1), fails - 1)
+        # Small batches may all peak in the optimizer and say nothing of larger ones.
+        batch = min(max(batch, fits + 1), fails - 1, max(4, 2 * fits))
     return peaks
 
 
@@ -224,7 +224,7 @@ def measure(
     def step(method: Method, size: int) -> Step:
         return Step(lambda: training.step(method, tokens[:size]))
 
-    results: dict[str, dict] = training.verify(methods, tokens[:batch])
+    results: dict[str, dict] = training.verify(methods, tokens[:1])
     say(f"the methods agree: {results}")
     times: dict[str, list[float]] = {name: [] for name in methods}
     for number in range(rounds + 1):
@@ -308,7 +308,7 @@ def main() -> None:
     add("--seq-len", type=int, default=128, help="tokens of a sequence (%(default)s)")
     add("--temperature", type=float, default=1.0, help="(%(default)s)")
     add("--rounds", type=int, default=5, help="timed steps of each method (%(default)s)")
-    add("--memory", type=float, default=2.5, help="GiB that a batch has to fit (%(default)s)")
+    add("--memory", type=float, default=3.0, help="GiB that a batch has to fit (%(default)s)")
     add("--most", type=int, default=MOST, help="sequences tried at most (%(default)s)")
     add("--threads", type=int, help="default: PyTorch's")
     add("--device", choices=DEVICES, default="cpu")
