@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .backends import cpu, cuda, triton
+from .backends.rows import gradient_like
 from .options import METRICS, LogitsOptions
 from .watchers import goes_straight
 
@@ -87,7 +88,7 @@ def _run(tensors, backend, options, inplace):
         _check_inplace(student, teacher)
         gradient = student
     else:
-        gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
+        gradient = gradient_like(student)
     run = _IMPLEMENTATIONS[backend].logits_loss
     outputs = run(*tensors, options, gradient)
     if inplace:
@@ -135,7 +136,7 @@ def _(student, *rest):
 @torch.library.register_fake("kdkernels::logits_loss_and_grad", lib=library)
 def _(student, *rest):
     options = LogitsOptions(*rest[5:])
-    gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
+    gradient = gradient_like(student)
     outputs = _fake_outputs(student, options.reduction, options.metrics)
     return *outputs, _fake_row_scale(student), gradient
 

@@ -92,6 +92,29 @@ def test_shapes_that_turn_out_to_be_dynamic(compiler):
             torch.testing.assert_close(actual, wanted)
 
 
+@pytest.mark.parametrize("compiler", BACKENDS)
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_without_a_token(compiler, dynamic):
+    """Rows of an odd vocabulary whose gradient is aligned like them, and so not contiguous."""
+
+    def step(hidden, head, teacher):
+        first, last = (hidden @ head)[:, :-1], (hidden @ head)[:, 1:]
+        return kd_loss(first, teacher[:, :-1]) + kd_loss(last, teacher[:, 1:])
+
+    compiled = torch.compile(step, fullgraph=True, backend=compiler, dynamic=dynamic)
+    for tokens in (5, 6, 9):
+        results = []
+        for function in (step, compiled):
+            hidden = normal(5, tokens, 8).bfloat16().requires_grad_()
+            loss = function(
+                hidden, normal(8, VOCAB).bfloat16(), normal(5, tokens, VOCAB).bfloat16()
+            )
+            loss.backward()
+            results.append((loss.detach(), hidden.grad))
+        for actual, wanted in zip(*results, strict=True):
+            torch.testing.assert_close(actual, wanted)
+
+
 def test_dynamic_shapes_compile_once():
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(step, fullgraph=True, backend=counter, dynamic=True)
@@ -182,6 +205,9 @@ def test_opcheck(name, dtype):
     student, teacher, *_ = operands(dtype)
     bare = options("alpha_beta", "sum", metrics=False, ce_weight=0.0)
     torch.library.opcheck(operator, (student, teacher, None, None, None, "cpu", *bare))
+    for rows in (slice(None, -1), slice(1, None)):  # the gradient's strides follow these
+        sliced = student[:, rows], teacher[:, rows], None, None, None, "cpu"
+        torch.library.opcheck(operator, (*sliced, *bare))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

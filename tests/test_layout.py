@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 import kdkernels
+from kdkernels.backends.rows import gradient_like, in_rows
 
 from . import tolerances
 from .cases import ONE_OF_EACH, correlated_pair, labels_for, normal
@@ -67,6 +70,36 @@ def test_strides(kernel, student_layout, teacher_layout, dtype, inplace):
     strided = LAYOUTS[student_layout](student), LAYOUTS[teacher_layout](teacher)
     actual = run(kernel, *strided, inplace_grad=inplace, **options)
     assert_same(actual, expected, "forward_kl", kernel)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        *(pytest.param(function, id=name) for name, function in LAYOUTS.items()),
+        pytest.param(lambda x: x[1:], id="without the first sequence"),
+        pytest.param(lambda x: x[:1, :1].expand(3, 4, VOCAB), id="expanded"),
+        pytest.param(lambda x: x[1, 1], id="one row"),
+        pytest.param(lambda x: x[:, :, 1:-2], id="without some columns"),
+    ],
+)
+def test_gradient_is_aligned_like_the_student(layout, dtype):
+    student = layout(normal(3, 4, VOCAB).to(dtype))
+    gradient = gradient_like(student)
+    assert gradient.shape == student.shape
+    copied = in_rows(student) is not student
+    base = student.data_ptr() - gradient.data_ptr()
+    rows = [range(n) for n in student.shape[:-1]]
+    taken = set()
+    for row in itertools.product(*rows):
+        begin = gradient[row].data_ptr()
+        assert copied or (student[row].data_ptr() - begin - base) % 16 == 0
+        taken |= set(range(begin, begin + student.shape[-1] * student.element_size()))
+    assert len(taken) == student.numel() * student.element_size()  # no row overlaps another
+    memory = gradient.untyped_storage()
+    assert min(taken) >= memory.data_ptr()
+    assert max(taken) < memory.data_ptr() + memory.nbytes()
+    assert memory.nbytes() <= student.numel() * student.element_size() + 16 * (3 * 4 + 1)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (2, 3), (2, 1, 3), (2, 3, 2, 2)], ids=str)

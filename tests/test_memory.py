@@ -15,7 +15,7 @@ import kdkernels
 
 from . import tolerances
 from .cases import correlated_pair
-from .harness import InPlace, assert_close, assert_gradient, oracle
+from .harness import BACKENDS, InPlace, assert_close, assert_gradient, oracle
 from .test_compile import COMPILER
 
 MIB = 2**20
@@ -111,6 +111,45 @@ def test_scaling_the_gradient_takes_no_memory():
     """)
     assert fresh < TENSOR + SCRATCH
     assert inplace < SCRATCH
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "gpu", [config for config in BACKENDS if config.backend in ("cuda", "triton")], ids=str
+)
+def test_on_a_gpu(gpu, dtype, divergence, monkeypatch):
+    """What PyTorch's allocator hands out beyond both logits: the gradient, or next to nothing."""
+    if gpu.skip or not torch.cuda.is_available():
+        pytest.skip(f"{gpu.name}: {gpu.skip or 'measured on a GPU, there is none'}")
+    for name, value in gpu.environment.items():
+        monkeypatch.setenv(name, value)
+    student, teacher = (torch.full((ROWS, VOCAB), x, dtype=dtype, device="cuda") for x in (0.5, 0))
+    seed = torch.zeros((), device="cuda", requires_grad=True)
+    options = {"divergence": divergence, "temperature": 2.0, "backend": gpu.backend}
+
+    def step(rows, inplace):
+        logits = InPlace.apply(seed, student[:rows])
+        (3 * kdkernels.kd_loss(logits, teacher[:rows], inplace_grad=inplace, **options)).backward()
+
+    def only(rows):
+        with torch.no_grad():
+            kdkernels.kd_loss(student[:rows], teacher[:rows], **options)
+
+    def peak(call):
+        call(2)  # kernels load, streams and buffers of their own come into being
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call(ROWS)
+        return (torch.cuda.max_memory_allocated() - before) / MIB
+
+    size = student.numel() * student.element_size() / MIB
+    fresh, inplace = peak(lambda rows: step(rows, False)), peak(lambda rows: step(rows, True))
+    loss_only = peak(only)
+    print(f"MiB: fresh {fresh}, in place {inplace}, loss only {loss_only}, of {size}")
+    assert size <= fresh < size + 1
+    assert inplace < 1
+    assert loss_only < 1
 
 
 @COMPILER

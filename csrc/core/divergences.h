@@ -62,20 +62,22 @@ struct ReverseKL : Defaults {
 // Near the teacher, where q - p has few digits, everything is a power series in r, that of
 // L = log(m / p) = log(share + rest exp(r)), or follows from it:
 //   value / p = (a + b r) exp(r) + (c + d exp(r)) L + constant
+//   slope / q = e log(q / m) + f rest share (q - p) / m = e (r - L) + f (L' - rest)
 struct Mixture : Defaults {
   static constexpr int kTerms = 9;
   float share, rest;
-  float of_log[kTerms - 1];    // log(m / q) = L - r, from r on
+  float of_slope[kTerms - 1];  // slope / q, from r on
   float of_value[kTerms - 1];  // value / p, from r^2 on
 
-  Mixture(float share, double a, double b, double c, double d) : share(share), rest(1 - share) {
+  Mixture(float share, double a, double b, double c, double d, double e, double f)
+      : share(share), rest(1 - share) {
     double exponential[kTerms + 1] = {1}, log[kTerms + 1];
     for (int n = 1; n <= kTerms; ++n) {
       exponential[n] = exponential[n - 1] / n;
       // From L' m / p = (m / p)'.
       log[n] = rest * exponential[n];
       for (int k = 1; k < n; ++k) log[n] -= k * log[k] * rest * exponential[n - k] / n;
-      if (n < kTerms) of_log[n - 1] = n > 1 ? (float)log[n] : -share;
+      if (n > 1) of_slope[n - 2] = (float)(e * ((n == 2) - log[n - 1]) + f * n * log[n]);
       double product = log[n];  // of exp(r) and L
       for (int k = 1; k < n; ++k) product += log[k] * exponential[n - k];
       if (n > 1)
@@ -110,10 +112,10 @@ struct Mixture : Defaults {
     return select(abs(x.r) < kSeriesRadius, power_series(of_value, x.r) * x.r * (x.p * x.r), far);
   }
 
-  // q log(m / q).
+  // Given slope / q away from the teacher.
   template <class F>
-  KD_INLINE F q_log(const Point<F>& x, F far_over_q) const {
-    const F series = power_series(of_log, x.r) * x.r;
+  KD_INLINE F slope(const Point<F>& x, F far_over_q) const {
+    const F series = power_series(of_slope, x.r) * x.r;
     return times_or_zero(x.q, select(abs(x.r) < kSeriesRadius, series, far_over_q));
   }
 
@@ -128,23 +130,23 @@ struct Mixture : Defaults {
 
 // beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q. Agarwal et al. 2023 (GKD).
 struct JSD : Mixture {
-  JSD(float beta, float) : Mixture(beta, 0, 1 - beta, -beta, beta - 1) {}
+  JSD(float beta, float) : Mixture(beta, 0, 1 - beta, -beta, beta - 1, 1 - beta, 0) {}
 
   template <class F>
   KD_INLINE Term<F> operator()(const Point<F>& x) const {
-    const auto logs = far_logs(x.r, (x.q - x.p) / of(x));
-    const F slope = -rest * q_log(x, logs.over_q);
+    const auto logs = far_logs(x.r, quotient(x.q - x.p, of(x)));
+    const F slope = this->slope(x, -rest * logs.over_q);
     return {value(x, slope - share * times_or_zero(x.p, logs.over_p)), slope};
   }
 };
 
 // KL(p || alpha p + (1 - alpha) q). Ko et al. 2024 (DistiLLM).
 struct SkewForwardKL : Mixture {
-  SkewForwardKL(float alpha, float) : Mixture(alpha, 1 - alpha, 0, -1, 0) {}
+  SkewForwardKL(float alpha, float) : Mixture(alpha, 1 - alpha, 0, -1, 0, 0, 0) {}
 
   template <class F>
   KD_INLINE Term<F> operator()(const Point<F>& x) const {
-    const F m = of(x), ratio = bregman(x.p, x.q, x.r).difference / m;
+    const F m = of(x), ratio = quotient(bregman(x.p, x.q, x.r).difference, m);
     const F p_log = times_or_zero(x.p, far_logs(x.r, ratio).over_p);
     return {value(x, m - x.p - p_log), rest * rest * times_or_zero(x.q, ratio)};
   }
@@ -152,13 +154,19 @@ struct SkewForwardKL : Mixture {
 
 // KL(q || alpha q + (1 - alpha) p). Ko et al. 2024 (DistiLLM).
 struct SkewReverseKL : Mixture {
-  SkewReverseKL(float alpha, float) : Mixture(1 - alpha, alpha - 1, 1, 0, -1) {}
+  SkewReverseKL(float alpha, float) : Mixture(1 - alpha, alpha - 1, 1, 0, -1, 1, -1) {}
 
   template <class F>
   KD_INLINE Term<F> operator()(const Point<F>& x) const {
-    const F m = of(x), ratio = bregman(x.p, x.q, x.r).difference / m;
-    const F log = q_log(x, far_logs(x.r, ratio).over_q);
-    return {value(x, m - x.q - log), -log - rest * share * times_or_zero(x.q, ratio)};
+    // The two parts of the slope nearly cancel where the student's share is large, so its logarithm
+    // is taken of what is close to 1.
+    const F m = of(x), difference = x.q - x.p;
+    const auto p_is_larger = x.r <= 0.0f;
+    const F smaller = select(p_is_larger, x.q + FLT_MIN, m);
+    const F growth = log1p(quotient(share * abs(difference), smaller));
+    const F log = select(p_is_larger, -growth, growth);  // log(q / m)
+    return {value(x, m - x.q + times_or_zero(x.q, log)),
+            slope(x, log - rest * share * quotient(difference, m))};
   }
 };
 

@@ -16,6 +16,12 @@ KD_INLINE float exp(float x) { return expf(x); }
 KD_INLINE float log1p(float x) { return log1pf(x); }
 #endif
 
+// x / y for a y that is neither subnormal nor above 2^126; csrc/cuda has a faster one.
+template <class F>
+KD_INLINE F quotient(F x, F y) {
+  return x / y;
+}
+
 // x y, and 0 where x is 0, whatever y is: a probability of 0 times an infinite logarithm.
 template <class F>
 KD_INLINE F times_or_zero(F x, F y) {

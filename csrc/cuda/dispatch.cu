@@ -48,6 +48,12 @@ bool tile_override(Tile& tile) {
   return true;
 }
 
+void check_rows(int64_t rows) {
+  if (rows > kMaxRows)
+    throw std::invalid_argument(std::to_string(rows) + " rows are more than " +
+                                std::to_string(kMaxRows));
+}
+
 using RowsFunction = void (*)(const LogitsParams&, const Device&, const Tile*, void*);
 #define KD_RUN_ROWS(name, Divergence) run_rows<Divergence>,
 constexpr RowsFunction kRows[] = {KD_DIVERGENCES(KD_RUN_ROWS)};
@@ -62,6 +68,8 @@ void logits(const LogitsParams& params, int device, void* stream) {
   if (params.vocab > kMaxVocab)
     throw std::invalid_argument("a vocabulary of " + std::to_string(params.vocab) + " is above " +
                                 std::to_string(kMaxVocab));
+  check_rows(params.rows);
+  const Capturable capturable;
   use_device(device);
   Tile tile;
   const bool wanted = tile_override(tile);
@@ -69,6 +77,8 @@ void logits(const LogitsParams& params, int device, void* stream) {
 }
 
 void scale(const ScaleParams& call, int device, void* stream) {
+  check_rows(call.rows);
+  const Capturable capturable;
   use_device(device);
   ScaleParams params = call;
   launch_in_parts(params, call.rows, [&](int64_t rows) {

@@ -44,6 +44,14 @@ KD_INLINE float log1p(float x) {
 #endif
 }
 
+KD_INLINE float quotient(float x, float y) {
+#if defined(__CUDA_ARCH__) || defined(KD_EMULATE)
+  return x * reciprocal_approx(y);
+#else
+  return x / y;
+#endif
+}
+
 }  // namespace kd::cuda
 
 #include "../core/math.h"
@@ -132,6 +140,26 @@ struct ShortSum {
   KD_DEVICE double value() const { return total; }
 };
 
+// The largest of pairs of 16-bit logits; NaN is lost.
+struct Pairs {
+  uint32_t largest;
+  bool bfloat16;
+
+  KD_DEVICE explicit Pairs(bool bfloat16)
+      : largest(bfloat16 ? 0xff80ff80u : 0xfc00fc00u), bfloat16(bfloat16) {}  // -inf
+
+  KD_DEVICE uint32_t larger(uint32_t x, uint32_t y) const {
+    return bfloat16 ? max_bfloat16x2(x, y) : max_float16x2(x, y);
+  }
+  KD_DEVICE void push(const uint4& x) {
+    largest = larger(larger(larger(x.x, x.y), larger(x.z, x.w)), largest);
+  }
+  KD_DEVICE float max() const {
+    const float2 pair = bfloat16 ? unpack_bfloat16x2(largest) : unpack_float16x2(largest);
+    return fmaxf(pair.x, pair.y);
+  }
+};
+
 // 16 bytes as 4 or 8 logits, and back.
 
 template <int kItem>
@@ -174,7 +202,7 @@ KD_DEVICE uint4 pack(const float (&x)[kLanes<kItem>], bool bfloat16) {
   return {words[0], words[1], words[2], words[3]};
 }
 
-// Rows::row for fewer than 2^32 rows: a 64-bit division costs as much as a sweep of a short row.
+// Rows::row for at most kMaxRows rows: a 64-bit division costs as much as a sweep of a short row.
 KD_DEVICE char* row_of(const Rows& rows, int64_t index) {
   const int64_t outer = index < rows.inner_size ? 0 : (uint32_t)index / (uint32_t)rows.inner_size;
   const int64_t inner = index - outer * rows.inner_size;

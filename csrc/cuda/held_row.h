@@ -87,6 +87,8 @@ class HeldRow {
   static constexpr int kCount = kLanes<kItem>;
 
  public:
+  // Whether a sweep is cheap, for the row is on chip.
+  static constexpr bool kHeld = true;
   // Whether slopes stay, in float32, until the gradient is computed.
   static constexpr bool kKeeps = Storage::kKeeps;
   // What adds up a thread's vectors.
@@ -122,26 +124,22 @@ class HeldRow {
   // Makes the next sweep unpack again, rather than keep every logit in a register of its own.
   KD_DEVICE void refresh() { bfloat16_ = opaque((int)bfloat16_); }
 
+  // The largest logit of this thread's columns; NaN is lost.
+  KD_DEVICE float max_of_student() {
+    return max_of([&](int slot) { return storage_.student(slot); }, student_edge_[0]);
+  }
+  KD_DEVICE float max_of_teacher() {
+    return max_of([&](int slot) { return storage_.teacher(slot); }, teacher_edge_[0]);
+  }
+
   // Calls step(place, logits) for all of this thread's columns; beyond the vocabulary is -inf.
   template <class Step>
   KD_DEVICE void for_each_of_student(Step step) {
-    storage_.for_each_place(columns_, [&](const Place<kCount>& place) {
-      float s[kCount];
-      unpack<kItem>(storage_.student(place.slot), bfloat16_, s);
-      step(place, s);
-    });
-    float s[1] = {student_edge_[0]};
-    if (columns_.edge >= 0) step(columns_.edge_place(), s);
+    for_each_of([&](int slot) { return storage_.student(slot); }, student_edge_[0], step);
   }
   template <class Step>
   KD_DEVICE void for_each_of_teacher(Step step) {
-    storage_.for_each_place(columns_, [&](const Place<kCount>& place) {
-      float t[kCount];
-      unpack<kItem>(storage_.teacher(place.slot), bfloat16_, t);
-      step(place, t);
-    });
-    float t[1] = {teacher_edge_[0]};
-    if (columns_.edge >= 0) step(columns_.edge_place(), t);
+    for_each_of([&](int slot) { return storage_.teacher(slot); }, teacher_edge_[0], step);
   }
 
   // Calls step(place, student's logits, teacher's logits).
@@ -204,6 +202,38 @@ class HeldRow {
   bool reads_teacher = true;
 
  private:
+  template <class Vector, class Step>
+  KD_DEVICE void for_each_of(Vector vector, float edge, Step step) const {
+    storage_.for_each_place(columns_, [&](const Place<kCount>& place) {
+      float x[kCount];
+      unpack<kItem>(vector(place.slot), bfloat16_, x);
+      step(place, x);
+    });
+    float x[1] = {edge};
+    if (columns_.edge >= 0) step(columns_.edge_place(), x);
+  }
+
+  template <class Vector>
+  KD_DEVICE float max_of(Vector vector, float edge) const {
+    float largest = columns_.edge >= 0 ? edge : -INFINITY;
+    if constexpr (kItem == 4) {
+      storage_.for_each_place(columns_, [&](const Place<kCount>& place) {
+        float x[kCount];
+        unpack<kItem>(vector(place.slot), false, x);
+        largest = fmaxf(largest, cuda::max_of(x));
+      });
+      return largest;
+    } else {
+      const auto of = [&](bool bfloat16) {
+        Pairs pairs(bfloat16);
+        storage_.for_each_place(
+            columns_, [&](const Place<kCount>& place) { pairs.push(vector(place.slot)); });
+        return fmaxf(largest, pairs.max());
+      };
+      return bfloat16_ ? of(true) : of(false);
+    }
+  }
+
   // Columns one by one.
   KD_DEVICE uint4 gather(const char* row, const Place<kCount>& place) const {
     uint32_t words[4];

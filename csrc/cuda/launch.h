@@ -5,8 +5,11 @@
 
 #include <cuda_runtime_api.h>
 
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "tiles.h"
 
@@ -44,15 +47,32 @@ struct LaunchConfig {
 // The caller has made it current for PyTorch, whose CUDA runtime is another one than ours.
 inline void use_device(int device) { check(cudaSetDevice(device), "choosing a device"); }
 
+// While a stream is being captured into a graph, lets this thread load a kernel and ask about it:
+// that may allocate, which ends a capture otherwise. What is launched is captured all the same.
+class Capturable {
+ public:
+  Capturable() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~Capturable() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  Capturable(const Capturable&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
 // What a kernel may only have when it was asked for.
 template <class Params>
 void allow(void (*kernel)(Params), const Grid& grid) {
   constexpr size_t kUnasked = 48 * 1024;
-  if (grid.shared_bytes > kUnasked)
+  if (grid.shared_bytes > kUnasked) {
     check(cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                (int)grid.shared_bytes),
           "allowing more shared memory");
-  if (grid.cluster > kPortableCluster)
+    // For a second CTA beside the first; loads pass the first-level cache by.
+    check(cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                               cudaSharedmemCarveoutMaxShared),
+          "preferring shared memory to cache");
+  }
+  if (grid.cluster > 8)  // the largest that every device with clusters knows
     check(cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributeNonPortableClusterSizeAllowed,
                                1),
           "allowing clusters of 16");
@@ -89,6 +109,7 @@ std::string why_not(void (*kernel)(Params), int device) {
     return "CUDA has " + std::to_string(count) + " devices, none is number " +
            std::to_string(device);
   if (status == cudaSuccess) {
+    const Capturable capturable;
     use_device(device);
     const Device capability = device_of(device);
     if (capability.major < 8)
@@ -102,20 +123,27 @@ std::string why_not(void (*kernel)(Params), int device) {
   return std::string("CUDA says: ") + cudaGetErrorString(status);
 }
 
-// Whether the current device can hold even one such cluster.
+// Whether the current device can hold even one such cluster: a part of a device (MIG) may be too
+// small for those of 8, and those of 16 exist on some devices only. Asked once.
 template <class Params>
 bool fits(void (*kernel)(Params), const Grid& grid) {
-  allow(kernel, grid);
-  const LaunchConfig launch(grid, nullptr);
-  int clusters = 0;
-  const cudaError_t status =
-      cudaOccupancyMaxActiveClusters(&clusters, (const void*)kernel, &launch.config);
-  if (status == cudaErrorInvalidClusterSize) {
+  static std::mutex mutex;
+  static std::map<std::tuple<int, const void*, unsigned, unsigned, size_t>, bool> known;
+  int device = 0;
+  check(cudaGetDevice(&device), "asking for the current device");
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [answer, unknown] =
+      known.try_emplace({device, (const void*)kernel, grid.cluster, grid.block, grid.shared_bytes});
+  if (unknown) {
+    allow(kernel, grid);
+    const LaunchConfig launch(grid, nullptr);
+    int clusters = 0;
+    answer->second = cudaOccupancyMaxActiveClusters(&clusters, (const void*)kernel,
+                                                    &launch.config) == cudaSuccess &&
+                     clusters > 0;
     cudaGetLastError();
-    return false;
   }
-  check(status, "asking how many clusters fit");
-  return clusters > 0;
+  return answer->second;
 }
 
 }  // namespace kd::cuda

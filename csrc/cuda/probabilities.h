@@ -1,7 +1,7 @@
 // From the logits of a column to what a divergence is a function of.
 #pragma once
 
-#include "elements.h"
+#include "softmax.h"
 
 #include "../core/divergences.h"
 
@@ -13,6 +13,26 @@ struct Probabilities {
   float s_shift, t_shift, s_inverse, t_inverse;
   float s_origin, t_origin, offset;
   float s_max, t_max, s_log_sum, t_log_sum;
+
+  KD_DEVICE Probabilities(float c, float inverse_temperature, const State& student,
+                          const State& teacher)
+      : c(c),
+        inverse_temperature(inverse_temperature),
+        s_shift(student.shift),
+        t_shift(teacher.shift),
+        s_inverse(reciprocal(student.sum)),
+        t_inverse(reciprocal(teacher.sum)),
+        s_max(student.max),
+        t_max(teacher.max),
+        s_log_sum(student.log_sum(c)),
+        t_log_sum(teacher.log_sum(c)) {
+    const bool shifted = abs(s_max - t_max) * inverse_temperature > 4;
+    s_origin = shifted ? s_max : 0, t_origin = shifted ? t_max : 0;
+    const double apart = ((double)t_max - t_origin) - ((double)s_max - s_origin);
+    const double excess = student.excess(c) - teacher.excess(c);
+    offset = (float)(apart * inverse_temperature + kLn2 * excess +
+                     log_ratio(teacher.corrected_sum(c), student.corrected_sum(c)));
+  }
 
   KD_DEVICE Point<float> operator()(float s, float t) const {
     Point<float> x;
@@ -31,13 +51,14 @@ struct Probabilities {
   KD_DEVICE float log_q(float s) const { return (s - s_max) * inverse_temperature - s_log_sum; }
 
   KD_DEVICE Probabilities again() const {
-    return {opaque(c),         opaque(inverse_temperature),
-            opaque(s_shift),   opaque(t_shift),
-            opaque(s_inverse), opaque(t_inverse),
-            opaque(s_origin),  opaque(t_origin),
-            opaque(offset),    opaque(s_max),
-            opaque(t_max),     opaque(s_log_sum),
-            opaque(t_log_sum)};
+    Probabilities x = *this;
+    x.c = opaque(c), x.inverse_temperature = opaque(inverse_temperature);
+    x.s_shift = opaque(s_shift), x.t_shift = opaque(t_shift);
+    x.s_inverse = opaque(s_inverse), x.t_inverse = opaque(t_inverse);
+    x.s_origin = opaque(s_origin), x.t_origin = opaque(t_origin), x.offset = opaque(offset);
+    x.s_max = opaque(s_max), x.t_max = opaque(t_max);
+    x.s_log_sum = opaque(s_log_sum), x.t_log_sum = opaque(t_log_sum);
+    return x;
   }
 };
 

@@ -25,10 +25,18 @@ KD_DEVICE float log2_approx(float x) {
   return y;
 }
 
-// 16 bytes that no kernel writes before they have been read, past the first-level cache.
+// 1 / x, error of at most one unit in the last place; for x up to 2^126, subnormal x give infinity.
+KD_DEVICE float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// 16 bytes past the first-level cache. Not through the non-coherent path, which is for memory that
+// a kernel never writes: an in-place gradient overwrites what was loaded.
 KD_DEVICE uint4 load_16(const void* from) {
   uint4 x;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
                : "l"(from));
   return x;
@@ -64,6 +72,19 @@ KD_DEVICE float2 unpack_float16x2(uint32_t x) {
       : "=f"(y.x), "=f"(y.y)
       : "r"(x));
   return y;
+}
+
+// The larger of two pairs, half by half; a NaN loses.
+KD_DEVICE uint32_t max_bfloat16x2(uint32_t x, uint32_t y) {
+  uint32_t larger;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(x), "r"(y));
+  return larger;
+}
+
+KD_DEVICE uint32_t max_float16x2(uint32_t x, uint32_t y) {
+  uint32_t larger;
+  asm("max.f16x2 %0, %1, %2;" : "=r"(larger) : "r"(x), "r"(y));
+  return larger;
 }
 
 template <class T>

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "held_row.h"
-#include "row_pair.h"
+#include "run_row.h"
 #include "tiles.h"
 
 namespace kd::cuda {
@@ -16,9 +16,9 @@ constexpr bool kKeepsSlopes = !Divergence::kSlopeSumsToZero && !Divergence::kChe
 // 16-byte vectors of each tensor that a thread holds in registers: as many as the compiler can
 // place, beside what it computes with, in the 128 registers that let 512 threads share an SM.
 template <class Divergence>
-constexpr int kRegisterVectors = kKeepsSlopes<Divergence>       ? 0
-                                 : Divergence::kSlopeSumsToZero ? 10
-                                                                : 9;
+constexpr int kRegisterVectors = kKeepsSlopes<Divergence>                ? 0
+                                 : std::is_same_v<Divergence, ForwardKL> ? 10
+                                                                         : 9;
 
 // In registers: the fewest instructions, for calls without options.
 template <class Divergence, int kItem>

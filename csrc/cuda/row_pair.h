@@ -92,13 +92,24 @@ class RowPair {
     Running student(params_.c), teacher(params_.c), at_1(kLog2E);
     Top student_top, teacher_top;
     const bool apart = uses_cross_entropy() && params_.temperature != 1;
+    constexpr bool kMaxFirst = Row::kHeld && !kOptions;
+    if constexpr (kMaxFirst) {
+      student.rise(row_.max_of_student());
+      teacher.rise(row_.max_of_teacher());
+    }
+    const auto push = [](Running& running, const auto& x) {
+      if constexpr (kMaxFirst)
+        running.add(x);
+      else
+        running.push(x);
+    };
     row_.for_each_of_student([&](const auto& place, auto& s) {
       if constexpr (kOptions) {
         if (params_.metrics) student_top.push(s, place);
         apply(params_.student_transform, s);
         if (apart) at_1.push(s);
       }
-      student.push(s);
+      push(student, s);
     });
     if (uses_divergence()) {
       row_.for_each_of_teacher([&](const auto& place, auto& t) {
@@ -106,7 +117,7 @@ class RowPair {
           if (params_.metrics) teacher_top.push(t, place);
           apply(params_.teacher_transform, t);
         }
-        teacher.push(t);
+        push(teacher, t);
       });
     }
 
@@ -145,20 +156,7 @@ class RowPair {
   }
 
   KD_DEVICE Probabilities probabilities() const {
-    Probabilities x;
-    x.c = params_.c;
-    x.inverse_temperature = params_.inverse_temperature;
-    x.s_max = student_.max, x.t_max = teacher_.max;
-    x.s_shift = student_.shift, x.t_shift = teacher_.shift;
-    x.s_inverse = reciprocal(student_.sum), x.t_inverse = reciprocal(teacher_.sum);
-    x.s_log_sum = student_.log_sum(x.c), x.t_log_sum = teacher_.log_sum(x.c);
-    const bool shifted = abs(x.s_max - x.t_max) > 4;
-    x.s_origin = shifted ? x.s_max : 0, x.t_origin = shifted ? x.t_max : 0;
-    const double apart = ((double)x.t_max - x.t_origin) - ((double)x.s_max - x.s_origin);
-    const double excess = student_.excess(x.c) - teacher_.excess(x.c);
-    x.offset = (float)(apart * x.inverse_temperature + kLn2 * excess +
-                       log_ratio(teacher_.corrected_sum(x.c), student_.corrected_sum(x.c)));
-    return x;
+    return {params_.c, params_.inverse_temperature, student_, teacher_};
   }
 
   KD_DEVICE void read_entropies() {
@@ -379,26 +377,5 @@ class RowPair {
   float student_entropy_ = NAN, teacher_entropy_ = NAN;
   double divergence_ = NAN;
 };
-
-// A row of weight 0: exact zeros, whatever the logits hold.
-KD_DEVICE void write_masked_row(const LogitsParams& params, const Team& team, int64_t row) {
-  if (params.gradient.data)
-    fill(team, row_of(params.gradient, row), params.gradient.dtype, 0, params.gradient.width, 0);
-  if (team.first != 0) return;
-  params.loss[row] = 0;
-  if (params.row_scale) params.row_scale[row] = 0;
-  if (params.metrics)
-    for (int i = 0; i < kMetrics; ++i) params.metrics[i * params.rows + row] = 0;
-}
-
-// One row, by the team; Row says how it is held.
-template <class Row, bool kOptions, class Divergence>
-KD_DEVICE void run_row(const RowsParams<Divergence>& params, const Team& team, int64_t index) {
-  const float weight = params.token_weight ? params.token_weight[index] : 1.0f;
-  if (weight == 0) return write_masked_row(params, team, index);
-  team.enter();
-  Row row(params, team, index);
-  RowPair<Divergence, Row, kOptions>(params, team, row, index, weight).run();
-}
 
 }  // namespace kd::cuda

@@ -52,12 +52,12 @@ void run_rows(const LogitsParams& call, const Device& device, const Tile* wanted
   const Problem problem = problem_of<Divergence>(call);
   constexpr int64_t kSlotBytes = slot_bytes(16, kMaxSharedThreads);
   Tile tile = wanted ? *wanted : choose(problem, device, kSlotBytes);
-  if (!holds(problem, tile, alone(device, kSlotBytes)))
-    throw std::invalid_argument("the tile that was asked for cannot hold this row pair");
-  // Only the device knows whether it has room for a large cluster.
-  if (tile.cluster > kPortableCluster &&
-      !fits(kernel_of<Divergence>(problem, tile.kernel), grid_of(problem, tile, 1)))
-    tile = streaming_tile(problem);
+  const bool serves = holds(problem, tile, device, kSlotBytes) &&
+                      (tile.cluster == 1 || fits(kernel_of<Divergence>(problem, tile.kernel),
+                                                 grid_of(problem, tile, 1)));
+  if (!serves && wanted)
+    throw std::invalid_argument("the tile that was asked for cannot hold this row pair here");
+  if (!serves) tile = streaming_tile(problem);
   const auto kernel = kernel_of<Divergence>(problem, tile.kernel);
   launch_in_parts(params, params.rows, [&](int64_t rows) {
     launch(kernel, grid_of(problem, tile, rows), stream, params);

@@ -15,6 +15,9 @@ KD_DEVICE float power_of_two(float d) {
   return bits_as<float>(bits_as<uint32_t>(fmaxf(d, -127.0f) + (kRound + 127.0f)) << 23);
 }
 
+// x c as a whole number.
+KD_DEVICE float shift_of(float x, float c) { return fmaf(x, c, kRound) - kRound; }
+
 // The sum of 2^(x c - shift) over logits x, where c = log2(e) / T. An exponent is one multiply-add
 // with one rounding; and since shifts are whole numbers, states merge without rounding, which the
 // ratio of two sums, a part of every log q - log p, would feel.
@@ -53,22 +56,32 @@ struct State {
 struct Running {
   float c;
   float max = kLowestLogit;
-  float shift = kLowestLogit;
+  float shift;  // belongs to max from the start: it never falls
   Sum sum;
 
-  KD_DEVICE explicit Running(float c) : c(c) {}
+  KD_DEVICE explicit Running(float c) : c(c), shift(shift_of(max, c)) {}
 
   template <int n>
   KD_DEVICE void push(const float (&x)[n]) {
-    max = fmaxf(max, max_of(x));
     const float before = shift;
-    shift = fmaf(max, c, kRound) - kRound;
-    float terms[n];
-#pragma unroll
-    for (int i = 0; i < n; ++i) terms[i] = exp2_approx(fmaf(x[i], c, -shift));
+    rise(max_of(x));
     const float factor = power_of_two(before - shift);
     sum.total *= factor;
     sum.lost *= factor;
+    add(x);
+  }
+
+  // For logits that are there twice: the largest first, all of them then, for half the
+  // instructions.
+  KD_DEVICE void rise(float to) {
+    max = fmaxf(max, to);
+    shift = shift_of(max, c);
+  }
+  template <int n>
+  KD_DEVICE void add(const float (&x)[n]) {
+    float terms[n];
+#pragma unroll
+    for (int i = 0; i < n; ++i) terms[i] = exp2_approx(fmaf(x[i], c, -shift));
     sum.add(sum_of(terms));
   }
 

@@ -2,7 +2,7 @@
 // vocabulary, dtype and device; the resident kernel is better where it fits.
 #pragma once
 
-#include "row_pair.h"
+#include "run_row.h"
 #include "tiles.h"
 
 namespace kd::cuda {
@@ -11,6 +11,7 @@ class StreamingRow {
   static constexpr int kCount = 8;
 
  public:
+  static constexpr bool kHeld = false;
   static constexpr bool kKeeps = false;
   using Total = Sum;
 

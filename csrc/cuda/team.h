@@ -72,6 +72,7 @@ class Team {
   // Calls read(slot) for this lane's share of all warps' slots.
   template <class Read>
   KD_DEVICE void for_slots(Read read) const {
+#pragma unroll 1  // a few slots a lane, while a row may fill all other registers
     for (unsigned i = lane; i < size * warps; i += 32) read(slots_[i]);
   }
 

@@ -35,11 +35,13 @@ constexpr int kMaxRegisterThreads = 512, kMaxSharedThreads = 256, kMaxStreamingT
 // Columns are counted in 32 bits, with room for a team's stride.
 constexpr int64_t kMaxVocab = 1 << 30;
 
+// Rows are found by a division of 32 bits.
+constexpr int64_t kMaxRows = ((int64_t)1 << 32) - 1;
+
 // Rows of a launch: the grid's first dimension holds 2^31 - 1 CTAs, a row needs up to 16.
 constexpr int64_t kRowsPerLaunch = 1 << 26;
 
 constexpr int kClusters[] = {1, 2, 4, 8, 16};
-constexpr int kPortableCluster = 8;  // larger ones exist on some devices only
 
 constexpr int64_t divide_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
 
@@ -95,12 +97,19 @@ constexpr int64_t one_of_two(const Device& device, int64_t slot_bytes) {
   return (device.shared_bytes - kReserved) / 2 - slot_bytes;
 }
 
+// Whether a tile can serve a problem at all.
+constexpr bool holds(const Problem& problem, const Tile& tile, const Device& device,
+                     int64_t slot_bytes) {
+  return (device.major >= 9 || tile.kernel == Kernel::kStreaming) &&
+         holds(problem, tile, alone(device, slot_bytes));
+}
+
 constexpr Tile choose(const Problem& problem, const Device& device, int64_t slot_bytes) {
   if (device.major < 9) return streaming_tile(problem);
   const bool registers = !problem.options && problem.register_vectors > 0;
   const Tile tile = resident_tile(problem, registers ? Kernel::kRegisters : Kernel::kShared,
                                   one_of_two(device, slot_bytes));
-  return holds(problem, tile, alone(device, slot_bytes)) ? tile : streaming_tile(problem);
+  return holds(problem, tile, device, slot_bytes) ? tile : streaming_tile(problem);
 }
 
 }  // namespace kd::cuda

@@ -241,6 +241,10 @@ inline float log2_approx(float x) {
   return (float)(exact + allowed_error(x) * (0.5f < x && x < 2 ? 1 : std::fabs(exact)));
 }
 
+inline float reciprocal_approx(float x) {
+  return flush_subnormal((float)((1 + 0.25 * allowed_error(x)) / (double)flush_subnormal(x)));
+}
+
 inline uint4 load_16(const void* address, KD_HERE) {
   emulator::check_aligned(address, 16, "load_16", where);
   return *static_cast<const uint4*>(address);
@@ -295,6 +299,15 @@ inline float2 unpack_bfloat16x2(uint32_t x) {
 }
 inline float2 unpack_float16x2(uint32_t x) {
   return {from_float16(x & 0xffff), from_float16(x >> 16)};
+}
+
+inline uint32_t max_bfloat16x2(uint32_t x, uint32_t y) {
+  const float2 a = unpack_bfloat16x2(x), b = unpack_bfloat16x2(y);
+  return pack_bfloat16x2(std::fmax(a.x, b.x), std::fmax(a.y, b.y));
+}
+inline uint32_t max_float16x2(uint32_t x, uint32_t y) {
+  const float2 a = unpack_float16x2(x), b = unpack_float16x2(y);
+  return pack_float16x2(std::fmax(a.x, b.x), std::fmax(a.y, b.y));
 }
 
 template <class T>

@@ -342,7 +342,8 @@ inline void check(const Case& c) {
     const double weight = c.weights ? weights[row] : 1;
     // Two certain models: no gradient but the rounding of probabilities of 1.
     const bool certain = weight != 0 && c.logits != Logits::kIdentical && largest < 1e-30;
-    const double rounding = ROUNDING_OF_1 * std::fabs(weight * c.kd_weight / normalizer);
+    const double rounding = ROUNDING_OF_1 * std::fabs(weight * c.kd_weight / normalizer) /
+                            std::min(1.0, (double)c.temperature);
     for (int i = 0; i < (int)e.gradient.size() && c.gradient; ++i) {
       const double actual = result.get(row, i) * scale;
       if (i >= c.vocab || largest == 0)

@@ -47,7 +47,7 @@ cuda::Tile choose(const cuda::Problem& problem, int compute_capability) {
 }
 
 bool holds(const cuda::Problem& problem, const cuda::Tile& tile) {
-  return cuda::holds(problem, tile, cuda::alone(kH100, kSlotBytes));
+  return cuda::holds(problem, tile, kH100, kSlotBytes);
 }
 
 }  // namespace kd::tests

@@ -204,6 +204,24 @@ void check_divergence() {
           if (!holds(problem_of(c), tile)) continue;
           if (bounded(c) || (logits != Logits::kHostile && logits != Logits::kHuge)) check(c);
         }
+  for (const auto& variant : variants)
+    for (const int vocab : {1, 2, 5, 7}) {
+      Case c = plain;
+      std::copy_n(variant.begin(), 2, c.parameters);
+      c.rows = 40;
+      c.vocab = vocab;
+      c.tile = {Kernel::kShared, 1, 32};
+      check(c);
+    }
+  // At 0.17 a shift that did not begin at that of the lowest logit would become infinite.
+  for (const float temperature : {0.17f, 100.0f}) {
+    Case c = plain;
+    c.logits = Logits::kClimbing;
+    c.temperature = temperature;
+    c.rows = 6;
+    c.vocab = 5170;
+    if (bounded(c)) check(c);
+  }
   for (int i = 0; i < 50; ++i) {
     Case c = mixture(variants[i % variants.size()], 1000 * kDivergenceIndex + i);
     c.seeds = 3;

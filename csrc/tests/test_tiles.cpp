@@ -51,6 +51,7 @@ static_assert(on_hopper(with_options(forward_kl(128256, 2))).kernel == Kernel::k
 
 static_assert(on_hopper(mixed(forward_kl(32000, 2))).kernel == Kernel::kStreaming);
 static_assert(choose(forward_kl(32000, 2), kAmpere, kSlots).kernel == Kernel::kStreaming);
+static_assert(!holds(forward_kl(1000, 2), {Kernel::kRegisters, 1, 256}, kAmpere, kSlots));
 
 void check(bool condition, const Problem& problem, const Tile& tile) {
   if (condition) return;
@@ -61,7 +62,7 @@ void check(bool condition, const Problem& problem, const Tile& tile) {
 
 void check_any(const Problem& problem) {
   const Tile tile = on_hopper(problem);
-  check(holds(problem, tile, alone(kHopper, kSlots)), problem, tile);
+  check(holds(problem, tile, kHopper, kSlots), problem, tile);
   check(tile.threads % 32 == 0 && tile.threads >= 32, problem, tile);
   const int most = tile.kernel == Kernel::kRegisters ? kMaxRegisterThreads
                    : tile.kernel == Kernel::kShared  ? kMaxSharedThreads

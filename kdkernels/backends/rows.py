@@ -38,6 +38,29 @@ def in_rows(tensor: Tensor) -> Tensor:
     return tensor if _in_two_strides(tensor) else tensor.contiguous()
 
 
+def gradient_like(student: Tensor) -> Tensor:
+    """Memory for the gradient, its rows as far apart as the student's modulo 16 bytes.
+
+    CUDA kernels move 16 bytes at a time where the rows of student, teacher and gradient are aligned
+    alike. At an odd vocabulary those of ``logits[:, :-1]`` are not aligned like those of a
+    contiguous tensor; a few unused entries make them so. A dense student's strides stay what they
+    are. Its storage offset counts for nothing: under a compiler a tensor has lost it.
+    """
+    if student.numel() > 0 and not student.is_contiguous():
+        lanes = 16 // student.element_size()
+        strides, extent = [1] * student.dim(), student.shape[-1]
+        inner_first = sorted(range(student.dim() - 1), key=lambda i: (student.stride(i), -i))
+        for i in inner_first:
+            strides[i] = extent + (student.stride(i) - extent) % lanes
+            extent += strides[i] * (student.shape[i] - 1)
+        gradient = torch.empty_strided(
+            student.shape, strides, dtype=student.dtype, device=student.device
+        )
+        if _in_two_strides(gradient):
+            return gradient
+    return torch.empty_like(student, memory_format=torch.contiguous_format)
+
+
 def check_in_place(student: Tensor) -> None:
     """Refuses a student whose rows a kernel could only write into a copy."""
     if not _in_two_strides(student):

@@ -1,0 +1,29 @@
+// One row by its team: the algorithm, or zeros where the row takes no part.
+#pragma once
+
+#include "row_pair.h"
+
+namespace kd::cuda {
+
+// A row of weight 0: exact zeros, whatever the logits hold.
+KD_DEVICE void write_masked_row(const LogitsParams& params, const Team& team, int64_t row) {
+  if (params.gradient.data)
+    fill(team, row_of(params.gradient, row), params.gradient.dtype, 0, params.gradient.width, 0);
+  if (team.first != 0) return;
+  params.loss[row] = 0;
+  if (params.row_scale) params.row_scale[row] = 0;
+  if (params.metrics)
+    for (int i = 0; i < kMetrics; ++i) params.metrics[i * params.rows + row] = 0;
+}
+
+// One row, by the team; Row says how it is held.
+template <class Row, bool kOptions, class Divergence>
+KD_DEVICE void run_row(const RowsParams<Divergence>& params, const Team& team, int64_t index) {
+  const float weight = params.token_weight ? params.token_weight[index] : 1.0f;
+  if (weight == 0) return write_masked_row(params, team, index);
+  team.enter();
+  Row row(params, team, index);
+  RowPair<Divergence, Row, kOptions>(params, team, row, index, weight).run();
+}
+
+}  // namespace kd::cuda
