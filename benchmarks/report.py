@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from .compiled_tables import cpu_instructions, cuda_instructions, triton_resources
 from .numerics_report import behaviour_table, numerics_table
 from .tables import error, machine, milliseconds, name_of, reason, table, worst_gradient_error
 from .training import training_table
@@ -166,42 +167,11 @@ def _never_timed(report: dict) -> str:
     return f"\n\nNot timed: {'; '.join(names)}." if names else ""
 
 
-def triton_resources(report: dict, file: str) -> str:
-    """Registers and instructions per divergence, at a vocabulary of 128256."""
-    kernels = [k for k in report["kernels"] if k["vocab"] == 128256 and k["divergence"] != "scale"]
-
-    def cell(target: str, divergence: str, **want: bool) -> str:
-        want = {"options": False, "split": False, "gradient": True, **want}
-        kernel = next(
-            k
-            for k in kernels
-            if (k["target"], k["divergence"]) == (target, divergence)
-            and k["dtype"] == ("float16" if want["options"] else "bfloat16")
-            and all(k[name] == value for name, value in want.items())
-        )
-        return f"{kernel['registers']}, {kernel['instructions']}"
-
-    variants: dict[str, dict[str, bool]] = {
-        "loss + gradient": {},
-        "loss only": {"gradient": False},
-        "all options": {"options": True},
-        "split": {"split": True},
-    }
-    targets = list(dict.fromkeys(k["target"] for k in kernels))
-    header = ["registers, instructions"]
-    header += [f"{variant}, {target}" for variant in variants for target in targets]
-    rows = [
-        [f"`{name}`"]
-        + [cell(target, name, **want) for want in variants.values() for target in targets]
-        for name in dict.fromkeys(k["divergence"] for k in kernels)
-    ]
-    spilled = sum(k["stack"] > 0 or k["local"] > 0 for k in report["kernels"])
-    note = (
-        f"\n\n{len(report['kernels'])} kernels, {spilled} with spills or local memory, Triton "
-        f"{report['triton']}: [`{file}`]({{root}}{file}), "
-        "`python -m benchmarks.triton_resources`.\n"
-    )
-    return table(header, rows) + note
+def small_call(report: dict, file: str) -> str:
+    """Microseconds of one (1, 8) call, forward and backward: median (least)."""
+    r = report["small_call"]
+    row = [f"{r[name]} ({r[name + '_min']})" for name in ("us", "eager_us")]
+    return table(["`kd_loss`, us", "eager, us"], [row]) + _source(report, file)
 
 
 TABLES: dict[str, Callable[[dict, str], str]] = {
@@ -212,6 +182,9 @@ TABLES: dict[str, Callable[[dict, str], str]] = {
     "numerics": numerics_table,
     "behaviour": behaviour_table,
     "training": training_table,
+    "small_call": small_call,
+    "cpu_instructions": cpu_instructions,
+    "cuda_instructions": cuda_instructions,
     "triton_resources": triton_resources,
 }
 

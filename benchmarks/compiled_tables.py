@@ -1,0 +1,87 @@
+"""Tables of what compilers made of the kernels, which needs no quiet machine to know."""
+
+from __future__ import annotations
+
+from .tables import table
+
+
+def cpu_instructions(report: dict, file: str) -> str:
+    """Instructions per vocabulary entry, loss and loss + gradient."""
+    sets = report["instruction_sets"]
+    columns = [(name, dtype) for name in sets for dtype in ("float32", "bfloat16", "float16")]
+    divergences = dict.fromkeys(key.split()[0] for key in sets["avx2"]["per_entry"])
+
+    def cell(divergence: str, name: str, dtype: str) -> str:
+        counts = sets[name]["per_entry"]
+        both = (counts[f"{divergence} {dtype} {what}"] for what in ("loss", "loss+gradient"))
+        return ", ".join(f"{count:.1f}" for count in both)
+
+    header = ["instructions an entry: loss, loss + gradient"]
+    header += [f"{name} {dtype}" for name, dtype in columns]
+    rows = [[f"`{d}`", *(cell(d, *column) for column in columns)] for d in divergences]
+    note = f"\n\n{report['compiler']}: [`{file}`]({{root}}{file}), `python -m benchmarks.instructions`.\n"
+    return table(header, rows) + note
+
+
+def cuda_instructions(report: dict, file: str) -> str:
+    """Of the kernel that serves a plain call, per pair of logits; their time over the 3U floor."""
+    names = dict.fromkeys(case["divergence"] for case in report["cases"])
+
+    def cells(divergence: str, item_size: int) -> list[str]:
+        of_both = [
+            case
+            for case in report["cases"]
+            if (case["divergence"], case["item_size"]) == (divergence, item_size)
+        ]
+        # Registers where a divergence has such a kernel: as csrc/cuda/tiles.h chooses.
+        case = min(of_both, key=lambda case: case["kernel"] != "registers")
+        return [
+            f"{case['instructions_per_pair']:.0f}",
+            f"{case['issue_of_floor']:.2f}, {case['special_of_floor']:.2f}",
+        ]
+
+    header = [""]
+    for dtype in ("bfloat16", "float32"):
+        header += [f"instructions a pair, {dtype}", "issue, special functions / floor"]
+    rows = [[f"`{name}`", *cells(name, 2), *cells(name, 4)] for name in names]
+    e = report["environment"]
+    note = f"\n\n{e['note']}, nvcc {e['nvcc']}: [`{file}`]({{root}}{file}), `{e['command']}`.\n"
+    return table(header, rows) + note
+
+
+def triton_resources(report: dict, file: str) -> str:
+    """Registers and instructions per divergence, at a vocabulary of 128256."""
+    kernels = [k for k in report["kernels"] if k["vocab"] == 128256 and k["divergence"] != "scale"]
+
+    def cell(target: str, divergence: str, **want: bool) -> str:
+        want = {"options": False, "split": False, "gradient": True, **want}
+        kernel = next(
+            k
+            for k in kernels
+            if (k["target"], k["divergence"]) == (target, divergence)
+            and k["dtype"] == ("float16" if want["options"] else "bfloat16")
+            and all(k[name] == value for name, value in want.items())
+        )
+        return f"{kernel['registers']}, {kernel['instructions']}"
+
+    variants: dict[str, dict[str, bool]] = {
+        "loss + gradient": {},
+        "loss only": {"gradient": False},
+        "all options": {"options": True},
+        "split": {"split": True},
+    }
+    targets = list(dict.fromkeys(k["target"] for k in kernels))
+    header = ["registers, instructions"]
+    header += [f"{variant}, {target}" for variant in variants for target in targets]
+    rows = [
+        [f"`{name}`"]
+        + [cell(target, name, **want) for want in variants.values() for target in targets]
+        for name in dict.fromkeys(k["divergence"] for k in kernels)
+    ]
+    spilled = sum(k["stack"] > 0 or k["local"] > 0 for k in report["kernels"])
+    note = (
+        f"\n\n{len(report['kernels'])} kernels, {spilled} with spills or local memory, Triton "
+        f"{report['triton']}: [`{file}`]({{root}}{file}), "
+        "`python -m benchmarks.triton_resources`.\n"
+    )
+    return table(header, rows) + note
