@@ -51,9 +51,14 @@ def in_place(case: LogitsCase, backend: str) -> Step:
     """The gradient overwrites the logits, which are fresh in every run."""
     buffer = torch.empty_like(case.student)
     anchor = torch.zeros((), device=case.device, requires_grad=True)
+    student = buffer
+
+    def prepare() -> None:
+        nonlocal student
+        buffer.copy_(case.student)
+        student = _Produce.apply(anchor, buffer)
 
     def run() -> Result:
-        student = _Produce.apply(anchor, buffer)
         loss = kd_loss(
             student,
             case.teacher,
@@ -65,7 +70,7 @@ def in_place(case: LogitsCase, backend: str) -> Step:
         case.backward(loss)
         return loss.detach(), (buffer,)
 
-    return Step(run, lambda: buffer.copy_(case.student))
+    return Step(run, prepare)
 
 
 def kdkernels(case: Case, backend: str) -> Step:
