@@ -19,8 +19,8 @@ def cpu_instructions(report: dict, file: str) -> str:
     header = ["instructions an entry: loss, loss + gradient"]
     header += [f"{name} {dtype}" for name, dtype in columns]
     rows = [[f"`{d}`", *(cell(d, *column) for column in columns)] for d in divergences]
-    note = f"\n\n{report['compiler']}: [`{file}`]({{root}}{file}), `python -m benchmarks.instructions`.\n"
-    return table(header, rows) + note
+    source = f"[`{file}`]({{root}}{file}), `python -m benchmarks.instructions`"
+    return table(header, rows) + f"\n\n{report['compiler']}: {source}.\n"
 
 
 def cuda_instructions(report: dict, file: str) -> str:
