@@ -32,7 +32,7 @@ except (AttributeError, ImportError, TypeError):
 def goes_straight(*tensors: Tensor | None) -> bool:
     """Whether calling an operator would only run its implementation on plain CPU tensors.
 
-    The implementation is called itself then: two dispatches take a fifth of what a small call does.
+    The implementation is called itself then: dispatching costs a small call more than its kernel.
     Whoever looks at operators shows in the keys by which torch dispatches. In those of the thread:
     modes, fake tensors, transforms, tracing. In those of a tensor: subclasses, wrappers of
     transforms, lazy negation and zeros. Any other set of keys than the usual one is theirs.

@@ -12,9 +12,6 @@ from ..options import LogitsOptions
 #: Dtypes that compiled backends take, as numbered by csrc/core/params.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-#: An inner size above any number of rows: they lie end to end, at the inner stride.
-_ALL_ROWS = 2**62
-
 
 def _leading(tensor: Tensor) -> list[tuple[int, int]]:
     """Leading dimensions as (size, stride), outermost first, merged where they lie end to end."""
@@ -81,9 +78,7 @@ def row_strides(tensor: Tensor) -> tuple[int, int, int]:
 
 def rows_of(tensor: Tensor) -> tuple[int, int, int, int, int, int]:
     """Address, dtype, width and row strides: Rows of csrc/core/params.h."""
-    width = tensor.shape[-1]
-    strides = (_ALL_ROWS, 0, width) if tensor.is_contiguous() else row_strides(tensor)
-    return tensor.data_ptr(), DTYPES[tensor.dtype], width, *strides
+    return tensor.data_ptr(), DTYPES[tensor.dtype], tensor.shape[-1], *row_strides(tensor)
 
 
 def address(tensor: Tensor | None) -> int:
