@@ -20,13 +20,17 @@ KD_INLINE Half load_half(const uint16_t* from) {
 
 KD_INLINE Vec from_bfloat16(Half x) { return (Vec)(widen(x) << 16); }
 
+// To nearest, ties to even; in the high halves, the low ones hold what is left.
+KD_INLINE Bits rounded_to_bfloat16(Vec x) {
+  const Bits bits = (Bits)x;
+  return x == x ? bits + 0x7fffu + ((bits >> 16) & 1u) : 0x7fc00000u + Bits{};
+}
+
 KD_INLINE Half to_bfloat16(Vec x) {
 #if defined(__AVX512BF16__)
   return (Half)_mm512_cvtneps_pbh((__m512)x);
 #else
-  const Bits bits = (Bits)x;
-  const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
-  return narrow(x == x ? rounded : 0x7fc0u + Bits{});
+  return narrow(rounded_to_bfloat16(x) >> 16);
 #endif
 }
 
@@ -70,7 +74,8 @@ KD_INLINE void store_from_float(char* to, int index, Vec x) {
   }
 }
 
-// Two vectors that lie side by side: kernels go through a row in pairs.
+// The values of two vectors' width: side by side, or for bfloat16 every second one, which takes no
+// shuffle. Kernels go through a row in pairs, and nothing but their memory knows the order.
 struct Pair {
   Vec first, second;
 };
@@ -79,37 +84,43 @@ constexpr int kPair = 2 * kLanes;
 
 // Values of a row as vectors of floats, straight from memory and to it.
 template <DType dtype>
-struct View {
-  char* data;
+struct View;
 
-  KD_INLINE Vec operator()(int index) const { return load_as_float<dtype>(data, index); }
+template <>
+struct View<DType::kFloat32> {
+  float* data;
+
+  KD_INLINE Pair pair(int index) const { return {load(data + index), load(data + index + kLanes)}; }
+
+  KD_INLINE void store(int index, Pair x) const {
+    KD_NAMESPACE::store(data + index, x.first);
+    KD_NAMESPACE::store(data + index + kLanes, x.second);
+  }
+};
+
+template <>
+struct View<DType::kBFloat16> {
+  uint16_t* data;
 
   KD_INLINE Pair pair(int index) const {
-#if defined(__AVX512BW__)
-    if constexpr (dtype == DType::kBFloat16) {
-      // One shuffle a vector puts 16 bits into the high halves of zeroed lanes.
-      constexpr auto high_halves = [](uint32_t first) {
-        Bits which = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-        return (__m512i)((which + first) << 16);
-      };
-      const __m512i x = _mm512_loadu_si512((const uint16_t*)data + index);
-      return {(Vec)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, high_halves(0), x),
-              (Vec)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, high_halves(16), x)};
-    }
-#endif
-    return {(*this)(index), (*this)(index + kLanes)};
+    Bits both;
+    std::memcpy(&both, data + index, sizeof both);
+    return {(Vec)(both << 16), (Vec)(both & 0xffff0000u)};
   }
 
   KD_INLINE void store(int index, Pair x) const {
 #if defined(__AVX512BF16__)
-    if constexpr (dtype == DType::kBFloat16) {
-      const auto both = _mm512_cvtne2ps_pbh((__m512)x.second, (__m512)x.first);
-      std::memcpy((uint16_t*)data + index, &both, sizeof both);
-      return;
-    }
+    constexpr auto alternate = [] {
+      Bits lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+      return (__m512i)(lanes | (lanes + 16) << 16);
+    };
+    const auto halves = _mm512_cvtne2ps_pbh((__m512)x.second, (__m512)x.first);
+    const auto both = _mm512_permutexvar_epi16(alternate(), (__m512i)halves);
+#else
+    const Bits both =
+        rounded_to_bfloat16(x.first) >> 16 | (rounded_to_bfloat16(x.second) & 0xffff0000u);
 #endif
-    store_from_float<dtype>(data, index, x.first);
-    store_from_float<dtype>(data, index + kLanes, x.second);
+    std::memcpy(data + index, &both, sizeof both);
   }
 };
 
@@ -146,16 +157,16 @@ KD_INLINE Vec tanh(Vec x) {
 // Logits that will be read soon.
 struct Upcoming {
   const char* data;
-  int item_size;
+  int64_t item_size;
 
   Upcoming(const Rows& rows, int64_t row)
-      : data(rows.row(row)), item_size((int)kd::item_size(rows.dtype)) {}
+      : data(rows.row(row)), item_size(kd::item_size(rows.dtype)) {}
 
-  // Brings logits [begin, begin + n) into the cache of that level.
+  // Brings logits [begin, begin + n) into the cache of that level; 16 of them fill a line at most.
   template <int kLevel>
   KD_INLINE void fetch(int64_t begin, int n) const {
-    for (int byte = 0; byte < n * item_size; byte += 64)
-      __builtin_prefetch(data + begin * item_size + byte, 0, 4 - kLevel);
+    const char* const from = data + begin * item_size;
+    for (int i = 0; i < n; i += 16) __builtin_prefetch(from + i * item_size, 0, 4 - kLevel);
   }
 };
 
@@ -202,22 +213,13 @@ class Reader {
     return from;
   }
 
-  // Whether logits [begin, begin + n) need no more than widening.
-  bool is_plain(DType dtype, int n) const {
-    return dtype_ == dtype && transform_.scale == 1 && transform_.softcap == 0 && n % kPair == 0;
+  // Whether the logits are bfloat16 that need no more than widening.
+  bool is_plain() const {
+    return dtype_ == DType::kBFloat16 && transform_.scale == 1 && transform_.softcap == 0;
   }
 
-  template <DType dtype>
-  View<dtype> plain(int64_t begin) const {
-    return {const_cast<char*>(data_) + begin * item_size(dtype)};
-  }
-
-  // Calls use(view) with a View of the transformed logits [begin, begin + n), padded with -inf;
-  // skips the buffer where there is nothing to do on the way.
-  template <class Use>
-  void view(int64_t begin, int n, float* buffer, Use use) const {
-    if (is_plain(DType::kBFloat16, n)) return use(plain<DType::kBFloat16>(begin));
-    use(View<DType::kFloat32>{(char*)block(begin, n, buffer)});
+  View<DType::kBFloat16> plain(int64_t begin) const {
+    return {(uint16_t*)const_cast<char*>(data_) + begin};
   }
 
   float at(int64_t index) const {
@@ -256,10 +258,7 @@ class Writer {
     return dtype_ == DType::kFloat32 && n % kPair == 0 ? (float*)data_ + begin : nullptr;
   }
 
-  template <DType dtype>
-  View<dtype> plain(int64_t begin) const {
-    return {data_ + begin * item_size(dtype)};
-  }
+  View<DType::kBFloat16> plain(int64_t begin) const { return {(uint16_t*)data_ + begin}; }
 
   void write(int64_t begin, int n, const float* from) const {
     char* to = data_ + begin * item_size(dtype_);

@@ -43,6 +43,7 @@ class RowPair {
     if (!student_.has_softcap()) scale *= params.student_transform.scale;
     kd_scale_ = (float)(scale * params.kd_weight / params.temperature);
     ce_scale_ = params.labels ? (float)(scale * params.ce_weight) : 0;
+    plain_ = student_.is_plain() && teacher_.is_plain() && !reads_student_for_gradient();
   }
 
   // The row's loss times its weight; its gradient and metrics on the way.
@@ -99,12 +100,12 @@ class RowPair {
     const Upcoming student_row(params_.student, row_), teacher_row(params_.teacher, row_);
     bool fits = true;
     for_blocks(params_.vocab, [&](int64_t begin, int n) {
-      student_.view(begin, n, student_block_, [&](const auto& s) {
+      view(student_, begin, n, student_block_, [&](auto s) {
         fits &= student_softmax_.push(s, n, student_kept_ + begin, student_row, begin + n);
         if (apart) fits &= softmax_at_1_.push(s, n, gradient_block_, student_row, begin + n);
       });
       if (!uses_divergence()) return;
-      teacher_.view(begin, n, teacher_block_, [&](const auto& t) {
+      view(teacher_, begin, n, teacher_block_, [&](auto t) {
         fits &= teacher_softmax_.push(t, n, teacher_kept_ + begin, teacher_row, begin + n);
       });
     });
@@ -127,7 +128,7 @@ class RowPair {
     double value_sum = 0, slope_sum = 0, shift_sum = 0;
     const Upcoming next_student(params_.student, next_), next_teacher(params_.teacher, next_);
     for_blocks(params_.vocab, [&](int64_t begin, int n) {
-      view_pair<kStoresGradient>(begin, n, [&](const auto& s, const auto& t, const auto& g) {
+      view_pair<kStoresGradient>(begin, n, [&](auto s, auto t, auto g) {
         // In registers, as are the sums.
         const Points point = points;
         const Divergence divergence = divergence_;
@@ -179,7 +180,7 @@ class RowPair {
     if (!(::fabsf(slope_sum) <= FLT_MAX)) return gradient_.fill(0, params_.vocab, NAN);
     const float scale = kd_scale_ * fit_float16_range(slope_sum);
     for_blocks(params_.vocab, [&](int64_t begin, int n) {
-      const auto write = [&](const auto& g) {
+      const auto write = [&](auto g) {
         const float* s_kept = student_kept_ + begin;
         const float* slopes = teacher_kept_ + begin;
         for (int i = 0; i < n; i += kPair) {
@@ -191,10 +192,9 @@ class RowPair {
           g.store(i, {result[0], result[1]});
         }
       };
-      if (student_.is_plain(DType::kBFloat16, n) && !reads_student_for_gradient())
-        return write(gradient_.plain<DType::kBFloat16>(begin));
+      if (is_plain(n)) return write(gradient_.plain(begin));
       float* g = gradient_target(begin, n);
-      write(View<DType::kFloat32>{(char*)g});
+      write(View<DType::kFloat32>{g});
       const float* s =
           reads_student_for_gradient() ? student_.block(begin, n, student_block_) : nullptr;
       finish_gradient(begin, n, s, g);
@@ -224,19 +224,27 @@ class RowPair {
     return direct ? direct : gradient_block_;
   }
 
+  // Whether blocks of n pass no buffer in any sweep: what is kept of them lies in a View's order.
+  bool is_plain(int n) const { return plain_ && n % kPair == 0; }
+
+  // Calls use(view) with a view of a block of transformed logits.
+  template <class Use>
+  void view(const Reader& logits, int64_t begin, int n, float* buffer, Use use) const {
+    if (is_plain(n)) return use(logits.plain(begin));
+    use(View<DType::kFloat32>{const_cast<float*>(logits.block(begin, n, buffer))});
+  }
+
   // Calls use(student, teacher, gradient) with views of a block, and finishes the gradient where
   // there is one.
   template <bool kGradient, class Use>
   void view_pair(int64_t begin, int n, Use use) {
-    constexpr DType kBFloat16 = DType::kBFloat16, kFloat32 = DType::kFloat32;
-    if (student_.is_plain(kBFloat16, n) && teacher_.is_plain(kBFloat16, n) &&
-        !reads_student_for_gradient())
-      return use(student_.plain<kBFloat16>(begin), teacher_.plain<kBFloat16>(begin),
-                 gradient_.plain<kBFloat16>(begin));
+    if (is_plain(n))
+      return use(student_.plain(begin), teacher_.plain(begin), gradient_.plain(begin));
     const float* s = student_.block(begin, n, student_block_);
     const float* t = teacher_.block(begin, n, teacher_block_);
     float* g = kGradient ? gradient_target(begin, n) : nullptr;
-    use(View<kFloat32>{(char*)s}, View<kFloat32>{(char*)t}, View<kFloat32>{(char*)g});
+    using Floats = View<DType::kFloat32>;
+    use(Floats{const_cast<float*>(s)}, Floats{const_cast<float*>(t)}, Floats{g});
     if (kGradient) finish_gradient(begin, n, s, g);
   }
 
@@ -285,6 +293,7 @@ class RowPair {
   float* const teacher_kept_;  // (vocab,), exponentials, then slopes
   const float c_ = (float)(1.4426950408889634 / params_.temperature);
   float kd_scale_, ce_scale_;  // what a term's gradient is multiplied by
+  bool plain_;
   Softmax student_softmax_, teacher_softmax_, softmax_at_1_;
   alignas(64) float student_block_[kBlock];
   alignas(64) float teacher_block_[kBlock];

@@ -17,16 +17,13 @@ KD_INLINE void for_blocks(int64_t vocab, Step step) {
     step(begin, vocab - begin < kBlock ? (int)(vocab - begin) : kBlock);
 }
 
-// The largest of n logits, read in vectors; NaN may be lost.
-template <class Source>
-float block_max(const Source& x, int n) {
+// The largest of n logits, padded with -inf to whole pairs of vectors; NaN may be lost.
+inline float block_max(const float* x, int n) {
   Vec even = splat<Vec>(-kInfinity), odd = even;
-  int i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    even = max(even, x(i));
-    odd = max(odd, x(i + kLanes));
+  for (int i = 0; i < n; i += kPair) {
+    even = max(even, load(x + i));
+    odd = max(odd, load(x + i + kLanes));
   }
-  for (; i < n; i += kLanes) even = max(even, x(i));
   return largest(max(even, odd));
 }
 
@@ -57,38 +54,38 @@ class Softmax {
   // Fetches what comes next meanwhile. False where one is so far above the reference that it might
   // overflow: the row has to start again from its largest logit.
   template <class Source>
-  bool push(const Source& x, int n, float* kept, const Upcoming& row, int64_t next) {
+  bool push(Source x, int n, float* kept, Upcoming row, int64_t next) {
     const Exponent exponent = exponent_;
     CompensatedSum sums;
     int i = 0;
     if (exponent.is_fast()) {
-      Bits outside = {};
-      for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+      Bits marks = {};
+      for (; i + 2 * kPair <= n; i += 2 * kPair) {
         Vec terms[4];
         for (int k = 0; k < 4; k += 2) {
           const Pair y = x.pair(i + k * kLanes);
-          terms[k] = exponent.fast(y.first, outside);
-          terms[k + 1] = exponent.fast(y.second, outside);
+          terms[k] = exponent.fast(y.first, marks);
+          terms[k + 1] = exponent.fast(y.second, marks);
         }
         for (int k = 0; k < 4; ++k) store(kept + i + k * kLanes, terms[k]);
         sums.add((terms[0] + terms[1]) + (terms[2] + terms[3]));
-        row.fetch<1>(next + i, 4 * kLanes);
+        row.fetch<1>(next + i, 2 * kPair);
       }
-      if (Exponent::any_outside(outside)) {
+      if (Exponent::left_range(marks, sums.value())) {
         i = 0;
         sums = {};
       }
     }
     // What is left of the block, and all of one that holds -inf, NaN or logits far apart.
     Vec top = splat<Vec>(-kInfinity);
-    for (; i < n; i += kLanes) {
-      const Vec y = x(i);
-      const Vec term = exponent(y);
-      top = max(top, y);
-      store(kept + i, term);
-      sums.add(term);
+    for (; i < n; i += kPair) {
+      const Pair y = x.pair(i);
+      const Vec first = exponent(y.first), second = exponent(y.second);
+      top = max(max(top, y.first), y.second);
+      store(kept + i, first);
+      store(kept + i + kLanes, second);
+      sums.add(first + second);
     }
-    if (i % (2 * kLanes) != 0) store(kept + i, Vec{});
     state_.sum += sums.value() * exponent.correction();
     constexpr float kHeadroom = 40;  // in powers of two
     return !((largest(top) - state_.max) * c_ > kHeadroom);
@@ -173,8 +170,7 @@ inline double entropy_block(const float* x, int n, const LogProbability& log_p) 
 inline float largest_logit(const Reader& reader, int64_t n, float* buffer) {
   float result = -kInfinity;
   for_blocks(n, [&](int64_t begin, int count) {
-    reader.view(begin, count, buffer,
-                [&](const auto& x) { result = larger(result, block_max(x, count)); });
+    result = larger(result, block_max(reader.block(begin, count, buffer), count));
   });
   return result;
 }
@@ -185,7 +181,7 @@ inline int64_t top_token(const Reader& reader, int64_t vocab, float* buffer) {
   float top_logit = -kInfinity;
   for_blocks(vocab, [&](int64_t begin, int n) {
     const float* x = reader.raw(begin, n, buffer);
-    const float block_top = block_max(View<DType::kFloat32>{(char*)x}, n);
+    const float block_top = block_max(x, n);
     if (!(block_top > top_logit)) return;
     top_logit = block_top;
     for (top = begin; x[top - begin] != block_top && top < begin + n - 1;) ++top;
