@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+import kdkernels
+
 from .case import Step
 
 DEVICES = ("cpu", "cuda")
@@ -80,7 +82,8 @@ class Cpu:
         return max(0, peak)
 
     def release(self) -> None:
-        """Gives memory back to the system: what malloc keeps would be reused unseen."""
+        """Gives memory back to the system: what is kept would be reused unseen."""
+        kdkernels.release_memory()
         ctypes.CDLL(None).malloc_trim(0)
 
     def clock_mhz(self) -> int | None:

@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "cpu/dispatch.h"
+#include "cpu/memory.h"
 #include "cuda/dispatch.h"
 
 namespace py = pybind11;
@@ -136,6 +137,14 @@ PYBIND11_MODULE(_C, module) {
              "CPU instruction sets of this build that this machine runs, best first.");
   module.def("divergences", kd::cpu::divergences, "Names of the divergences, in kernel order.");
   module.def("logits_cpu", kd::logits_cpu, "Loss, and gradient where one is given, of all rows.");
+  py::class_<kd::cpu::Memory>(module, "Memory", py::buffer_protocol(), py::module_local(),
+                              "Bytes for a large tensor, with undefined content.")
+      .def(py::init<size_t>(), py::arg("bytes"))
+      .def_buffer([](kd::cpu::Memory& memory) {
+        return py::buffer_info((uint8_t*)memory.data(), (py::ssize_t)memory.size());
+      });
+  module.def("release_kept_memory", kd::cpu::release_kept_memory,
+             "Gives memory that is kept for the next call back to the system; returns its bytes.");
   module.def("scale_cpu", kd::scale_cpu, "gradient *= grad_output * row_scale, row by row.");
 #if defined(KD_WITH_CUDA)
   module.def("cuda_why_not", kd::cuda::why_not,

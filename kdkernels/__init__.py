@@ -22,6 +22,7 @@ from .divergences import (
 from .functional import kd_loss
 from .head import LinearKDHead
 from .linear import linear_kd_loss
+from .memory import release_memory
 from .modules import KDLoss, LinearKDLoss
 
 __all__ = [
@@ -42,4 +43,5 @@ __all__ = [
     "kd_loss",
     "linear_kd_loss",
     "register_divergence",
+    "release_memory",
 ]

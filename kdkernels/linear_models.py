@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import gemm, payload
+from .memory import empty
 from .options import LinearOptions, LogitsOptions
 
 
@@ -139,7 +140,7 @@ class TeacherHead:
         """(rows, vocab) logits of each span, in ``memory`` (bytes) where it is given."""
         vocab, most = self.weight.shape[0], max((end - begin for begin, end in spans), default=0)
         if memory is None:
-            buffer = torch.empty(most, vocab, dtype=self.logits_dtype, device=self.weight.device)
+            buffer = empty((most, vocab), dtype=self.logits_dtype, device=self.weight.device)
         else:
             memory = memory[: most * self.row_bytes()]
             buffer = memory.view(self.logits_dtype).view(most, vocab)
@@ -196,15 +197,15 @@ class Student:
     def allocate(self, chunk: int) -> None:
         """Memory for logits of ``chunk`` rows and for the gradients."""
         device = self.hidden[0].device
-        self.logits = torch.empty(chunk, self.vocab, dtype=self.logits_dtype, device=device)
+        self.logits = empty((chunk, self.vocab), dtype=self.logits_dtype, device=device)
         hidden_dtype = torch.float32 if self.half else self.dtype
         self.hidden_gradients = [
-            torch.empty(h.shape, dtype=hidden_dtype, device=device) if needed else None
+            empty(h.shape, dtype=hidden_dtype, device=device) if needed else None
             for h, needed in zip(self.hidden, self.needs_hidden, strict=True)
         ]
         once = chunk >= self.rows
         self.weight_gradients = [
-            torch.empty(w.shape, dtype=dtype if once else torch.float32, device=device)
+            empty(w.shape, dtype=dtype if once else torch.float32, device=device)
             if needed
             else None
             for w, dtype, needed in zip(self.weight, self.results, self.needs_weight, strict=True)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from . import memory
 from .backends import cpu, cuda, triton
 from .backends.rows import gradient_like
 from .options import METRICS, LogitsOptions
@@ -88,7 +89,7 @@ def _run(tensors, backend, options, inplace):
         _check_inplace(student, teacher)
         gradient = student
     else:
-        gradient = gradient_like(student)
+        gradient = gradient_like(student, memory.empty_strided)
     run = _IMPLEMENTATIONS[backend].logits_loss
     outputs = run(*tensors, options, gradient)
     if inplace:

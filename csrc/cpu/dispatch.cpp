@@ -7,12 +7,9 @@
 #include <memory>
 #include <stdexcept>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "../core/divergences.h"
 #include "kernel.h"
+#include "memory.h"
 
 namespace kd::cpu {
 namespace {
@@ -52,22 +49,6 @@ const InstructionSet& active() {
                               known);
 }
 
-// Memory is mapped page by page as it is written; large pages make that several times cheaper, and
-// later reads too. Only an advice: failure changes nothing.
-constexpr uintptr_t kLargePage = uintptr_t{2} << 20;
-
-void advise_large_pages([[maybe_unused]] const void* begin, [[maybe_unused]] const void* end) {
-#if defined(__linux__)
-  const uintptr_t first = ((uintptr_t)begin + kLargePage - 1) & ~(kLargePage - 1);
-  const uintptr_t last = (uintptr_t)end & ~(kLargePage - 1);
-  if (first < last) madvise((void*)first, last - first, MADV_HUGEPAGE);
-#endif
-}
-
-void advise_large_pages(const Rows& rows, int64_t count) {
-  advise_large_pages(rows.data, rows.row(count - 1) + rows.width * item_size(rows.dtype));
-}
-
 // Each row's weight, 0 for ignored rows.
 std::vector<float> row_weights(const LogitsParams& params) {
   std::vector<float> weights(params.rows, 1.0f);
@@ -101,7 +82,7 @@ float* thread_scratch(size_t bytes) {
   static thread_local std::unique_ptr<float, Free> memory;
   static thread_local size_t size = 0;
   if (size < bytes) {
-    const uintptr_t alignment = bytes < kLargePage / 4 ? 64 : kLargePage;
+    const size_t alignment = bytes < kLargePage / 4 ? 64 : kLargePage;
     size = (bytes + alignment - 1) & ~(alignment - 1);
     memory.reset();
     memory.reset((float*)std::aligned_alloc(alignment, size));
@@ -158,8 +139,6 @@ void logits(const LogitsParams& params, int threads) {
   const bool with_gradient = params.gradient.data != nullptr;
   const InstructionSet& set = active();
   const RowsFunction rows = (with_gradient ? set.loss_and_gradient : set.loss)[params.divergence];
-  const bool fresh = with_gradient && params.gradient.data != params.student.data;
-  if (fresh && params.rows > 0) advise_large_pages(params.gradient, params.rows);
 
   std::vector<double> row_loss(params.rows);
   const RowPlan plan{weights.data(), normalizer, row_loss.data()};

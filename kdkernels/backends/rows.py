@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from ..memory import dense_strides
 from ..options import LogitsOptions
 
 #: Dtypes that compiled backends take, as numbered by csrc/core/params.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def _leading(tensor: Tensor) -> list[tuple[int, int]]:
+def _leading(shape: Sequence[int], strides: Sequence[int]) -> list[tuple[int, int]]:
     """Leading dimensions as (size, stride), outermost first, merged where they lie end to end."""
     merged: list[tuple[int, int]] = []
-    for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
+    for size, stride in zip(shape[:-1], strides[:-1], strict=True):
         if size == 1:
             continue
         if merged and merged[-1][1] == size * stride:
@@ -27,7 +29,7 @@ def _leading(tensor: Tensor) -> list[tuple[int, int]]:
 
 
 def _in_two_strides(tensor: Tensor) -> bool:
-    return tensor.is_contiguous() or len(_leading(tensor)) <= 2
+    return tensor.is_contiguous() or len(_leading(tensor.shape, tensor.stride())) <= 2
 
 
 def in_rows(tensor: Tensor) -> Tensor:
@@ -35,7 +37,9 @@ def in_rows(tensor: Tensor) -> Tensor:
     return tensor if _in_two_strides(tensor) else tensor.contiguous()
 
 
-def gradient_like(student: Tensor) -> Tensor:
+def gradient_like(
+    student: Tensor, empty_strided: Callable[..., Tensor] = torch.empty_strided
+) -> Tensor:
     """Memory for the gradient, its rows as far apart as the student's modulo 16 bytes.
 
     CUDA kernels move 16 bytes at a time where the rows of student, teacher and gradient are aligned
@@ -43,19 +47,23 @@ def gradient_like(student: Tensor) -> Tensor:
     contiguous tensor; a few unused entries make them so. A dense student's strides stay what they
     are. Its storage offset counts for nothing: under a compiler a tensor has lost it.
     """
-    if student.numel() > 0 and not student.is_contiguous():
+    strides = _congruent_strides(student)
+    return empty_strided(student.shape, strides, dtype=student.dtype, device=student.device)
+
+
+def _congruent_strides(student: Tensor) -> Sequence[int]:
+    if student.is_contiguous():
+        return student.stride()
+    if student.numel() > 0:
         lanes = 16 // student.element_size()
         strides, extent = [1] * student.dim(), student.shape[-1]
         inner_first = sorted(range(student.dim() - 1), key=lambda i: (student.stride(i), -i))
         for i in inner_first:
             strides[i] = extent + (student.stride(i) - extent) % lanes
             extent += strides[i] * (student.shape[i] - 1)
-        gradient = torch.empty_strided(
-            student.shape, strides, dtype=student.dtype, device=student.device
-        )
-        if _in_two_strides(gradient):
-            return gradient
-    return torch.empty_like(student, memory_format=torch.contiguous_format)
+        if len(_leading(student.shape, strides)) <= 2:
+            return strides
+    return dense_strides(student.shape)
 
 
 def check_in_place(student: Tensor) -> None:
@@ -72,7 +80,9 @@ def row_strides(tensor: Tensor) -> tuple[int, int, int]:
     width = tensor.shape[-1]
     if tensor.is_contiguous():
         return max(1, tensor.numel() // max(1, width)), 0, width
-    (_, outer), (inner_size, inner) = [(1, 0), (1, 0), *_leading(tensor)][-2:]
+    (_, outer), (inner_size, inner) = [(1, 0), (1, 0), *_leading(tensor.shape, tensor.stride())][
+        -2:
+    ]
     return max(1, inner_size), outer, inner
 
 
