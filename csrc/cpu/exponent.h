@@ -7,16 +7,30 @@
 
 namespace kd::KD_NAMESPACE {
 
-// Where one instruction looks up in registers, 2^f is a table entry times a short polynomial:
-// multiply-adds, which read three registers, are the scarcest operation, and 32 entries save four.
 #if defined(__AVX512F__)
+// Where one instruction looks up in two registers, 2^x is a table entry times a parabola. What
+// reads three registers costs most: this takes four such operations, a polynomial in f a fifth.
 constexpr int kTableBits = 5;
-alignas(64) constexpr float kPowers[] = {
-    1.0f,        1.0218972f,  1.04427373f, 1.06714046f, 1.09050775f, 1.1143868f,  1.13878858f,
-    1.1637249f,  1.18920708f, 1.21524739f, 1.24185777f, 1.26905096f, 1.29683959f, 1.32523668f,
-    1.35425556f, 1.38390994f, 1.41421354f, 1.44518077f, 1.47682619f, 1.50916445f, 1.54221082f,
-    1.5759809f,  1.61049032f, 1.64575553f, 1.68179286f, 1.71861935f, 1.75625217f, 1.79470909f,
-    1.8340081f,  1.87416768f, 1.91520655f, 1.95714414f};
+
+// 2^f = kWidth ((f + kCentre)^2 + kRest) for |f| <= 1/64, with a relative error of 1.3e-7. The
+// centre is a whole number of steps, so that subtracting it costs nothing.
+constexpr float kCentre = 46 / 32.0f, kRest = 2.08125997f;
+constexpr double kWidth = 0.24109941474;
+
+struct Powers {
+  // kWidth 2^(j / 32), and what floor(x - kCentre) lacks to the floor of x.
+  constexpr Powers() : entries() {
+    double power = kWidth;
+    for (int j = 0; j < 1 << kTableBits; ++j) {
+      entries[j] = (float)(power * (j / 32.0 < kCentre - 1 ? 4 : 2));
+      power *= 1.0218971486541166;
+    }
+  }
+
+  alignas(64) float entries[1 << kTableBits];
+};
+
+constexpr Powers kPowers;
 #else
 constexpr int kTableBits = 0;
 #endif
@@ -34,7 +48,6 @@ class Exponent {
 #if defined(__AVX512F__)
     is_fast_ = small && ::fabsf(shift_) < kMostShift;
     unshift_ = ::exp2f(is_fast_ ? -shift_ : 0);
-    grid_ = kGrid;
 #else
     is_fast_ = small || !kFusedMultiplyAdd;
     grid_ = kGrid + kBelow - shift_;
@@ -46,20 +59,26 @@ class Exponent {
 
   // The same in fewer operations where is_fast(), for x within a range about the reference only.
   // left_range() tells from `marks` and the sum of the results whether one was outside.
+#if defined(__AVX512F__)
+  KD_INLINE Vec fast(Vec x, Bits&) const {
+    const Vec steps = x * c_ + kGrid;
+    const Vec rounded = steps - (kGrid + kCentre);
+    const Vec f = x * c_ - rounded;
+    const Vec power = table_entry(steps) * (f * f + kRest);
+    return (Vec)_mm512_scalef_ps((__m512)power, (__m512)rounded);  // by 2^floor(rounded)
+  }
+#else
   KD_INLINE Vec fast(Vec x, Bits& marks) const {
     if constexpr (!kFusedMultiplyAdd) x = x - origin_;
-    // The low bits of `steps` count x c, in units of 2^-kTableBits.
+    // Within [-kBelow, 128 - kBelow) the high bits are those of kGrid, the low ones count from
+    // -kBelow.
     const Vec steps = x * c_ + grid_;
-    const Vec rounded = steps - grid_;
-    const Vec f = x * c_ - rounded;
-    const Vec power = power_of_two(steps, marks);
-    const Vec result = power * (polynomial(f) * f) + power;
-#if defined(__AVX512F__)
-    return (Vec)_mm512_scalef_ps((__m512)result, (__m512)rounded);  // by 2^floor(rounded)
-#else
-    return result;
-#endif
+    marks |= (Bits)steps ^ (Bits)splat<Vec>(kGrid);
+    const Vec f = x * c_ - (steps - grid_);
+    const Vec power = (Vec)(((Bits)steps << kToExponent) + ((127u - kBelow) << 23));
+    return power * (polynomial(f) * f) + power;
   }
+#endif
 
 #if defined(__AVX512F__)
   // What is below underflows as it should; too large, infinite or NaN is what has no such result.
@@ -79,34 +98,27 @@ class Exponent {
 #if defined(__AVX512F__)
   static constexpr float kMostShift = 120;  // 2^-shift, which the table takes up, is a float
 
-  // 2^-shift times the fraction's power: the lowest 5 bits look it up.
-  KD_INLINE Vec power_of_two(Vec steps, Bits&) const {
-    const Vec low = load(kPowers) * unshift_, high = load(kPowers + kLanes) * unshift_;
+  // That of the lowest bits of `steps`, times 2^-shift.
+  KD_INLINE Vec table_entry(Vec steps) const {
+    const Vec low = load(kPowers.entries) * unshift_;
+    const Vec high = load(kPowers.entries + kLanes) * unshift_;
     return (Vec)_mm512_permutex2var_ps((__m512)low, (__m512i)steps, (__m512)high);
   }
-
-  // (2^f - 1) / f for |f| <= 1/64, so that 2^f has a relative error of 5e-8.
-  static KD_INLINE Vec polynomial(Vec f) { return horner(f, 2.40226492e-1f, 6.93157315e-1f); }
 
   float unshift_;
 #else
   static constexpr int kBelow = 72;
-
-  // 2^(rounded x c - shift). The range is [-kBelow, 128 - kBelow): there the high bits are those of
-  // kGrid, and the low ones count from -kBelow.
-  static KD_INLINE Vec power_of_two(Vec steps, Bits& marks) {
-    marks |= (Bits)steps ^ (Bits)splat<Vec>(kGrid);
-    return (Vec)(((Bits)steps << kToExponent) + ((127u - kBelow) << 23));
-  }
 
   // (2^f - 1) / f for |f| <= 1/2, so that 2^f has a relative error of 2e-9.
   static KD_INLINE Vec polynomial(Vec f) {
     return horner(f, 1.5353362e-4f, 1.33988739e-3f, 9.61843692e-3f, 5.55033237e-2f, 2.40226477e-1f,
                   6.93147182e-1f);
   }
+
+  float grid_;
 #endif
 
-  float c_, origin_, shift_, grid_;
+  float c_, origin_, shift_;
   double correction_;
   bool is_fast_;
 };
