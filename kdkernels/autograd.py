@@ -34,11 +34,11 @@ class LogitsLoss(torch.autograd.Function):
     """Loss and metrics of raw logits; saves only the gradient, so both logits can be freed."""
 
     @staticmethod
-    def forward(ctx, student, constants, backend, inplace, options):
+    def forward(ctx, student, others):  # few arguments: each costs a small call
+        constants, backend, inplace, options = others
         tensors = student, *constants
         loss, metrics, row_scale, gradient = ops.loss_and_grad(tensors, backend, options, inplace)
         ctx.save_for_backward(gradient, row_scale)
-        ctx.set_materialize_grads(False)
         ctx.backend = backend
         ctx.consumed = False
         if not options.metrics:
@@ -49,15 +49,10 @@ class LogitsLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output, *_):
         _check_backward(ctx, "kd_loss")
-        if grad_output is None:
-            return _NO_GRADIENTS
         gradient, row_scale = ctx.saved_tensors
         gradient = gradient.detach()
         ops.scale_gradient(gradient, _as_scale(grad_output), row_scale, ctx.backend)
-        return gradient, *_NO_GRADIENTS[1:]
-
-
-_NO_GRADIENTS = (None,) * 5  # of the arguments of LogitsLoss
+        return gradient, None
 
 
 def _as_scale(grad_output: Tensor) -> Tensor:
@@ -80,7 +75,7 @@ def logits_loss(
     """Loss, and the stacked metrics where asked for, through a compiled backend."""
     constants = teacher, labels, token_weight, normalizer
     if student.requires_grad and torch.is_grad_enabled():
-        outputs = LogitsLoss.apply(student, constants, backend, inplace, options)
+        outputs = LogitsLoss.apply(student, (constants, backend, inplace, options))
         return outputs if options.metrics else (outputs, None)
     loss, metrics = ops.loss((student, *constants), backend, options)
     return loss, metrics if options.metrics else None

@@ -14,7 +14,7 @@ except ImportError:  # a source tree that was not built
     _C = None  # type: ignore[assignment]
 
 #: Bytes from which malloc asks the system for every tensor anew.
-_LARGE = 2**22
+LARGE = 2**22
 
 
 def empty_strided(
@@ -25,7 +25,7 @@ def empty_strided(
     PyTorch maps every large CPU tensor anew, and the system finds and zeroes its pages while a
     kernel first writes them, which takes longer than computing what is written.
     """
-    large = math.prod(shape) * dtype.itemsize >= _LARGE
+    large = math.prod(shape) * dtype.itemsize >= LARGE
     if large and device.type == "cpu" and _C is not None:
         extent = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
         block = torch.frombuffer(_C.Memory(extent * dtype.itemsize), dtype=dtype)

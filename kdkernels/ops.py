@@ -88,6 +88,8 @@ def _run(tensors, backend, options, inplace):
     if inplace:
         _check_inplace(student, teacher)
         gradient = student
+    elif student.nbytes < memory.LARGE and student.is_contiguous():
+        gradient = torch.empty_like(student)  # what gradient_like comes to, sooner
     else:
         gradient = gradient_like(student, memory.empty_strided)
     run = _IMPLEMENTATIONS[backend].logits_loss
@@ -186,7 +188,7 @@ def scale_gradient(
     gradient: Tensor, grad_output: Tensor, row_scale: Tensor | None, backend: str
 ) -> None:
     """gradient *= grad_output * row_scale, in place; one number or one per row each."""
-    if goes_straight(gradient, grad_output, row_scale):
+    if goes_straight(gradient, grad_output):
         _scale_gradient_(gradient, grad_output, row_scale, backend)
     else:
         row_scale = _or_empty(row_scale, grad_output)

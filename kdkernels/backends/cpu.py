@@ -18,6 +18,9 @@ except ImportError as error:  # a source tree that was not built
 else:
     _missing = ""
 
+#: Making a tensor like another is the quickest way to one.
+_SCALAR = torch.zeros((), dtype=torch.float32, device="cpu")
+
 _KERNEL = {name: index for index, name in enumerate(DIVERGENCES)}
 
 
@@ -51,7 +54,7 @@ def logits_loss(
     if gradient is student:
         check_in_place(student)
     with_scale = gradient is not None and gradient.dtype == torch.float16
-    loss = _floats(lead if o.reduction == "none" else ())
+    loss = _floats(lead) if o.reduction == "none" else torch.empty_like(_SCALAR)
     metrics = _floats((len(METRICS), *lead)) if o.metrics else None
     row_scale = _floats(lead) if with_scale else None
     student, teacher = in_rows(student), in_rows(teacher)

@@ -77,12 +77,11 @@ def check_in_place(student: Tensor) -> None:
 
 def row_strides(tensor: Tensor) -> tuple[int, int, int]:
     """Inner size, outer stride and inner stride: row = outer * inner size + inner."""
-    width = tensor.shape[-1]
     if tensor.is_contiguous():
-        return max(1, tensor.numel() // max(1, width)), 0, width
-    (_, outer), (inner_size, inner) = [(1, 0), (1, 0), *_leading(tensor.shape, tensor.stride())][
-        -2:
-    ]
+        width = tensor.shape[-1]
+        return max(1, tensor.numel() // width), 0, width
+    leading = _leading(tensor.shape, tensor.stride())
+    (_, outer), (inner_size, inner) = [(1, 0), (1, 0), *leading][-2:]
     return max(1, inner_size), outer, inner
 
 
