@@ -228,3 +228,19 @@ def test_relay_keeps_strides():
 
 def test_module_of_functions_is_complete():
     assert set(kdkernels.__all__) <= set(dir(kdkernels))
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("vocab", [65536, 65544], ids=["aligned rows", "half of them"])
+def test_gradient_too_large_for_caches(kernel, vocab, dtype, divergence):
+    """On a CPU it is stored past them, and in place it never is: the same bits."""
+    if kernel.backend != "cpu":
+        pytest.skip("only the CPU backend stores large gradients another way")
+    rows = 2**24 // (vocab * dtype.itemsize) + 1
+    student, teacher = (x.to(dtype) for x in correlated_pair(rows, vocab))
+    options = {"temperature": 2.0, "divergence": divergence}
+    fresh = run(kernel, student, teacher, **options)
+    in_place = run(kernel, student, teacher, inplace_grad=True, **options)
+    assert torch.equal(fresh.loss, in_place.loss)
+    assert torch.equal(fresh.gradient, in_place.gradient)

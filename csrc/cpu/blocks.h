@@ -82,25 +82,33 @@ struct Pair {
 
 constexpr int kPair = 2 * kLanes;
 
-// Values of a row as vectors of floats, straight from memory and to it.
+// Values of a row as vectors of floats, straight from memory and to it, past the caches where it
+// streams.
 template <DType dtype>
 struct View;
 
 template <>
 struct View<DType::kFloat32> {
   float* data;
+  bool streams = false;
 
   KD_INLINE Pair pair(int index) const { return {load(data + index), load(data + index + kLanes)}; }
 
   KD_INLINE void store(int index, Pair x) const {
-    KD_NAMESPACE::store(data + index, x.first);
-    KD_NAMESPACE::store(data + index + kLanes, x.second);
+    if (streams) {
+      stream(data + index, x.first);
+      stream(data + index + kLanes, x.second);
+    } else {
+      KD_NAMESPACE::store(data + index, x.first);
+      KD_NAMESPACE::store(data + index + kLanes, x.second);
+    }
   }
 };
 
 template <>
 struct View<DType::kBFloat16> {
   uint16_t* data;
+  bool streams = false;
 
   KD_INLINE Pair pair(int index) const {
     Bits both;
@@ -120,7 +128,10 @@ struct View<DType::kBFloat16> {
     const Bits both =
         rounded_to_bfloat16(x.first) >> 16 | (rounded_to_bfloat16(x.second) & 0xffff0000u);
 #endif
-    std::memcpy(data + index, &both, sizeof both);
+    if (streams)
+      stream(data + index, (Vec)both);
+    else
+      std::memcpy(data + index, &both, sizeof both);
   }
 };
 
@@ -250,15 +261,18 @@ class Reader {
 // One row of the gradient, written as blocks of floats.
 class Writer {
  public:
-  Writer(const Rows& rows, int64_t row)
-      : data_(rows.row(row)), dtype_(rows.dtype), width_(rows.width) {}
+  Writer(const Rows& rows, int64_t row, bool streams = false)
+      : data_(rows.row(row)),
+        dtype_(rows.dtype),
+        width_(rows.width),
+        streams_(streams && (uintptr_t)data_ % sizeof(Vec) == 0) {}
 
   // Where a float32 block of n can be written without passing through a buffer, else null.
   float* direct(int64_t begin, int n) const {
     return dtype_ == DType::kFloat32 && n % kPair == 0 ? (float*)data_ + begin : nullptr;
   }
 
-  View<DType::kBFloat16> plain(int64_t begin) const { return {(uint16_t*)data_ + begin}; }
+  View<DType::kBFloat16> plain(int64_t begin) const { return {(uint16_t*)data_ + begin, streams_}; }
 
   void write(int64_t begin, int n, const float* from) const {
     char* to = data_ + begin * item_size(dtype_);
@@ -281,11 +295,13 @@ class Writer {
   }
 
   int64_t width() const { return width_; }
+  bool streams() const { return streams_; }
 
  private:
   char* data_;
   DType dtype_;
   int64_t width_;
+  bool streams_;
 };
 
 }  // namespace kd::KD_NAMESPACE

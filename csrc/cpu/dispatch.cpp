@@ -141,7 +141,13 @@ void logits(const LogitsParams& params, int threads) {
   const RowsFunction rows = (with_gradient ? set.loss_and_gradient : set.loss)[params.divergence];
 
   std::vector<double> row_loss(params.rows);
-  const RowPlan plan{weights.data(), normalizer, row_loss.data()};
+  // What a cache would keep until it is read again is better stored there; a gradient in place
+  // is there already.
+  constexpr int64_t kPastCaches = int64_t{16} << 20;
+  const Rows& gradient = params.gradient;
+  const bool streams = with_gradient && gradient.data != params.student.data &&
+                       params.rows * gradient.width * item_size(gradient.dtype) >= kPastCaches;
+  const RowPlan plan{weights.data(), normalizer, row_loss.data(), streams};
   for_rows(params.rows, params.vocab, 2 * scratch_row(params.vocab), threads,
            [&](int64_t begin, int64_t end, int64_t next, float* scratch) {
              rows(params, plan, begin, end, next, scratch);

@@ -12,6 +12,7 @@ struct RowPlan {
   const float* weight;  // (rows,), 0: the row takes no part
   double normalizer;    // the gradient is divided by it
   double* loss;         // (rows,), out
+  bool streams;         // the gradient goes past the caches
 };
 
 // Rows [begin, end), and after them `next` where it is a row, whose logits may be fetched early;

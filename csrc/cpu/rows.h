@@ -23,19 +23,19 @@ namespace kd::KD_NAMESPACE {
 template <class Divergence>
 class RowPair {
  public:
-  RowPair(const LogitsParams& params, const Divergence& divergence, int64_t row, int64_t next,
-          float weight, double normalizer, float* scratch)
+  RowPair(const LogitsParams& params, const RowPlan& plan, const Divergence& divergence,
+          int64_t row, int64_t next, float* scratch)
       : params_(params),
         divergence_(divergence),
         row_(row),
         next_(next < params.rows ? next : row),
-        weight_(weight),
+        weight_(plan.weight[row]),
         student_(params.student, row, params.student_transform),
         teacher_(params.teacher, row, params.teacher_transform),
-        gradient_(params.gradient, row),
+        gradient_(params.gradient, row, plan.streams),
         student_kept_(scratch),
         teacher_kept_(scratch + scratch_row(params.vocab)) {
-    double scale = weight / normalizer;
+    double scale = weight_ / plan.normalizer;
     if (params.row_scale) {
       params.row_scale[row] = (float)(scale / params.gradient_scale);
       scale = params.gradient_scale;
@@ -194,7 +194,7 @@ class RowPair {
       };
       if (is_plain(n)) return write(gradient_.plain(begin));
       float* g = gradient_target(begin, n);
-      write(View<DType::kFloat32>{g});
+      write(float_gradient(g));
       const float* s =
           reads_student_for_gradient() ? student_.block(begin, n, student_block_) : nullptr;
       finish_gradient(begin, n, s, g);
@@ -234,6 +234,10 @@ class RowPair {
     use(View<DType::kFloat32>{const_cast<float*>(logits.block(begin, n, buffer))});
   }
 
+  View<DType::kFloat32> float_gradient(float* g) const {
+    return {g, gradient_.streams() && g != gradient_block_};
+  }
+
   // Calls use(student, teacher, gradient) with views of a block, and finishes the gradient where
   // there is one.
   template <bool kGradient, class Use>
@@ -244,7 +248,7 @@ class RowPair {
     const float* t = teacher_.block(begin, n, teacher_block_);
     float* g = kGradient ? gradient_target(begin, n) : nullptr;
     using Floats = View<DType::kFloat32>;
-    use(Floats{const_cast<float*>(s)}, Floats{const_cast<float*>(t)}, Floats{g});
+    use(Floats{const_cast<float*>(s)}, Floats{const_cast<float*>(t)}, float_gradient(g));
     if (kGradient) finish_gradient(begin, n, s, g);
   }
 
@@ -321,11 +325,11 @@ void run_rows(const LogitsParams& params, const RowPlan& plan, int64_t begin, in
       write_masked_row(params, row);
     } else {
       const int64_t after = row + 1 < end ? row + 1 : next;
-      RowPair<Divergence> pair(params, divergence, row, after, plan.weight[row], plan.normalizer,
-                               scratch);
+      RowPair<Divergence> pair(params, plan, divergence, row, after, scratch);
       plan.loss[row] = pair.template run<kGradient>();
     }
   }
+  if (plan.streams) fence();
 }
 
 template <DType dtype>

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX2__)
+#if defined(KD_X86_64)
 #include <immintrin.h>
 #endif
 
@@ -39,6 +39,26 @@ KD_INLINE Vec load(const float* from) {
 }
 
 KD_INLINE void store(float* to, Vec x) { std::memcpy(to, &x, sizeof x); }
+
+// To an address aligned to vectors, past the caches: nothing is read into them first. Others see it
+// after a fence.
+KD_INLINE void stream(void* to, Vec x) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps((float*)to, (__m512)x);
+#elif defined(__AVX2__)
+  _mm256_stream_ps((float*)to, (__m256)x);
+#elif defined(KD_X86_64)
+  _mm_stream_ps((float*)to, (__m128)x);
+#else
+  std::memcpy(to, &x, sizeof x);
+#endif
+}
+
+KD_INLINE void fence() {
+#if defined(KD_X86_64)
+  _mm_sfence();
+#endif
+}
 
 // 16-bit lanes to 32-bit ones and back.
 KD_INLINE Bits widen(Half x) {
