@@ -23,6 +23,22 @@ def cpu_instructions(report: dict, file: str) -> str:
     return table(header, rows) + f"\n\n{report['compiler']}: {source}.\n"
 
 
+def cpu_flops(report: dict, file: str) -> str:
+    """Floating-point operations per vocabulary entry, as an AVX2 kernel executes them."""
+    counts = report["instruction_sets"]["avx2"]["flops_per_entry"]
+    dtypes = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+    def cell(divergence: str, dtype: str) -> str:
+        loss, both = (counts[f"{divergence} {dtype} {what}"] for what in ("loss", "loss+gradient"))
+        return f"{loss:.0f}, {both:.0f} ({both / (3 * dtypes[dtype]):.1f})"
+
+    header = ["FLOPs an entry: loss, loss + gradient (a byte of 3U)", *dtypes]
+    divergences = dict.fromkeys(key.split()[0] for key in counts)
+    rows = [[f"`{d}`", *(cell(d, dtype) for dtype in dtypes)] for d in divergences]
+    source = f"[`{file}`]({{root}}{file}), `python -m benchmarks.instructions`"
+    return table(header, rows) + f"\n\n{report['compiler']}, AVX2: {source}.\n"
+
+
 def cuda_instructions(report: dict, file: str) -> str:
     """Of the kernel that serves a plain call, per pair of logits; their time over the 3U floor."""
     names = dict.fromkeys(case["divergence"] for case in report["cases"])
@@ -36,13 +52,13 @@ def cuda_instructions(report: dict, file: str) -> str:
         # Registers where a divergence has such a kernel: as csrc/cuda/tiles.h chooses.
         case = min(of_both, key=lambda case: case["kernel"] != "registers")
         return [
-            f"{case['instructions_per_pair']:.0f}",
+            f"{case['instructions_per_pair']:.0f}, {case['flops_per_pair']:.0f}",
             f"{case['issue_of_floor']:.2f}, {case['special_of_floor']:.2f}",
         ]
 
     header = [""]
     for dtype in ("bfloat16", "float32"):
-        header += [f"instructions a pair, {dtype}", "issue, special functions / floor"]
+        header += [f"instructions, FLOPs a pair, {dtype}", "issue, special functions / floor"]
     rows = [[f"`{name}`", *cells(name, 2), *cells(name, 4)] for name in names]
     e = report["environment"]
     note = f"\n\n{e['note']}, nvcc {e['nvcc']}: [`{file}`]({{root}}{file}), `{e['command']}`.\n"

@@ -31,6 +31,9 @@ VOCAB = 128256
 #: Shared memory of one of two CTAs on a multiprocessor for its row, as in csrc/cuda/tiles.h.
 SHARED_BYTES = (227 * 1024 - 1024) // 2 - 14 * 1024
 
+#: Operations of a thread; special functions are counted apart.
+FLOPS = {"FADD": 1, "FMUL": 1, "FFMA": 2}
+
 FUNCTION = re.compile(r"Function : (\w+)")
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]+)\*/\s+(@!?U?P\w+ )?([A-Z][\w.]*)(.*?);", re.MULTILINE)
 NAME = re.compile(r"(registers|shared)_kernelINS0_\d+([A-Za-z]+)E(?:Li([24])E)?(?:Lb([01])E)?E")
@@ -53,6 +56,7 @@ class Instruction(NamedTuple):
 class Cost(NamedTuple):
     instructions: float
     special: float
+    flops: float
 
 
 def disassembler() -> str:
@@ -163,13 +167,16 @@ def longest_path(code: list[Instruction], trips: int) -> Cost:
         block = blocks[i]
         ways = [best[way] for way in successors[i] if way in best]
         if block[-1].name == "EXIT":
-            ways.append(Cost(0, 0))
+            ways.append(Cost(0, 0, 0))
         if not aligned(block) or not ways:
             continue
         rest = max(ways)
         n = trips if i in vectors else 1
         special = sum(x.name.startswith("MUFU") for x in block)
-        best[i] = Cost(rest.instructions + n * len(block), rest.special + n * special)
+        flops = sum(FLOPS.get(x.name.split(".")[0], 0) for x in block)
+        best[i] = Cost(
+            rest.instructions + n * len(block), rest.special + n * special, rest.flops + n * flops
+        )
     if 0 not in best:
         raise ArithmeticError("no path through the kernel moves 16 bytes at a time")
     return best[0]
@@ -212,6 +219,7 @@ def estimate(build: Path) -> Iterator[dict]:
             if kernel == "shared"
             else None,
             "special_per_pair": round(special, 2),
+            "flops_per_pair": round(cost.flops / pairs, 1),
             "issue_of_floor": round(instructions / (32 * ISSUED) / floor, 2),
             "special_of_floor": round(special / SPECIAL / floor, 2),
         }

@@ -5,7 +5,8 @@
 
 A count is that of one call on fixed data in one thread (csrc/cpu/count_instructions.cpp), per
 vocabulary entry of all rows, under valgrind's callgrind, which knows AVX2 but not AVX-512. It
-depends on the compiler: with another one than on record nothing is compared, which is said.
+depends on the compiler: with another one than on record nothing is compared, which is said. The
+floating-point operations among them are counted too, and only recorded.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
+
+from . import flops
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "benchmarks/results/cpu_instructions.json"
@@ -52,13 +56,22 @@ def flags(folder: Path, instruction_set: str) -> str:
     raise FileNotFoundError(f"no isa_{instruction_set}.cpp in {folder}/compile_commands.json")
 
 
-def count(driver: Path, instruction_set: str) -> tuple[str, dict[str, float]]:
-    """The compiler, and instructions per vocabulary entry of each configuration."""
+class Counts(NamedTuple):
+    compiler: str
+    instructions: dict[str, float]  # per vocabulary entry, of each configuration
+    flops: dict[str, float]
+
+
+def count(driver: Path, instruction_set: str) -> Counts:
+    operations = flops.of_program(driver)
     function = "kd::cpu::logits(kd::LogitsParams const&, int)"
     with tempfile.TemporaryDirectory() as folder:
         command = [
             "valgrind",
             "--tool=callgrind",
+            "--dump-instr=yes",
+            "--compress-pos=no",
+            "--compress-strings=no",
             f"--toggle-collect={function}",
             f"--dump-after={function}",
             f"--callgrind-out-file={folder}/calls",
@@ -69,12 +82,14 @@ def count(driver: Path, instruction_set: str) -> tuple[str, dict[str, float]]:
         if run.returncode:
             sys.exit(run.stderr)
         compiler, entries, *names = run.stdout.splitlines()
-        counts = {}
+        counts = Counts(compiler, {}, {})
         for index, name in enumerate(names, 1):
             text = Path(folder, f"calls.{index}").read_text()
             (total,) = re.findall(r"^totals: (\d+)$", text, re.MULTILINE)
-            counts[name] = round(int(total) / int(entries), 3)
-    return compiler, counts
+            executed = flops.executed(text, driver, operations)
+            counts.instructions[name] = round(int(total) / int(entries), 3)
+            counts.flops[name] = round(executed / int(entries), 3)
+    return counts
 
 
 def differences(recorded: dict[str, float], counts: dict[str, float]) -> list[str]:
@@ -106,8 +121,13 @@ def main() -> None:
         folder = arguments.build or build(Path(scratch))
         report: dict = {"instruction_sets": {}}
         for name in INSTRUCTION_SETS:
-            report["compiler"], counts = count(folder / "count_instructions", name)
-            report["instruction_sets"][name] = {"flags": flags(folder, name), "per_entry": counts}
+            counts = count(folder.resolve() / "count_instructions", name)
+            report["compiler"] = counts.compiler
+            report["instruction_sets"][name] = {
+                "flags": flags(folder, name),
+                "per_entry": counts.instructions,
+                "flops_per_entry": counts.flops,
+            }
     if arguments.output:
         arguments.output.write_text(json.dumps(report, indent=1) + "\n")
     if arguments.check:

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from .compiled_tables import cpu_instructions, cuda_instructions, triton_resources
+from .compiled_tables import cpu_flops, cpu_instructions, cuda_instructions, triton_resources
 from .numerics_report import behaviour_table, numerics_table
 from .tables import error, machine, milliseconds, name_of, reason, table, worst_gradient_error
 from .training import training_table
@@ -184,6 +184,7 @@ TABLES: dict[str, Callable[[dict, str], str]] = {
     "training": training_table,
     "small_call": small_call,
     "cpu_instructions": cpu_instructions,
+    "cpu_flops": cpu_flops,
     "cuda_instructions": cuda_instructions,
     "triton_resources": triton_resources,
 }

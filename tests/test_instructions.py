@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from benchmarks import instructions
+from benchmarks import flops, instructions
 
 RECORDED = json.loads(instructions.RECORD.read_text())
 
@@ -62,3 +62,43 @@ def test_a_machine_without_valgrind_is_told(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["instructions", "--check"])
     instructions.main()
     assert "NOT COMPARED: there is no valgrind" in capsys.readouterr().out
+
+
+def test_flops_of_instructions():
+    disassembly = """
+0000000000043d00 <f>:
+   43d37:\tvfmadd132ps %ymm1,%ymm0,%ymm5
+   43d3c:\tvaddss %xmm1,%xmm0,%xmm5
+   43d40:\tmulps  (%rax),%xmm2
+   43d43:\tvaddpd %zmm1,%zmm0,%zmm5
+   43d49:\tvmovaps %ymm1,%ymm2
+   43d4e:\tvfnmadd213ps 0x40(%rax),%ymm0,%ymm5
+   43d54:\tsqrtsd %xmm0,%xmm0
+   43d58:\tvaddsubps %xmm0,%xmm0,%xmm0
+   43d5c:\tpaddd  %xmm0,%xmm0
+   43d60:\tvcmpltps %ymm1,%ymm0,%ymm2
+"""
+    assert flops.of_instructions(disassembly) == {
+        0x43D37: 16,
+        0x43D3C: 1,
+        0x43D40: 4,
+        0x43D43: 8,
+        0x43D4E: 16,
+        0x43D54: 1,
+    }
+
+
+def test_executions_of_the_program_alone():
+    dump = """
+ob=/lib/libm.so
+0x43d37 0 1000
+ob=/bin/program
+fn=f
+0x43d37 0 5
+calls=2 0x10 0
+0x43d37 0 4000
+0x43d3c 0 7
+"""
+    program = instructions.Path("/bin/program")
+    assert list(flops.executions(dump, program)) == [(0x43D37, 5), (0x43D3C, 7)]
+    assert flops.executed(dump, program, {0x43D37: 16}) == 80
