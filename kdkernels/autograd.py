@@ -34,11 +34,12 @@ class LogitsLoss(torch.autograd.Function):
     """Loss and metrics of raw logits; saves only the gradient, so both logits can be freed."""
 
     @staticmethod
-    def forward(ctx, student, others):  # few arguments: each costs a small call
+    def forward(ctx, student, others):  # few arguments: each slows a small call
         constants, backend, inplace, options = others
         tensors = student, *constants
         loss, metrics, row_scale, gradient = ops.loss_and_grad(tensors, backend, options, inplace)
         ctx.save_for_backward(gradient, row_scale)
+        ctx.set_materialize_grads(False)
         ctx.backend = backend
         ctx.consumed = False
         if not options.metrics:
@@ -49,6 +50,8 @@ class LogitsLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output, *_):
         _check_backward(ctx, "kd_loss")
+        if grad_output is None:
+            return None, None
         gradient, row_scale = ctx.saved_tensors
         gradient = gradient.detach()
         ops.scale_gradient(gradient, _as_scale(grad_output), row_scale, ctx.backend)

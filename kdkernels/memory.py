@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 
@@ -13,7 +14,7 @@ try:
 except ImportError:  # a source tree that was not built
     _C = None  # type: ignore[assignment]
 
-#: Bytes from which malloc asks the system for every tensor anew.
+#: Bytes from which memory is kept here. malloc reuses some of its own below 32 MiB, and none above.
 LARGE = 2**22
 
 
@@ -23,13 +24,15 @@ def empty_strided(
     """As torch.empty_strided, but a large tensor on the CPU has pages that an earlier one left.
 
     PyTorch maps every large CPU tensor anew, and the system finds and zeroes its pages while a
-    kernel first writes them, which takes longer than computing what is written.
+    kernel first writes them, which takes longer than computing what is written. The storage of such
+    a tensor cannot be resized.
     """
     large = math.prod(shape) * dtype.itemsize >= LARGE
     if large and device.type == "cpu" and _C is not None:
         extent = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-        block = torch.frombuffer(_C.Memory(extent * dtype.itemsize), dtype=dtype)
-        return block.as_strided(shape, strides)
+        with contextlib.suppress(MemoryError):  # PyTorch's own error says more
+            block = torch.frombuffer(_C.Memory(extent * dtype.itemsize), dtype=dtype)
+            return block.as_strided(shape, strides)
     return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
 
@@ -52,7 +55,8 @@ def release_memory() -> int:
     Large gradients and buffers on the CPU keep their pages when they are freed, so that the next
     call need not wait for the system to find and zero others. What is kept and what is in use never
     exceed what was in use at one time. The system takes kept pages by itself where memory runs
-    short (``MADV_FREE``), so calling this is never needed, but until then they count as resident.
+    short (``MADV_FREE``); until then they count as resident. Call this where the process is limited
+    in address space instead (``ulimit -v``, strict overcommit), or before measuring memory.
 
     Returns:
         The bytes given back.

@@ -241,3 +241,22 @@ def test_needs_no_copy_of_an_untouched_gradient(kernel):
         loss = loss_of(kernel, student.requires_grad_(), teacher)
     loss.backward()
     assert student.grad.data_ptr() in [x.data_ptr() for x in saved]
+
+
+def test_a_backward_without_a_gradient_gives_none(kernel):
+    """An unused loss of a row that is all -inf must not make NaN of its zero."""
+
+    class Unused(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return None
+
+    student = torch.randn(2, 4, device=kernel.device)
+    student[0] = -torch.inf
+    student.requires_grad_()
+    Unused.apply(loss_of(kernel, student, torch.randn(2, 4))).backward()
+    assert student.grad is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -259,3 +261,18 @@ def test_without_torchs_private_names_every_call_is_dispatched(monkeypatch):
     assert watchers.goes_straight(student, teacher, None)
     monkeypatch.setattr(watchers, "_THREAD_KEYS", 0)
     assert not watchers.goes_straight(student, teacher, None)
+
+
+def test_imported_while_tensors_are_fake():
+    script = """
+import torch
+from torch._subclasses import FakeTensorMode
+with FakeTensorMode():
+    import kdkernels
+s, t = torch.randn(2, 8, requires_grad=True), torch.randn(2, 8)
+got, expected = (kdkernels.kd_loss(s, t, backend=name) for name in ("cpu", "reference"))
+torch.testing.assert_close(got, expected)
+got.backward()
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]

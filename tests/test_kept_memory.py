@@ -59,9 +59,8 @@ def test_smallest_that_is_large_enough_unless_most_would_lie_idle():
 def test_kept_and_used_are_never_more_than_was_used():
     a, b = block(8), block(8)
     del a, b
-    c = block(
-        12
-    )  # of the 16 MiB that were in use at most, 4 could be kept, and no piece is so small
+    # Of the 16 MiB that were in use at most, 4 may be kept, and no piece is so small.
+    c = block(12)
     assert release_memory() < MIB
     del c
     assert 12 * MIB <= release_memory() < 13 * MIB
@@ -130,3 +129,8 @@ def test_linear_buffers_and_gradients():
     for again in results[1:]:
         for a, b in zip(again, results[0], strict=True):
             assert torch.equal(a, b)
+
+
+def test_out_of_memory_is_pytorchs_error():
+    with pytest.raises(RuntimeError, match=r"can't allocate memory|not enough memory"):
+        memory.empty((2**46,), dtype=torch.uint8, device=CPU)

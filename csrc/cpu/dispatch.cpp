@@ -141,8 +141,8 @@ void logits(const LogitsParams& params, int threads) {
   const RowsFunction rows = (with_gradient ? set.loss_and_gradient : set.loss)[params.divergence];
 
   std::vector<double> row_loss(params.rows);
-  // What a cache would keep until it is read again is better stored there; a gradient in place
-  // is there already.
+  // Caches keep less than this until a backward reads it; then it need not pass through them. A
+  // gradient in place is there already.
   constexpr int64_t kPastCaches = int64_t{16} << 20;
   const Rows& gradient = params.gradient;
   const bool streams = with_gradient && gradient.data != params.student.data &&

@@ -7,107 +7,122 @@
 
 namespace kd::KD_NAMESPACE {
 
-#if defined(__AVX512F__)
-// Where one instruction looks up in two registers, 2^x is a table entry times a parabola. What
-// reads three registers costs most: this takes four such operations, a polynomial in f a fifth.
-constexpr int kTableBits = 5;
-
-// 2^f = kWidth ((f + kCentre)^2 + kRest) for |f| <= 1/64, with a relative error of 1.3e-7. The
-// centre is a whole number of steps, so that subtracting it costs nothing.
-constexpr float kCentre = 46 / 32.0f, kRest = 2.08125997f;
-constexpr double kWidth = 0.24109941474;
-
-struct Powers {
-  // kWidth 2^(j / 32), and what floor(x - kCentre) lacks to the floor of x.
-  constexpr Powers() : entries() {
-    double power = kWidth;
-    for (int j = 0; j < 1 << kTableBits; ++j) {
-      entries[j] = (float)(power * (j / 32.0 < kCentre - 1 ? 4 : 2));
-      power *= 1.0218971486541166;
-    }
-  }
-
-  alignas(64) float entries[1 << kTableBits];
-};
-
-constexpr Powers kPowers;
-#else
-constexpr int kTableBits = 0;
-#endif
-
 // Exponentials come out as 2^(x c - shift), c = log2(e) / T, and so times one factor common to the
 // row, `correction`. The shift is a whole number: x c is rounded only once, as a small fraction.
-class Exponent {
+class ExponentBase {
  public:
-  Exponent(float reference, float c) : c_(c) {
-    const bool small = ::fabsf(reference * c) < 65536;
-    const bool shifts = small && kFusedMultiplyAdd;
-    origin_ = shifts ? 0 : reference;
-    shift_ = shifts ? ::nearbyintf(reference * c) : 0;
-    correction_ = shifts ? ::exp2((double)shift_ - (double)reference * c) : 1;
-#if defined(__AVX512F__)
-    is_fast_ = small && ::fabsf(shift_) < kMostShift;
-    unshift_ = ::exp2f(is_fast_ ? -shift_ : 0);
-#else
-    is_fast_ = small || !kFusedMultiplyAdd;
-    grid_ = kGrid + kBelow - shift_;
-#endif
-  }
-
   // For every x: 0 for -inf, NaN for NaN.
   KD_INLINE Vec operator()(Vec x) const { return exp2((x - origin_) * c_ - shift_); }
 
-  // The same in fewer operations where is_fast(), for x within a range about the reference only.
-  // left_range() tells from `marks` and the sum of the results whether one was outside.
-#if defined(__AVX512F__)
-  KD_INLINE Vec fast(Vec x, Bits&) const {
-    const Vec steps = x * c_ + kGrid;
-    const Vec rounded = steps - (kGrid + kCentre);
-    const Vec f = x * c_ - rounded;
-    const Vec power = table_entry(steps) * (f * f + kRest);
-    return (Vec)_mm512_scalef_ps((__m512)power, (__m512)rounded);  // by 2^floor(rounded)
-  }
-#else
-  KD_INLINE Vec fast(Vec x, Bits& marks) const {
-    if constexpr (!kFusedMultiplyAdd) x = x - origin_;
-    // Within [-kBelow, 128 - kBelow) the high bits are those of kGrid, the low ones count from
-    // -kBelow.
-    const Vec steps = x * c_ + grid_;
-    marks |= (Bits)steps ^ (Bits)splat<Vec>(kGrid);
-    const Vec f = x * c_ - (steps - grid_);
-    const Vec power = (Vec)(((Bits)steps << kToExponent) + ((127u - kBelow) << 23));
-    return power * (polynomial(f) * f) + power;
-  }
-#endif
-
-#if defined(__AVX512F__)
-  // What is below underflows as it should; too large, infinite or NaN is what has no such result.
-  static bool left_range(Bits, double sum) { return !(sum < 0x1p50); }
-#else
-  static bool left_range(Bits marks, double) { return any_bit(marks >> 7); }
-#endif
-
+  // Whether the derived fast(x, range) serves the row: the same in fewer operations, for x within a
+  // range about the reference only. The range tells whether one was outside.
   bool is_fast() const { return is_fast_; }
   double correction() const { return correction_; }
 
- private:
-  static constexpr int kToExponent = 23 - kTableBits;
-  // A float spaced by 2^-kTableBits whose low bits are 0.
-  static constexpr float kGrid = 1.5f * (1 << kToExponent);
+ protected:
+  // A float spaced by 2^-bits whose low bits are 0.
+  static constexpr float grid(int bits) { return 1.5f * (1 << (23 - bits)); }
 
-#if defined(__AVX512F__)
-  static constexpr float kMostShift = 120;  // 2^-shift, which the table takes up, is a float
-
-  // That of the lowest bits of `steps`, times 2^-shift.
-  KD_INLINE Vec table_entry(Vec steps) const {
-    const Vec low = load(kPowers.entries) * unshift_;
-    const Vec high = load(kPowers.entries + kLanes) * unshift_;
-    return (Vec)_mm512_permutex2var_ps((__m512)low, (__m512i)steps, (__m512)high);
+  // Shifts are at most `most_shift`, and exponentials of the reference at most 2^40 from 1 then.
+  ExponentBase(float reference, float c, float most_shift) : c_(c) {
+    const float exponent = reference * c;
+    const bool small = ::fabsf(exponent) < 65536;
+    const bool shifts = small && kFusedMultiplyAdd;
+    origin_ = shifts ? 0 : reference;
+    shift_ = shifts ? ::nearbyintf(exponent) : 0;
+    is_fast_ = small || !kFusedMultiplyAdd;
+    if (::fabsf(shift_) > most_shift) {
+      if (::fabsf(shift_) <= most_shift + 40)
+        shift_ = ::copysignf(most_shift, shift_);
+      else
+        is_fast_ = false;
+    }
+    correction_ = shifts ? ::exp2((double)shift_ - (double)reference * c) : 1;
   }
 
-  float unshift_;
+  float c_, origin_, shift_;
+
+ private:
+  double correction_;
+  bool is_fast_;
+};
+
+#if defined(__AVX512F__)
+
+// 2^f = kWidth ((f + kCentre)^2 + kRest) for |f| <= 1/64, with a relative error of 1.3e-7. The
+// centre is a whole number of steps of 1/32, so that subtracting it costs nothing.
+constexpr double kWidth = 0.24109941474;
+constexpr float kCentre = 46 / 32.0f, kRest = 2.08125997f;
+
+// kWidth 2^(j / 32), times 4 or 2: the floor of x - kCentre is 2 below that of x where the fraction
+// of x is below 14/32, else 1.
+struct Powers {
+  constexpr Powers() : entries() {
+    constexpr double step = 1.0218971486541166;  // 2^(1 / 32)
+    double power = kWidth;
+    for (int j = 0; j < 32; ++j, power *= step) entries[j] = (float)(power * (j < 14 ? 4 : 2));
+  }
+
+  alignas(64) float entries[32];
+};
+
+constexpr Powers kPowers;
+
+// Where one instruction looks up in two registers, 2^x is a table entry times a parabola. What
+// reads three registers costs most: this takes four such operations, a polynomial in f a fifth.
+class Exponent : public ExponentBase {
+ public:
+  Exponent(float reference, float c)
+      : ExponentBase(reference, c, 120), unshift_(is_fast() ? ::exp2f(-shift_) : 1) {}
+
+  // What is far below underflows as it should. The sum shows what is too large to become a
+  // probability by a float factor, infinite or NaN.
+  struct Range {
+    bool was_left(double sum) const { return !(sum < 0x1p50); }
+  };
+
+  KD_INLINE Vec fast(Vec x, Range&) const {
+    const Vec steps = x * c_ + kGrid;  // whose low bits count x c in units of 1/32
+    const Vec rounded = steps - (kGrid + kCentre);
+    const Vec f = x * c_ - rounded;
+    const Vec low = load(kPowers.entries) * unshift_;
+    const Vec high = load(kPowers.entries + kLanes) * unshift_;
+    const Vec entry = (Vec)_mm512_permutex2var_ps((__m512)low, (__m512i)steps, (__m512)high);
+    const Vec power = entry * (f * f + kRest);
+    return (Vec)_mm512_scalef_ps((__m512)power, (__m512)rounded);  // by 2^floor(rounded)
+  }
+
+ private:
+  static constexpr float kGrid = grid(5);
+
+  float unshift_;  // 2^-shift
+};
+
 #else
+
+class Exponent : public ExponentBase {
+ public:
+  Exponent(float reference, float c)
+      : ExponentBase(reference, c, __builtin_inff()), grid_(kGrid + kBelow - shift_) {}
+
+  // Exponents in [-kBelow, 128 - kBelow): there the high bits of `steps` are those of kGrid.
+  struct Range {
+    Bits marks = {};
+    bool was_left(double) const { return any_bit(marks >> 7); }
+  };
+
+  KD_INLINE Vec fast(Vec x, Range& range) const {
+    if constexpr (!kFusedMultiplyAdd) x = x - origin_;
+    const Vec steps = x * c_ + grid_;  // whose low bits count x c from -kBelow
+    range.marks |= (Bits)steps ^ (Bits)splat<Vec>(kGrid);
+    const Vec f = x * c_ - (steps - grid_);
+    const Vec power = (Vec)(((Bits)steps << 23) + ((127u - kBelow) << 23));
+    return power * (polynomial(f) * f) + power;
+  }
+
+ private:
   static constexpr int kBelow = 72;
+  static constexpr float kGrid = grid(0);
 
   // (2^f - 1) / f for |f| <= 1/2, so that 2^f has a relative error of 2e-9.
   static KD_INLINE Vec polynomial(Vec f) {
@@ -116,11 +131,8 @@ class Exponent {
   }
 
   float grid_;
-#endif
-
-  float c_, origin_, shift_;
-  double correction_;
-  bool is_fast_;
 };
+
+#endif
 
 }  // namespace kd::KD_NAMESPACE

@@ -38,16 +38,17 @@ class Keeper {
       kept_.erase(best);
       kept_bytes_ -= mapping.size;
     } else {
+      most_used_ = std::max(most_used_, used_ + size);
+      drop_to(most_used_ - used_ - size);
       mapping.begin = map(size);
       if (!mapping.begin) {
         drop_to(0);
         mapping.begin = map(size);
       }
       if (!mapping.begin) throw std::bad_alloc();
+      kept_.reserve(++mappings_);  // so that put() never allocates
     }
     used_ += mapping.size;
-    most_used_ = std::max(most_used_, used_);
-    drop_to(most_used_ - used_);
     return mapping;
   }
 
@@ -61,7 +62,7 @@ class Keeper {
       return;
     }
 #endif
-    munmap(mapping.begin, mapping.size);
+    unmap(mapping);
   }
 
   size_t release() {
@@ -81,9 +82,14 @@ class Keeper {
     return begin;
   }
 
+  void unmap(Mapping mapping) {
+    munmap(mapping.begin, mapping.size);
+    --mappings_;
+  }
+
   void drop_to(size_t bytes) {
     while (kept_bytes_ > bytes) {
-      munmap(kept_.front().begin, kept_.front().size);
+      unmap(kept_.front());
       kept_bytes_ -= kept_.front().size;
       kept_.erase(kept_.begin());
     }
@@ -91,7 +97,7 @@ class Keeper {
 
   std::mutex mutex_;
   std::vector<Mapping> kept_;
-  size_t kept_bytes_ = 0, used_ = 0, most_used_ = 0;
+  size_t kept_bytes_ = 0, used_ = 0, most_used_ = 0, mappings_ = 0;
 };
 
 // Never destroyed: the process may end with tensors that still hold memory.
@@ -111,6 +117,7 @@ void advise_large_pages([[maybe_unused]] const void* begin, [[maybe_unused]] con
 }
 
 Memory::Memory(size_t bytes) : bytes_(bytes) {
+  if (bytes > SIZE_MAX / 2) throw std::bad_alloc();
   const size_t page = (size_t)sysconf(_SC_PAGESIZE);
   const Mapping mapping = keeper().take((bytes + kOffset + page - 1) / page * page);
   mapping_ = mapping.begin;

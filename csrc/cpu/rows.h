@@ -43,7 +43,8 @@ class RowPair {
     if (!student_.has_softcap()) scale *= params.student_transform.scale;
     kd_scale_ = (float)(scale * params.kd_weight / params.temperature);
     ce_scale_ = params.labels ? (float)(scale * params.ce_weight) : 0;
-    plain_ = student_.is_plain() && teacher_.is_plain() && !reads_student_for_gradient();
+    plain_ = student_.is_plain_bfloat16() && teacher_.is_plain_bfloat16() &&
+             !reads_student_for_gradient();
   }
 
   // The row's loss times its weight; its gradient and metrics on the way.

@@ -59,24 +59,24 @@ class Softmax {
     CompensatedSum sums;
     int i = 0;
     if (exponent.is_fast()) {
-      Bits marks = {};
+      Exponent::Range range;
       for (; i + 2 * kPair <= n; i += 2 * kPair) {
         Vec terms[4];
         for (int k = 0; k < 4; k += 2) {
           const Pair y = x.pair(i + k * kLanes);
-          terms[k] = exponent.fast(y.first, marks);
-          terms[k + 1] = exponent.fast(y.second, marks);
+          terms[k] = exponent.fast(y.first, range);
+          terms[k + 1] = exponent.fast(y.second, range);
         }
         for (int k = 0; k < 4; ++k) store(kept + i + k * kLanes, terms[k]);
         sums.add((terms[0] + terms[1]) + (terms[2] + terms[3]));
         row.fetch<1>(next + i, 2 * kPair);
       }
-      if (Exponent::left_range(marks, sums.value())) {
+      if (range.was_left(sums.value())) {
         i = 0;
         sums = {};
       }
     }
-    // What is left of the block, and all of one that holds -inf, NaN or logits far apart.
+    // What is left of the block, and all of one that holds -inf, NaN or what left the range.
     Vec top = splat<Vec>(-kInfinity);
     for (; i < n; i += kPair) {
       const Pair y = x.pair(i);

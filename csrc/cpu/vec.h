@@ -40,8 +40,8 @@ KD_INLINE Vec load(const float* from) {
 
 KD_INLINE void store(float* to, Vec x) { std::memcpy(to, &x, sizeof x); }
 
-// To an address aligned to vectors, past the caches: nothing is read into them first. Others see it
-// after a fence.
+// To an address aligned to vectors, past the caches: nothing is read into them first. Who has
+// streamed fences once before others read.
 KD_INLINE void stream(void* to, Vec x) {
 #if defined(__AVX512F__)
   _mm512_stream_ps((float*)to, (__m512)x);

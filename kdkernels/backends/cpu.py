@@ -18,8 +18,7 @@ except ImportError as error:  # a source tree that was not built
 else:
     _missing = ""
 
-#: Making a tensor like another is the quickest way to one.
-_SCALAR = torch.zeros((), dtype=torch.float32, device="cpu")
+_CPU = torch.device("cpu")
 
 _KERNEL = {name: index for index, name in enumerate(DIVERGENCES)}
 
@@ -54,7 +53,7 @@ def logits_loss(
     if gradient is student:
         check_in_place(student)
     with_scale = gradient is not None and gradient.dtype == torch.float16
-    loss = _floats(lead) if o.reduction == "none" else torch.empty_like(_SCALAR)
+    loss = _floats(lead) if o.reduction == "none" else _float()
     metrics = _floats((len(METRICS), *lead)) if o.metrics else None
     row_scale = _floats(lead) if with_scale else None
     student, teacher = in_rows(student), in_rows(teacher)
@@ -92,7 +91,12 @@ def logits_loss(
 
 def _floats(shape: tuple[int, ...]) -> Tensor:
     """Memory for a kernel's results, whatever torch.set_default_dtype and the like say."""
-    return torch.empty(shape, dtype=torch.float32, device="cpu")
+    return torch.empty(shape, dtype=torch.float32, device=_CPU)
+
+
+def _float() -> Tensor:
+    """Likewise for one number, sooner."""
+    return torch.empty_strided((), (), dtype=torch.float32, device=_CPU)
 
 
 def scale_gradient(gradient: Tensor, grad_output: Tensor, row_scale: Tensor | None) -> None:
