@@ -67,16 +67,12 @@ def _as_scale(grad_output: Tensor) -> Tensor:
 
 def logits_loss(
     student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    token_weight: Tensor | None,
-    normalizer: Tensor | None,
+    constants: tuple[Tensor | None, ...],  # teacher, labels, token_weight, normalizer
     backend: str,
     inplace: bool,
     options: LogitsOptions,
 ) -> tuple[Tensor, Tensor | None]:
     """Loss, and the stacked metrics where asked for, through a compiled backend."""
-    constants = teacher, labels, token_weight, normalizer
     if student.requires_grad and torch.is_grad_enabled():
         outputs = LogitsLoss.apply(student, (constants, backend, inplace, options))
         return outputs if options.metrics else (outputs, None)

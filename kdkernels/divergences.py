@@ -8,6 +8,7 @@ they become there.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import numbers
@@ -339,6 +340,11 @@ def register_divergence(
     return REGISTERED[name].divergence
 
 
+@functools.cache
+def _with_defaults(name: str) -> Divergence:
+    return DIVERGENCES[name]()
+
+
 def as_divergence(divergence: str | Divergence) -> Divergence:
     """The instance behind a name; an instance is returned as it is."""
     if isinstance(divergence, Divergence):
@@ -354,4 +360,4 @@ def as_divergence(divergence: str | Divergence) -> Divergence:
         raise ValueError(f"divergence is {divergence!r}, expected one of {names}")
     if divergence == AlphaBeta.name:
         raise ValueError("divergence 'alpha_beta' has no defaults; pass AlphaBeta(alpha, beta)")
-    return DIVERGENCES[divergence]()
+    return _with_defaults(divergence)

@@ -127,11 +127,13 @@ def kd_loss(
         return_metrics=return_metrics,
         backend=backend,
     )
-    tensors = student_logits, teacher_logits, labels, call.token_weight, call.normalizer
+    constants = teacher_logits, labels, call.token_weight, call.normalizer
     if call.backend == "reference":
-        loss, stacked = reference.kd_loss(*tensors, call.divergence, call.options)
+        loss, stacked = reference.kd_loss(student_logits, *constants, call.divergence, call.options)
     else:
-        loss, stacked = autograd.logits_loss(*tensors, call.backend, inplace_grad, call.options)
+        loss, stacked = autograd.logits_loss(
+            student_logits, constants, call.backend, inplace_grad, call.options
+        )
     return with_metrics(loss, stacked, labels) if return_metrics else loss
 
 

@@ -56,7 +56,8 @@ def logits_loss(
     loss = _floats(lead) if o.reduction == "none" else _float()
     metrics = _floats((len(METRICS), *lead)) if o.metrics else None
     row_scale = _floats(lead) if with_scale else None
-    student, teacher = in_rows(student), in_rows(teacher)
+    if not (student.is_contiguous() and teacher.is_contiguous()):
+        student, teacher = in_rows(student), in_rows(teacher)
     labels = None if labels is None else labels.contiguous()
     token_weight = None if token_weight is None else token_weight.contiguous()
     _C.logits_cpu(

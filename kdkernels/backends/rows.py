@@ -87,7 +87,8 @@ def row_strides(tensor: Tensor) -> tuple[int, int, int]:
 
 def rows_of(tensor: Tensor) -> tuple[int, int, int, int, int, int]:
     """Address, dtype, width and row strides: Rows of csrc/core/params.h."""
-    return tensor.data_ptr(), DTYPES[tensor.dtype], tensor.shape[-1], *row_strides(tensor)
+    inner_size, outer, inner = row_strides(tensor)
+    return tensor.data_ptr(), DTYPES[tensor.dtype], tensor.shape[-1], inner_size, outer, inner
 
 
 def address(tensor: Tensor | None) -> int:
