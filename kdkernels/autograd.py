@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import ops
 from .options import LinearOptions, LogitsOptions
+from .watchers import goes_straight
 
 _ops = torch.ops.kdkernels
 
@@ -35,9 +36,11 @@ class LogitsLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student, others):  # few arguments: each slows a small call
-        constants, backend, inplace, options = others
+        constants, backend, inplace, options, straight = others
         tensors = student, *constants
-        loss, metrics, row_scale, gradient = ops.loss_and_grad(tensors, backend, options, inplace)
+        loss, metrics, row_scale, gradient = ops.loss_and_grad(
+            tensors, backend, options, inplace, straight
+        )
         ctx.save_for_backward(gradient, row_scale)
         ctx.set_materialize_grads(False)
         ctx.backend = backend
@@ -58,6 +61,10 @@ class LogitsLoss(torch.autograd.Function):
         return gradient, None
 
 
+# What Function.apply comes to where no transform is active, sooner.
+_apply_logits_loss = super(torch.autograd.Function, LogitsLoss).apply
+
+
 def _as_scale(grad_output: Tensor) -> Tensor:
     """grad_output as kernels read it; from sum() it comes expanded."""
     if grad_output.dtype != torch.float32:
@@ -73,10 +80,12 @@ def logits_loss(
     options: LogitsOptions,
 ) -> tuple[Tensor, Tensor | None]:
     """Loss, and the stacked metrics where asked for, through a compiled backend."""
+    straight = goes_straight(student, *constants)
     if student.requires_grad and torch.is_grad_enabled():
-        outputs = LogitsLoss.apply(student, (constants, backend, inplace, options))
+        apply = _apply_logits_loss if straight else LogitsLoss.apply
+        outputs = apply(student, (constants, backend, inplace, options, straight))
         return outputs if options.metrics else (outputs, None)
-    loss, metrics = ops.loss((student, *constants), backend, options)
+    loss, metrics = ops.loss((student, *constants), backend, options, straight)
     return loss, metrics if options.metrics else None
 
 

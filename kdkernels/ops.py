@@ -159,10 +159,10 @@ _ops = torch.ops.kdkernels
 
 
 def loss(
-    tensors: tuple[Tensor | None, ...], backend: str, options: LogitsOptions
+    tensors: tuple[Tensor | None, ...], backend: str, options: LogitsOptions, straight: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Loss and metrics (None or empty where there are none) of the tensors of loss_and_grad."""
-    if goes_straight(*tensors):
+    if straight:
         return _IMPLEMENTATIONS[backend].logits_loss(*tensors, options, None)[:2]
     return _ops.logits_loss.default(*tensors, backend, *options)
 
@@ -172,12 +172,14 @@ def loss_and_grad(
     backend: str,
     options: LogitsOptions,
     inplace: bool,
+    straight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """Loss, metrics and row scales (None or empty where there are none), and the gradient.
 
-    ``tensors``: student, teacher, labels, token_weight and normalizer.
+    ``tensors``: student, teacher, labels, token_weight and normalizer. ``straight``: whether they
+    need no dispatching (:func:`watchers.goes_straight`).
     """
-    if goes_straight(*tensors):
+    if straight:
         return _run(tensors, backend, options, inplace)
     if inplace:
         return *_ops.logits_loss_and_grad_.default(*tensors, backend, *options), tensors[0]
