@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdkernels import kd_loss
+from kdkernels import kd_loss, release_memory
 
 ROUNDS = 7
 
@@ -115,6 +115,7 @@ def _peak_memory(loss_fn: LossFn, student: Tensor, teacher: Tensor) -> int | Non
         return torch.cuda.max_memory_allocated(student.device) - before
     try:
         # Give freed memory back to Linux first: its reuse would not show in the resident size.
+        release_memory()
         ctypes.CDLL(None).malloc_trim(0)
         before = _process_status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak, to VmRSS
