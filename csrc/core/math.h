@@ -1,6 +1,7 @@
 // Element maths shared by every kernel. A function is a template on F, which is float in a CUDA
-// thread and a SIMD vector on the CPU. The primitives (select, abs, exp, log1p) of a vector come
-// from csrc/cpu/vec.h, included first: built-in types have no argument-dependent lookup.
+// thread and a SIMD vector on the CPU. The primitives (select, abs, exp, exp2, log2, log1p) of a
+// vector come from csrc/cpu/vec.h, included first: built-in types have no argument-dependent
+// lookup.
 #pragma once
 
 #include <cmath>
@@ -13,6 +14,8 @@ KD_INLINE float select(bool condition, float yes, float no) { return condition ?
 KD_INLINE float abs(float x) { return fabsf(x); }
 #if !defined(KD_OWN_EXP_AND_LOG1P)  // csrc/cuda brings its own, of approximate instructions
 KD_INLINE float exp(float x) { return expf(x); }
+KD_INLINE float exp2(float x) { return exp2f(x); }
+KD_INLINE float log2(float x) { return log2f(x); }
 KD_INLINE float log1p(float x) { return log1pf(x); }
 #endif
 

@@ -2,9 +2,12 @@
 // times, the later times from cache:
 //
 //   1. the softmaxes of student and teacher (and at T = 1 for the hard-label term), whose
-//      exponentials stay in two scratch rows
+//      exponentials stay in two scratch rows, and how far the row is from its teacher
 //   2. value and slope of every term; the gradient too where the slopes are known to sum to 0
 //   3. otherwise the gradient, from slopes, which took the teacher's place in scratch
+//
+// The second sweep of a far row (see csrc/core/divergences.h) has simpler terms, or for a KL
+// divergence, whose value the first one has, nothing but the gradient.
 //
 // Memory works during the second sweep too: the next row pair is fetched then.
 //
@@ -100,16 +103,19 @@ class RowPair {
       teacher_softmax_ = Softmax(largest_logit(teacher_, sample, teacher_block_), c_);
     const Upcoming student_row(params_.student, row_), teacher_row(params_.teacher, row_);
     bool fits = true;
+    KLSums kl;
     for_blocks(params_.vocab, [&](int64_t begin, int n) {
       view(student_, begin, n, student_block_, [&](auto s) {
         fits &= student_softmax_.push(s, n, student_kept_ + begin, student_row, begin + n);
         if (apart) fits &= softmax_at_1_.push(s, n, gradient_block_, student_row, begin + n);
-      });
-      if (!uses_divergence()) return;
-      view(teacher_, begin, n, teacher_block_, [&](auto t) {
-        fits &= teacher_softmax_.push(t, n, teacher_kept_ + begin, teacher_row, begin + n);
+        if (!uses_divergence()) return;
+        view(teacher_, begin, n, teacher_block_, [&](auto t) {
+          fits &= teacher_softmax_.push(t, n, teacher_kept_ + begin, teacher_row, begin + n);
+          if (may_be_far()) compare(s, t, begin, n, kl);
+        });
       });
     });
+    if (may_be_far() && fits) kl_ = KL(kl, student_softmax_, teacher_softmax_, exact_temperature_);
     if (!apart) softmax_at_1_ = student_softmax_;
     return fits;
   }
@@ -121,11 +127,78 @@ class RowPair {
 
   int64_t label() const { return params_.labels[row_]; }
 
+  bool may_be_far() const {
+    if constexpr (Divergence::kIsKL)
+      return true;
+    else
+      return divergence_.has_far();
+  }
+
+  // Adds a block to the sums of the KL divergences that the divergence asks for.
+  template <class Student, class Teacher>
+  void compare(Student s, Teacher t, int64_t begin, int n, KLSums& kl) {
+    // What pads the end of a row would be -inf - -inf; its exponentials are 0.
+    for (int i = n; i % kPair != 0; ++i) student_block_[i] = teacher_block_[i] = 0;
+    const Gap gap(student_softmax_, teacher_softmax_);
+    const float* s_kept = student_kept_ + begin;
+    const float* t_kept = teacher_kept_ + begin;
+    Vec forward = {}, reverse = {}, entropy = {};
+    for (int i = 0; i < n; i += kPair) {
+      const Pair x = s.pair(i), y = t.pair(i);
+      for (int k = 0; k < 2; ++k) {
+        const int at = i + k * kLanes;
+        const Vec teacher = k ? y.second : y.first, apart = gap(k ? x.second : x.first, teacher);
+        if constexpr (Divergence::kForward) forward += load(t_kept + at) * apart;
+        if constexpr (Divergence::kReverse) reverse += load(s_kept + at) * apart;
+        if constexpr (Divergence::kAddsEntropy)
+          entropy += load(t_kept + at) * (teacher - gap.t_reference);
+      }
+    }
+    if constexpr (Divergence::kForward) kl.forward += sum(forward);
+    if constexpr (Divergence::kReverse) kl.reverse += sum(reverse);
+    if constexpr (Divergence::kAddsEntropy) kl.entropy += sum(entropy);
+  }
+
+  bool is_far(double divergence) const {
+    return divergence > divergence_.far_from() && divergence <= FLT_MAX;
+  }
+
   // Sweep 2, and 3 where the divergence needs one; returns the divergence.
   template <bool kGradient>
   double sweep() {
+    if constexpr (Divergence::kIsKL) {
+      const double forward = divergence_.forward(), reverse = divergence_.reverse();
+      const double kl = (Divergence::kForward ? forward * kl_.forward : 0) +
+                        (Divergence::kReverse ? reverse * kl_.reverse : 0);
+      if (is_far(kl)) {
+        if constexpr (kGradient) kl_gradient(forward, reverse);
+        return Divergence::kAddsEntropy ? kl + kl_.entropy : kl;
+      }
+    } else if (may_be_far() && is_far(kl_.forward)) {
+      const Sums sums = term_sweep<kGradient, true>();
+      if (is_far(sums.value * kNatsPerBit)) {
+        if constexpr (kGradient) gradient_sweep((float)sums.slope, (float)kNatsPerBit);
+        return sums.value * kNatsPerBit;
+      }
+      read_softmaxes();  // slopes took the place of exponentials
+    }
+    const Sums sums = term_sweep<kGradient, false>();
+    if constexpr (kGradient && !Divergence::kSlopeSumsToZero) gradient_sweep((float)sums.slope, 1);
+    return sums.value;
+  }
+
+  struct Sums {
+    double value, slope;
+  };
+
+  // Value and slope of every term, and the gradient too where the slopes are known to sum to 0; in
+  // bits for a far row.
+  template <bool kGradient, bool kFar>
+  Sums term_sweep() {
     constexpr bool kStoresGradient = kGradient && Divergence::kSlopeSumsToZero;
-    const Points points(student_softmax_, teacher_softmax_, params_.temperature);
+    const Points points(student_softmax_, teacher_softmax_,
+                        kFar ? exact_temperature_ : params_.temperature,
+                        kFar ? 1 / kNatsPerBit : 1);
     double value_sum = 0, slope_sum = 0, shift_sum = 0;
     const Upcoming next_student(params_.student, next_), next_teacher(params_.teacher, next_);
     for_blocks(params_.vocab, [&](int64_t begin, int n) {
@@ -146,7 +219,11 @@ class RowPair {
             const int at = i + k * kLanes;
             const Point<Vec> v = point(k ? x.second : x.first, k ? y.second : y.first,
                                        load(s_kept + at), load(t_kept + at));
-            const Term<Vec> term = divergence(v);
+            Term<Vec> term;
+            if constexpr (kFar)
+              term = divergence.far(v);
+            else
+              term = divergence(v);
             values += term.value;
             slopes += term.slope;
             slope[k] = term.slope;
@@ -168,20 +245,53 @@ class RowPair {
     if (Divergence::kFeelsShift && ::fabs(slope_sum) <= FLT_MAX) value_sum -= shift_sum * slope_sum;
     if (value_sum < 0) value_sum = 0;  // rounding of what nearly cancels
     // The probabilities sum to 1 up to the rounding of their scale, known exactly here.
-    if constexpr (kGradient && !kStoresGradient) {
-      const double total = points.s_scale / student_softmax_.scale();
-      gradient_sweep(points.s_scale, (float)(slope_sum / total));
-    }
-    return value_sum;
+    return {value_sum, slope_sum * student_softmax_.scale() / points.s_scale};
   }
 
-  // slopes - q slope_sum, with q = s_scale times the student's exponentials.
-  void gradient_sweep(float s_scale, float slope_sum) {
+  // Of a far row by a KL divergence: forward (q - p) + reverse q (log q - log p - KL(q || p)).
+  void kl_gradient(double forward, double reverse) {
+    const double scale =
+        kd_scale_ * (Divergence::kReverse ? fit_float16_range((float)(reverse * kl_.reverse)) : 1);
+    const double s_scale = scale * student_softmax_.scale();
+    const float of_q =
+        (float)(s_scale *
+                (Divergence::kReverse ? forward + reverse * (kl_.offset - kl_.reverse) : forward));
+    const float of_gap = (float)(s_scale * reverse / exact_temperature_);
+    const float of_p = (float)(scale * teacher_softmax_.scale() * forward);
+    const Gap gap(student_softmax_, teacher_softmax_);
+    const Upcoming next_student(params_.student, next_), next_teacher(params_.teacher, next_);
+    for_blocks(params_.vocab, [&](int64_t begin, int n) {
+      view_pair<true, Divergence::kReverse>(begin, n, [&](auto s, auto t, auto g) {
+        const float* s_kept = student_kept_ + begin;
+        const float* t_kept = teacher_kept_ + begin;
+        for (int i = 0; i < n; i += kPair) {
+          next_student.fetch<2>(begin + i, kPair);
+          next_teacher.fetch<2>(begin + i, kPair);
+          Vec result[2];
+          Pair x, y;
+          if constexpr (Divergence::kReverse) x = s.pair(i), y = t.pair(i);
+          for (int k = 0; k < 2; ++k) {
+            const int at = i + k * kLanes;
+            Vec factor = splat<Vec>(of_q);
+            if constexpr (Divergence::kReverse)
+              factor = gap(k ? x.second : x.first, k ? y.second : y.first) * of_gap + of_q;
+            result[k] = load(s_kept + at) * factor;
+            if constexpr (Divergence::kForward) result[k] -= load(t_kept + at) * of_p;
+          }
+          g.store(i, {result[0], result[1]});
+        }
+      });
+    });
+  }
+
+  // slopes - q slope_sum, times `unit`.
+  void gradient_sweep(float slope_sum, float unit) {
     // Covers NaN and both infinities: an infinite divergence of q has no gradient.
     if (!(::fabsf(slope_sum) <= FLT_MAX)) return gradient_.fill(0, params_.vocab, NAN);
-    const float scale = kd_scale_ * fit_float16_range(slope_sum);
+    const float scale = kd_scale_ * unit * fit_float16_range(slope_sum);
+    const float s_scale = (float)student_softmax_.scale();
     for_blocks(params_.vocab, [&](int64_t begin, int n) {
-      const auto write = [&](auto g) {
+      view_pair<true, false>(begin, n, [&](auto, auto, auto g) {
         const float* s_kept = student_kept_ + begin;
         const float* slopes = teacher_kept_ + begin;
         for (int i = 0; i < n; i += kPair) {
@@ -192,13 +302,7 @@ class RowPair {
           }
           g.store(i, {result[0], result[1]});
         }
-      };
-      if (is_plain(n)) return write(gradient_.plain(begin));
-      float* g = gradient_target(begin, n);
-      write(float_gradient(g));
-      const float* s =
-          reads_student_for_gradient() ? student_.block(begin, n, student_block_) : nullptr;
-      finish_gradient(begin, n, s, g);
+      });
     });
   }
 
@@ -239,14 +343,15 @@ class RowPair {
     return {g, gradient_.streams() && g != gradient_block_};
   }
 
-  // Calls use(student, teacher, gradient) with views of a block, and finishes the gradient where
-  // there is one.
-  template <bool kGradient, class Use>
+  // Calls use(student, teacher, gradient) with views of a block, of which it reads logits or not,
+  // and finishes the gradient where there is one.
+  template <bool kGradient, bool kLogits = true, class Use>
   void view_pair(int64_t begin, int n, Use use) {
     if (is_plain(n))
       return use(student_.plain(begin), teacher_.plain(begin), gradient_.plain(begin));
-    const float* s = student_.block(begin, n, student_block_);
-    const float* t = teacher_.block(begin, n, teacher_block_);
+    const bool reads_student = kLogits || reads_student_for_gradient();
+    const float* s = reads_student ? student_.block(begin, n, student_block_) : nullptr;
+    const float* t = kLogits ? teacher_.block(begin, n, teacher_block_) : nullptr;
     float* g = kGradient ? gradient_target(begin, n) : nullptr;
     using Floats = View<DType::kFloat32>;
     use(Floats{const_cast<float*>(s)}, Floats{const_cast<float*>(t)}, float_gradient(g));
@@ -297,9 +402,12 @@ class RowPair {
   float* const student_kept_;  // (vocab,), exponentials
   float* const teacher_kept_;  // (vocab,), exponentials, then slopes
   const float c_ = (float)(1.4426950408889634 / params_.temperature);
+  // The one that c_ stands for: what a far row adds up has to belong to its exponentials.
+  const double exact_temperature_ = 1.4426950408889634 / c_;
   float kd_scale_, ce_scale_;  // what a term's gradient is multiplied by
   bool plain_;
   Softmax student_softmax_, teacher_softmax_, softmax_at_1_;
+  KL kl_;
   alignas(64) float student_block_[kBlock];
   alignas(64) float teacher_block_[kBlock];
   alignas(64) float gradient_block_[kBlock];

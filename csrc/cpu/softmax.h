@@ -94,6 +94,9 @@ class Softmax {
   // False for a row that is all -inf or holds NaN or +inf: it has no softmax.
   bool valid() const { return state_.valid(); }
 
+  // What exponentials are relative to.
+  float reference() const { return state_.max; }
+
   // What makes a kept exponential, or one of exponent(), a probability.
   double scale() const { return exponent_.correction() / state_.sum; }
   const Exponent& exponent() const { return exponent_; }
@@ -109,24 +112,26 @@ class Softmax {
   Exponent exponent_;
 };
 
-// log p of logits x = (x - origin) / T - rest: what is large is subtracted before it costs digits.
+// log p of logits x = (x - origin) / T - rest, to the base that has `per_nat` units to a nat: what
+// is large is subtracted before it costs digits.
 class LogProbability {
  public:
-  LogProbability(double log_sum_exp, double temperature)
+  LogProbability(double log_sum_exp, double temperature, double per_nat = 1)
       : origin_((float)log_sum_exp),
-        inverse_temperature_((float)(1 / temperature)),
-        rest_((float)((log_sum_exp - origin_) / temperature)) {}
+        scale_((float)(per_nat / temperature)),
+        rest_((float)((log_sum_exp - origin_) * per_nat / temperature)) {}
 
-  KD_INLINE Vec operator()(Vec x) const { return (x - origin_) * inverse_temperature_ - rest_; }
+  KD_INLINE Vec operator()(Vec x) const { return (x - origin_) * scale_ - rest_; }
 
  private:
-  float origin_, inverse_temperature_, rest_;
+  float origin_, scale_, rest_;
 };
 
-// What a sweep needs to turn a pair of logits and their exponentials into a point.
+// What a sweep needs to turn a pair of logits and their exponentials into a point, with logarithms
+// as LogProbability has them.
 struct Points {
-  Points(const Softmax& student, const Softmax& teacher, double temperature)
-      : Points(student, teacher, temperature, student.log_sum_exp(temperature),
+  Points(const Softmax& student, const Softmax& teacher, double temperature, double per_nat)
+      : Points(student, teacher, temperature, per_nat, student.log_sum_exp(temperature),
                teacher.log_sum_exp(temperature)) {}
 
   KD_INLINE Point<Vec> operator()(Vec s, Vec t, Vec s_exponential, Vec t_exponential) const {
@@ -143,17 +148,52 @@ struct Points {
   float s_origin, t_origin, inverse_temperature, offset;
 
  private:
-  Points(const Softmax& student, const Softmax& teacher, double temperature, double s_lse,
-         double t_lse)
+  Points(const Softmax& student, const Softmax& teacher, double temperature, double per_nat,
+         double s_lse, double t_lse)
       : s_scale((float)student.scale()),
         t_scale((float)teacher.scale()),
-        s_log(s_lse, temperature),
-        t_log(t_lse, temperature) {
+        s_log(s_lse, temperature, per_nat),
+        t_log(t_lse, temperature, per_nat) {
     const bool shifted = ::fabs(s_lse - t_lse) > 4;
     s_origin = shifted ? (float)s_lse : 0;
     t_origin = shifted ? (float)t_lse : 0;
     inverse_temperature = (float)(1 / temperature);
     offset = (float)(((t_lse - t_origin) - (s_lse - s_origin)) / temperature);
+  }
+};
+
+// How much further a student's logit lies above its reference than the teacher's above its own.
+struct Gap {
+  float s_reference, t_reference;
+
+  Gap(const Softmax& student, const Softmax& teacher)
+      : s_reference(student.reference()), t_reference(teacher.reference()) {}
+
+  KD_INLINE Vec operator()(Vec s, Vec t) const { return (s - s_reference) - (t - t_reference); }
+};
+
+// Sums over a row, by kept exponentials e.
+struct KLSums {
+  double forward = 0, reverse = 0;  // e_t gap, e_s gap
+  double entropy = 0;               // e_t (t - t_reference)
+};
+
+// KL(p || q), KL(q || p) and the entropy of p, in nats, of a row pair without infinite logits; with
+// some, they are infinite or NaN.
+struct KL {
+  double forward = NAN, reverse = NAN, entropy = NAN;
+  double offset = NAN;  // log q - log p = gap / T + offset
+
+  KL() = default;
+  KL(const KLSums& sums, const Softmax& student, const Softmax& teacher, double temperature) {
+    const auto log_sum = [&](const Softmax& softmax) {
+      return (softmax.log_sum_exp(temperature) - softmax.reference()) / temperature;
+    };
+    const double s_factor = student.scale() / temperature, t_factor = teacher.scale() / temperature;
+    offset = log_sum(teacher) - log_sum(student);
+    forward = -(sums.forward * t_factor + offset);
+    reverse = sums.reverse * s_factor + offset;
+    entropy = log_sum(teacher) - sums.entropy * t_factor;
   }
 };
 

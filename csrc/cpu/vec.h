@@ -178,19 +178,62 @@ constexpr float kLog2E = 1.44269504f;
 
 KD_INLINE Vec exp(Vec x) { return exp2(x * kLog2E); }
 
+#if defined(__AVX512F__)
+
+// With x = 2^n mantissa and mantissa = 1 + j / 32 + ..., a table's reciprocal of the middle of that
+// interval, or of its start where j = 0, makes the mantissa 1 + f.
+alignas(64) constexpr float kReciprocals[] = {
+    1.0f,        0.95522386f, 0.92753625f, 0.90140843f, 0.8767123f,  0.85333335f, 0.83116883f,
+    0.8101266f,  0.79012346f, 0.7710843f,  0.7529412f,  0.7356322f,  0.71910113f, 0.7032967f,
+    0.68817204f, 0.67368424f, 0.6597938f,  0.64646465f, 0.63366336f, 0.6213592f,  0.60952383f,
+    0.5981308f,  0.58715594f, 0.5765766f,  0.5663717f,  0.5565217f,  0.5470086f,  0.53781515f,
+    0.5289256f,  0.5203252f,  0.512f,      0.503937f};
+
+struct Octave {
+  Vec n, mantissa;
+  __m512i j;
+
+  KD_INLINE explicit Octave(Vec x)
+      : n((Vec)_mm512_getexp_ps((__m512)x)),
+        mantissa((Vec)_mm512_getmant_ps((__m512)x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src)),
+        j((__m512i)((Bits)x >> 18)) {}
+
+  KD_INLINE Vec entry(const float (&table)[32]) const {
+    return (Vec)_mm512_permutex2var_ps((__m512)load(table), j, (__m512)load(table + 16));
+  }
+};
+
+#endif
+
+// log2(x) for a normal x > 0, absolute error below 1e-7 beside that of rounding once.
+KD_INLINE Vec log2(Vec x) {
+#if defined(__AVX512F__)
+  alignas(64) static constexpr float kLogs[] = {
+      0.0f,        0.06608922f, 0.10852443f, 0.14974715f, 0.18982457f, 0.22881866f, 0.26678655f,
+      0.3037807f,  0.33984998f, 0.3750395f,  0.4093909f,  0.4429435f,  0.47573343f, 0.5077946f,
+      0.5391588f,  0.5698556f,  0.5999129f,  0.6293566f,  0.6582115f,  0.6865005f,  0.71424544f,
+      0.74146706f, 0.76818436f, 0.79441583f, 0.820179f,   0.8454901f,  0.87036467f, 0.8948177f,
+      0.9188633f,  0.94251454f, 0.9657842f,  0.9886847f};
+  const Octave octave(x);
+  const Vec f = octave.mantissa * octave.entry(kReciprocals) - 1.0f;
+  return octave.n +
+         (f * horner(f, -0.3504458f, 0.48092583f, -0.72135f, 1.442695f) + octave.entry(kLogs));
+#else
+  // x = mantissa 2^n with the mantissa in [sqrt(1/2), sqrt(2)).
+  const Mask n = ((Mask)x - 0x3f3504f3) >> 23;
+  const Vec f = (Vec)((Mask)x - (n << 23)) - 1.0f;
+  // Minimax polynomial of log2(1 + f) / f on that interval.
+  return __builtin_convertvector(n, Vec) + f * horner(f, 0.12555973f, -0.21017416f, 0.21724966f,
+                                                      -0.23853607f, 0.2876764f, -0.36072063f,
+                                                      0.48092154f, -0.72134715f, 1.4426949f);
+#endif
+}
+
 // log(1 + x) for x >= 0; relative error below 1.5e-7.
 KD_INLINE Vec log1p(Vec x) {
   const Vec w = 1.0f + x;
 #if defined(__AVX512F__)
-  // With w = 2^n (1 + j / 32 + ...), a table's reciprocal of the middle of that interval, or of its
-  // start where j = 0, makes it 2^n (1 + f). Below w = 2, f comes from x, which w has rounded.
-  alignas(64) static constexpr float kReciprocals[] = {
-      1.0f,         0.955223858f, 0.927536249f, 0.901408434f, 0.876712322f, 0.853333354f,
-      0.83116883f,  0.810126603f, 0.790123463f, 0.771084309f, 0.752941191f, 0.735632181f,
-      0.719101131f, 0.703296721f, 0.688172042f, 0.673684239f, 0.659793794f, 0.646464646f,
-      0.633663356f, 0.621359229f, 0.609523833f, 0.598130822f, 0.587155938f, 0.576576591f,
-      0.566371679f, 0.556521714f, 0.547008574f, 0.537815154f, 0.528925598f, 0.520325184f,
-      0.512000024f, 0.503937006f};
+  // Below w = 2, f comes from x, which w has rounded.
   alignas(64) static constexpr float kLogs[] = {
       0.0f,         0.0458095595f, 0.0752234012f, 0.10379681f,  0.131576359f, 0.158605009f,
       0.184922338f, 0.210564747f,  0.235566065f,  0.259957552f, 0.283768147f, 0.307025045f,
@@ -198,16 +241,11 @@ KD_INLINE Vec log1p(Vec x) {
       0.456237435f, 0.475845903f,  0.495077223f,  0.513945758f, 0.532464862f, 0.55064708f,
       0.568504751f, 0.58604908f,   0.603290796f,  0.620240331f, 0.636907518f, 0.653301299f,
       0.669430614f, 0.685303986f};
-  const __m512i j = (__m512i)((Bits)w >> 18);
-  const auto entry = [&](const float* from) {
-    return (Vec)_mm512_permutex2var_ps((__m512)load(from), j, (__m512)load(from + 16));
-  };
-  const Vec n = (Vec)_mm512_getexp_ps((__m512)w);
-  const Vec mantissa = (Vec)_mm512_getmant_ps((__m512)w, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
-  const Vec reciprocal = entry(kReciprocals);
+  const Octave octave(w);
+  const Vec reciprocal = octave.entry(kReciprocals);
   const Vec f =
-      select(x < 1.0f, x * reciprocal + (reciprocal - 1.0f), mantissa * reciprocal - 1.0f);
-  return (n * 6.93147181e-1f + entry(kLogs)) +
+      select(x < 1.0f, x * reciprocal + (reciprocal - 1.0f), octave.mantissa * reciprocal - 1.0f);
+  return (octave.n * 6.93147181e-1f + octave.entry(kLogs)) +
          (f * f * horner(f, -2.43980423e-1f, 3.33366334e-1f, -5.00001192e-1f) + f);
 #else
   const Vec lost = x - (w - 1.0f);  // what rounding took from w
