@@ -9,7 +9,8 @@
 // The second sweep of a far row (see csrc/core/divergences.h) has simpler terms, or for a KL
 // divergence, whose value the first one has, nothing but the gradient.
 //
-// Memory works during the second sweep too: the next row pair is fetched then.
+// Memory works during the second sweep too: the next row pair is fetched then, or for a KL
+// divergence, whose second sweep is short, half of it before.
 //
 // Options most calls do not use (labels, softcap, metrics) are loops over a block of their own.
 #pragma once
@@ -142,8 +143,10 @@ class RowPair {
     const Gap gap(student_softmax_, teacher_softmax_);
     const float* s_kept = student_kept_ + begin;
     const float* t_kept = teacher_kept_ + begin;
+    const Upcoming next_student(params_.student, next_);
     Vec forward = {}, reverse = {}, entropy = {};
     for (int i = 0; i < n; i += kPair) {
+      if constexpr (Divergence::kIsKL) next_student.fetch<2>(begin + i, kPair);
       const Pair x = s.pair(i), y = t.pair(i);
       for (int k = 0; k < 2; ++k) {
         const int at = i + k * kLanes;
@@ -259,13 +262,12 @@ class RowPair {
     const float of_gap = (float)(s_scale * reverse / exact_temperature_);
     const float of_p = (float)(scale * teacher_softmax_.scale() * forward);
     const Gap gap(student_softmax_, teacher_softmax_);
-    const Upcoming next_student(params_.student, next_), next_teacher(params_.teacher, next_);
+    const Upcoming next_teacher(params_.teacher, next_);
     for_blocks(params_.vocab, [&](int64_t begin, int n) {
       view_pair<true, Divergence::kReverse>(begin, n, [&](auto s, auto t, auto g) {
         const float* s_kept = student_kept_ + begin;
         const float* t_kept = teacher_kept_ + begin;
         for (int i = 0; i < n; i += kPair) {
-          next_student.fetch<2>(begin + i, kPair);
           next_teacher.fetch<2>(begin + i, kPair);
           Vec result[2];
           Pair x, y;
