@@ -43,11 +43,12 @@ def cuda_instructions(report: dict, file: str) -> str:
     """Of the kernel that serves a plain call, per pair of logits; their time over the 3U floor."""
     names = dict.fromkeys(case["divergence"] for case in report["cases"])
 
-    def cells(divergence: str, item_size: int) -> list[str]:
+    def cells(divergence: str, item_size: int, rows: str) -> list[str]:
         of_both = [
             case
             for case in report["cases"]
-            if (case["divergence"], case["item_size"]) == (divergence, item_size)
+            if (case["divergence"], case["item_size"], case["rows"])
+            == (divergence, item_size, rows)
         ]
         # Registers where a divergence has such a kernel: as csrc/cuda/tiles.h chooses.
         case = min(of_both, key=lambda case: case["kernel"] != "registers")
@@ -57,9 +58,12 @@ def cuda_instructions(report: dict, file: str) -> str:
         ]
 
     header = [""]
-    for dtype in ("bfloat16", "float32"):
-        header += [f"instructions, FLOPs a pair, {dtype}", "issue, special functions / floor"]
-    rows = [[f"`{name}`", *cells(name, 2), *cells(name, 4)] for name in names]
+    for kind in ("far rows, bfloat16", "near rows, bfloat16", "far rows, float32"):
+        header += [f"{kind}: instructions, FLOPs a pair", "issue, special functions / floor"]
+    rows = [
+        [f"`{name}`", *cells(name, 2, "far"), *cells(name, 2, "near"), *cells(name, 4, "far")]
+        for name in names
+    ]
     e = report["environment"]
     note = f"\n\n{e['note']}, nvcc {e['nvcc']}: [`{file}`]({{root}}{file}), `{e['command']}`.\n"
     return table(header, rows) + note

@@ -28,8 +28,9 @@ from typing import NamedTuple
 #: thread that one issues in a cycle, bytes a second of a device copy.
 MULTIPROCESSORS, CLOCK, ISSUED, SPECIAL, BANDWIDTH = 132, 1.7e9, 4, 16, 3.0e12
 VOCAB = 128256
-#: Shared memory of one of two CTAs on a multiprocessor for its row, as in csrc/cuda/tiles.h.
-SHARED_BYTES = (227 * 1024 - 1024) // 2 - 14 * 1024
+#: Shared memory of one of two CTAs on a multiprocessor, and of what a warp tells others, as in
+#: csrc/cuda/tiles.h and team.h.
+SHARED_BYTES, SLOT_BYTES = (227 * 1024 - 1024) // 2, 160
 
 #: Operations of a thread; special functions are counted apart.
 FLOPS = {"FADD": 1, "FMUL": 1, "FFMA": 2}
@@ -116,6 +117,10 @@ def successors_of(blocks: list[list[Instruction]]) -> list[list[int]]:
         last = block[-1]
         ends = last.name == "EXIT" or (last.target is not None and ".U" not in last.name)
         ways = [] if last.target is None else [at[last.target]]
+        if (
+            ".DIV" in last.name
+        ):  # taken where lanes have diverged, which no vote or shuffle here sees
+            ways, ends = [], False
         if i + 1 < len(blocks) and (last.predicated or not ends):
             ways.append(i + 1)
         successors.append([way for way in ways if way != i or len(block) > 1])
@@ -151,12 +156,28 @@ def loops_of(successors: list[list[int]]) -> tuple[list[int], list[set[int]]]:
     return order, loops
 
 
-def longest_path(code: list[Instruction], trips: int) -> Cost:
+def near_blocks(blocks: list[list[Instruction]], successors: list[list[int]]) -> set[int]:
+    """Those for rows that are not far, see csrc/core/divergences.h: their terms take polynomials,
+    and logits are loaded again where something else took their place."""
+    exponentials = [sum(x.name == "MUFU.EX2" for x in block) for block in blocks]
+    multiply_adds = [sum(x.name.startswith("FFMA") for x in block) for block in blocks]
+    terms = {i for i, n in enumerate(exponentials) if n >= 8 and 4 * n <= multiply_adds[i]}
+    after, left = set(), [i for i, n in enumerate(exponentials) if n >= 8]
+    while left:
+        for way in successors[left.pop()]:
+            if way not in after:
+                after.add(way)
+                left.append(way)
+    return terms | {i for i in after if any(x.name == "LDG.E.NA.128" for x in blocks[i])}
+
+
+def longest_path(code: list[Instruction], trips: int, *, far: bool) -> Cost:
     """Of a thread; loops over vectors, which exchange or exponentiate them, have `trips`."""
     blocks = blocks_of(code)
     successors = successors_of(blocks)
     order, loops = loops_of(successors)
     row = ("LDS.128", "LDG.E.NA.128", "MUFU.EX2")
+    left_out = near_blocks(blocks, successors) if far else set()
     vectors = set()
     for loop in loops:
         if any(x.name.startswith(row) for i in loop for x in blocks[i]):
@@ -168,7 +189,7 @@ def longest_path(code: list[Instruction], trips: int) -> Cost:
         ways = [best[way] for way in successors[i] if way in best]
         if block[-1].name == "EXIT":
             ways.append(Cost(0, 0, 0))
-        if not aligned(block) or not ways:
+        if not aligned(block) or i in left_out or not ways:
             continue
         rest = max(ways)
         n = trips if i in vectors else 1
@@ -185,13 +206,13 @@ def longest_path(code: list[Instruction], trips: int) -> Cost:
 def vectors_of(kernel: str, divergence: str, item_size: int) -> int:
     """Of a thread, for VOCAB, in the tile that csrc/cuda/tiles.h chooses."""
     if kernel == "registers":
-        return 10 if divergence == "ForwardKL" else 9
+        return {"ForwardKL": 10, "TVD": 8}.get(divergence, 9)
     sums_to_zero = divergence in ("ForwardKL", "SoftCrossEntropy")
     keeps = not sums_to_zero and divergence not in ("ReverseKL", "TVD")
     slot = 16 * (3 if keeps and item_size == 2 else 2)
     for cluster in (1, 2, 4, 8, 16):
         vectors = -(-(VOCAB * item_size // 16 + 1) // (cluster * 256))
-        if vectors * 256 * slot <= SHARED_BYTES:
+        if vectors * 256 * slot + cluster * 8 * SLOT_BYTES <= SHARED_BYTES:
             break
     return vectors
 
@@ -205,24 +226,28 @@ def estimate(build: Path) -> Iterator[dict]:
         vectors = vectors_of(kernel, divergence, item)
         pairs = vectors * 16 // item
         code = instructions_of(text)
-        cost, one_more = longest_path(code, vectors), longest_path(code, vectors + 1)
-        instructions, special = cost.instructions / pairs, cost.special / pairs
-        floor = 3 * item / BANDWIDTH * MULTIPROCESSORS * CLOCK  # cycles of a multiprocessor
-        yield {
-            "kernel": kernel,
-            "divergence": divergence,
-            "item_size": item,
-            "pairs_per_thread": pairs,
-            "instructions_per_pair": round(instructions, 1),
-            # Without what does not grow with the row; the registers kernel has no loop to tell by.
-            "in_loops": round((one_more.instructions - cost.instructions) * item / 16, 1)
-            if kernel == "shared"
-            else None,
-            "special_per_pair": round(special, 2),
-            "flops_per_pair": round(cost.flops / pairs, 1),
-            "issue_of_floor": round(instructions / (32 * ISSUED) / floor, 2),
-            "special_of_floor": round(special / SPECIAL / floor, 2),
-        }
+        for rows in ("far", "near"):
+            far = rows == "far"
+            cost = longest_path(code, vectors, far=far)
+            one_more = longest_path(code, vectors + 1, far=far)
+            instructions, special = cost.instructions / pairs, cost.special / pairs
+            floor = 3 * item / BANDWIDTH * MULTIPROCESSORS * CLOCK  # cycles of a multiprocessor
+            yield {
+                "kernel": kernel,
+                "divergence": divergence,
+                "item_size": item,
+                "rows": rows,
+                "pairs_per_thread": pairs,
+                "instructions_per_pair": round(instructions, 1),
+                # Without what does not grow with the row; the registers kernel has no loop to tell.
+                "in_loops": round((one_more.instructions - cost.instructions) * item / 16, 1)
+                if kernel == "shared"
+                else None,
+                "special_per_pair": round(special, 2),
+                "flops_per_pair": round(cost.flops / pairs, 1),
+                "issue_of_floor": round(instructions / (32 * ISSUED) / floor, 2),
+                "special_of_floor": round(special / SPECIAL / floor, 2),
+            }
 
 
 def main() -> None:

@@ -8,7 +8,8 @@
 // That takes two to four times the operations of the textbook's formulas, which lose nothing to
 // rounding where a row's divergence is not small. So each divergence has those too, for far rows:
 // a KL divergence as its weights, given which one sweep over the row adds up its value; any other
-// as a function far() of probabilities and logarithms to base 2, whose term is in bits.
+// as a function far() of p and q times far_weights() and of their logarithms to base 2, whose terms
+// are in units of far_unit().
 #pragma once
 
 #include <cfloat>
@@ -37,6 +38,11 @@ struct Point {
 template <class F>
 struct Term {
   F value, slope;
+};
+
+// What p and q of a Point are multiplied by.
+struct PointWeights {
+  float p = 1, q = 1;
 };
 
 struct Defaults {
@@ -118,11 +124,18 @@ struct Mixture : Defaults {
 
   // Whether its rows may be far.
   KD_INLINE bool has_far() const { return share >= kLeastShare && rest >= kLeastShare; }
+  KD_INLINE PointWeights far_weights() const { return {share, rest}; }
 
   // m, never 0: what divides by it is 0 where p and q are.
   template <class F>
   KD_INLINE F of(const Point<F>& x) const {
     return share * x.p + (rest * x.q + FLT_MIN);
+  }
+
+  // m of a far row, whose p and q are weighted.
+  template <class F>
+  static KD_INLINE F far_sum(const Point<F>& x) {
+    return x.p + (x.q + FLT_MIN);
   }
 
   // log(m / p) and log(m / q) away from the teacher, given (q - p) / m.
@@ -172,11 +185,12 @@ struct JSD : Mixture {
     return {value(x, slope - share * times_or_zero(x.p, logs.over_p)), slope};
   }
 
+  KD_INLINE double far_unit() const { return kNatsPerBit; }
+
   template <class F>
   KD_INLINE Term<F> far(const Point<F>& x) const {
-    const F log_m = log2(of(x));
-    const F slope = rest * x.q * (x.log_q - log_m);
-    return {share * x.p * (x.log_p - log_m) + slope, slope};
+    const F log_m = log2(far_sum(x)), slope = x.q * (x.log_q - log_m);
+    return {x.p * (x.log_p - log_m) + slope, slope};
   }
 };
 
@@ -191,10 +205,12 @@ struct SkewForwardKL : Mixture {
     return {value(x, m - x.p - p_log), rest * rest * times_or_zero(x.q, ratio)};
   }
 
+  KD_INLINE double far_unit() const { return kNatsPerBit / share; }
+
   template <class F>
   KD_INLINE Term<F> far(const Point<F>& x) const {
-    const F m = of(x);
-    return {x.p * (x.log_p - log2(m)), (-kBitsPerNat * rest) * x.p * quotient(x.q, m)};
+    const F m = far_sum(x);
+    return {x.p * (x.log_p - log2(m)), -kBitsPerNat * x.p * quotient(x.q, m)};
   }
 };
 
@@ -215,10 +231,12 @@ struct SkewReverseKL : Mixture {
             slope(x, log - rest * share * quotient(difference, m))};
   }
 
+  KD_INLINE double far_unit() const { return kNatsPerBit / rest; }
+
   template <class F>
   KD_INLINE Term<F> far(const Point<F>& x) const {
-    const F m = of(x), value = x.q * (x.log_q - log2(m));
-    return {value, value - (kBitsPerNat * rest) * x.q * quotient(x.q, m)};
+    const F m = far_sum(x), value = x.q * (x.log_q - log2(m));
+    return {value, value - kBitsPerNat * x.q * quotient(x.q, m)};
   }
 };
 
@@ -256,12 +274,13 @@ struct TVD : Defaults {
   }
 
   KD_INLINE bool has_far() const { return true; }
+  KD_INLINE PointWeights far_weights() const { return {}; }
+  KD_INLINE double far_unit() const { return 0.5; }
 
   template <class F>
   KD_INLINE Term<F> far(const Point<F>& x) const {
-    const F half = (0.5f * kBitsPerNat) * x.q, zero = splat<F>(0.0f);
-    return {(0.5f * kBitsPerNat) * abs(x.q - x.p),
-            select(x.r > 0.0f, half, select(x.r < 0.0f, -half, zero))};
+    const F zero = splat<F>(0.0f);
+    return {abs(x.q - x.p), select(x.r > 0.0f, x.q, select(x.r < 0.0f, -x.q, zero))};
   }
 };
 
@@ -351,6 +370,8 @@ struct AlphaBeta : Defaults {
   // Where nothing can overflow. Differences of powers have rounding errors of their own, which
   // coefficients multiply.
   KD_INLINE bool has_far() const { return a >= kLeastShare && b >= kLeastShare && a + b <= 8; }
+  KD_INLINE PointWeights far_weights() const { return {}; }
+  KD_INLINE double far_unit() const { return 1; }
   KD_INLINE double far_from() const {
     const float coefficient = 1 / ((a < b ? a : b) * (a + b));
     return coefficient > 1 ? kFarFrom * coefficient : kFarFrom;
@@ -361,9 +382,8 @@ struct AlphaBeta : Defaults {
     const F both = exp2(a * x.log_p + b * x.log_q);
     // Not by a + b, which rounds apart from the exponents of `both`.
     const F of_p = exp2(a * x.log_p + b * x.log_p), of_q = exp2(a * x.log_q + b * x.log_q);
-    return {(kBitsPerNat / (b * (a + b))) * (of_p - both) +
-                (kBitsPerNat / (a * (a + b))) * (of_q - both),
-            (kBitsPerNat / a) * (of_q - both)};
+    const F from_q = of_q - both;
+    return {(1 / (b * (a + b))) * (of_p - both) + (1 / (a * (a + b))) * from_q, (1 / a) * from_q};
   }
 };
 

@@ -15,41 +15,21 @@
 // Options most calls do not use (labels, softcap, metrics) are loops over a block of their own.
 #pragma once
 
-#include <cmath>
-
-#include "softmax.h"
-
-#include "../core/divergences.h"
-#include "kernel.h"
+#include "row_blocks.h"
+#include "scale.h"
 
 namespace kd::KD_NAMESPACE {
 
 template <class Divergence>
-class RowPair {
+class RowPair : RowBlocks {
  public:
   RowPair(const LogitsParams& params, const RowPlan& plan, const Divergence& divergence,
           int64_t row, int64_t next, float* scratch)
-      : params_(params),
+      : RowBlocks(params, plan, row),
         divergence_(divergence),
-        row_(row),
         next_(next < params.rows ? next : row),
-        weight_(plan.weight[row]),
-        student_(params.student, row, params.student_transform),
-        teacher_(params.teacher, row, params.teacher_transform),
-        gradient_(params.gradient, row, plan.streams),
         student_kept_(scratch),
-        teacher_kept_(scratch + scratch_row(params.vocab)) {
-    double scale = weight_ / plan.normalizer;
-    if (params.row_scale) {
-      params.row_scale[row] = (float)(scale / params.gradient_scale);
-      scale = params.gradient_scale;
-    }
-    if (!student_.has_softcap()) scale *= params.student_transform.scale;
-    kd_scale_ = (float)(scale * params.kd_weight / params.temperature);
-    ce_scale_ = params.labels ? (float)(scale * params.ce_weight) : 0;
-    plain_ = student_.is_plain_bfloat16() && teacher_.is_plain_bfloat16() &&
-             !reads_student_for_gradient();
-  }
+        teacher_kept_(scratch + scratch_row(params.vocab)) {}
 
   // The row's loss times its weight; its gradient and metrics on the way.
   template <bool kGradient>
@@ -85,7 +65,6 @@ class RowPair {
   bool uses_cross_entropy() const {
     return params_.labels && (params_.ce_weight != 0 || params_.metrics);
   }
-  bool reads_student_for_gradient() const { return ce_scale_ != 0 || student_.has_softcap(); }
 
   void read_softmaxes() {
     // A later logit far above the first ones is rare: then again, from the largest of the row.
@@ -126,8 +105,6 @@ class RowPair {
     return softmax_at_1_.log_sum_exp(1) - student_.at(label());
   }
 
-  int64_t label() const { return params_.labels[row_]; }
-
   bool may_be_far() const {
     if constexpr (Divergence::kIsKL)
       return true;
@@ -140,26 +117,33 @@ class RowPair {
   void compare(Student s, Teacher t, int64_t begin, int n, KLSums& kl) {
     // What pads the end of a row would be -inf - -inf; its exponentials are 0.
     for (int i = n; i % kPair != 0; ++i) student_block_[i] = teacher_block_[i] = 0;
+    constexpr int kRun = 4 * kPair;
     const Gap gap(student_softmax_, teacher_softmax_);
     const float* s_kept = student_kept_ + begin;
     const float* t_kept = teacher_kept_ + begin;
     const Upcoming next_student(params_.student, next_);
-    Vec forward = {}, reverse = {}, entropy = {};
-    for (int i = 0; i < n; i += kPair) {
-      if constexpr (Divergence::kIsKL) next_student.fetch<2>(begin + i, kPair);
-      const Pair x = s.pair(i), y = t.pair(i);
-      for (int k = 0; k < 2; ++k) {
-        const int at = i + k * kLanes;
-        const Vec teacher = k ? y.second : y.first, apart = gap(k ? x.second : x.first, teacher);
-        if constexpr (Divergence::kForward) forward += load(t_kept + at) * apart;
-        if constexpr (Divergence::kReverse) reverse += load(s_kept + at) * apart;
-        if constexpr (Divergence::kAddsEntropy)
-          entropy += load(t_kept + at) * (teacher - gap.t_reference);
+    // Terms of either sign: their sums cancel, so what rounding takes from them counts.
+    CompensatedSum forward, reverse, entropy;
+    for (int i = 0; i < n; i += kRun) {
+      Vec of_forward = {}, of_reverse = {}, of_entropy = {};
+      for (int at = i; at < i + kRun && at < n; at += kPair) {
+        if constexpr (Divergence::kIsKL) next_student.fetch<2>(begin + at, kPair);
+        const Pair x = s.pair(at), y = t.pair(at);
+        for (int k = 0; k < 2; ++k) {
+          const Vec teacher = k ? y.second : y.first, apart = gap(k ? x.second : x.first, teacher);
+          const Vec s_e = load(s_kept + at + k * kLanes), t_e = load(t_kept + at + k * kLanes);
+          if constexpr (Divergence::kForward) of_forward += t_e * apart;
+          if constexpr (Divergence::kReverse) of_reverse += s_e * apart;
+          if constexpr (Divergence::kAddsEntropy) of_entropy += t_e * (teacher - gap.t_reference);
+        }
       }
+      if constexpr (Divergence::kForward) forward.add(of_forward);
+      if constexpr (Divergence::kReverse) reverse.add(of_reverse);
+      if constexpr (Divergence::kAddsEntropy) entropy.add(of_entropy);
     }
-    if constexpr (Divergence::kForward) kl.forward += sum(forward);
-    if constexpr (Divergence::kReverse) kl.reverse += sum(reverse);
-    if constexpr (Divergence::kAddsEntropy) kl.entropy += sum(entropy);
+    if constexpr (Divergence::kForward) kl.forward += forward.value();
+    if constexpr (Divergence::kReverse) kl.reverse += reverse.value();
+    if constexpr (Divergence::kAddsEntropy) kl.entropy += entropy.value();
   }
 
   bool is_far(double divergence) const {
@@ -179,9 +163,9 @@ class RowPair {
       }
     } else if (may_be_far() && is_far(kl_.forward)) {
       const Sums sums = term_sweep<kGradient, true>();
-      if (is_far(sums.value * kNatsPerBit)) {
-        if constexpr (kGradient) gradient_sweep((float)sums.slope, (float)kNatsPerBit);
-        return sums.value * kNatsPerBit;
+      if (is_far(sums.value)) {
+        if constexpr (kGradient) gradient_sweep((float)sums.slope, (float)divergence_.far_unit());
+        return sums.value;
       }
       read_softmaxes();  // slopes took the place of exponentials
     }
@@ -190,18 +174,16 @@ class RowPair {
     return sums.value;
   }
 
+  // The divergence, and the sum of slopes in units of far_unit() for a far row.
   struct Sums {
     double value, slope;
   };
 
-  // Value and slope of every term, and the gradient too where the slopes are known to sum to 0; in
-  // bits for a far row.
+  // Value and slope of every term, and the gradient too where the slopes are known to sum to 0.
   template <bool kGradient, bool kFar>
   Sums term_sweep() {
     constexpr bool kStoresGradient = kGradient && Divergence::kSlopeSumsToZero;
-    const Points points(student_softmax_, teacher_softmax_,
-                        kFar ? exact_temperature_ : params_.temperature,
-                        kFar ? 1 / kNatsPerBit : 1);
+    const Points points = this->points<kFar>();
     double value_sum = 0, slope_sum = 0, shift_sum = 0;
     const Upcoming next_student(params_.student, next_), next_teacher(params_.teacher, next_);
     for_blocks(params_.vocab, [&](int64_t begin, int n) {
@@ -247,8 +229,19 @@ class RowPair {
     // sum q - p is 0; what it comes to is how far rounding of the softmax sums moved all log q.
     if (Divergence::kFeelsShift && ::fabs(slope_sum) <= FLT_MAX) value_sum -= shift_sum * slope_sum;
     if (value_sum < 0) value_sum = 0;  // rounding of what nearly cancels
+    double unit = 1, q_weight = 1;
+    if constexpr (kFar) unit = divergence_.far_unit(), q_weight = divergence_.far_weights().q;
     // The probabilities sum to 1 up to the rounding of their scale, known exactly here.
-    return {value_sum, slope_sum * student_softmax_.scale() / points.s_scale};
+    return {value_sum * unit, slope_sum * student_softmax_.scale() * q_weight / points.s_scale};
+  }
+
+  template <bool kFar>
+  Points points() const {
+    if constexpr (kFar)
+      return {student_softmax_, teacher_softmax_, exact_temperature_, kBitsPerNat,
+              divergence_.far_weights()};
+    else
+      return {student_softmax_, teacher_softmax_, params_.temperature, 1, {}};
   }
 
   // Of a far row by a KL divergence: forward (q - p) + reverse q (log q - log p - KL(q || p)).
@@ -308,71 +301,6 @@ class RowPair {
     });
   }
 
-  // The slopes of reverse KL are as large as its value, which has no bound: a float16 row takes
-  // another power of two then. Returns the factor for kd_scale_ and applies it to the rest.
-  float fit_float16_range(float slope_sum) {
-    if (!params_.row_scale || ::fabsf(slope_sum) < 1) return 1;
-    const float factor = ::exp2f((float)-::ilogbf(slope_sum));
-    ce_scale_ *= factor;
-    params_.row_scale[row_] /= factor;
-    return factor;
-  }
-
-  void hard_label_gradient() {
-    for_blocks(params_.vocab, [&](int64_t begin, int n) {
-      for (int i = 0; i < n; i += kLanes) store(gradient_block_ + i, Vec{});
-      finish_gradient(begin, n, student_.block(begin, n, student_block_), gradient_block_);
-    });
-  }
-
-  // Where a block of the gradient is computed. Not in place while the student is still needed.
-  float* gradient_target(int64_t begin, int n) {
-    float* direct = reads_student_for_gradient() ? nullptr : gradient_.direct(begin, n);
-    return direct ? direct : gradient_block_;
-  }
-
-  // Whether blocks of n pass no buffer in any sweep: what is kept of them lies in a View's order.
-  bool is_plain(int n) const { return plain_ && n % kPair == 0; }
-
-  // Calls use(view) with a view of a block of transformed logits.
-  template <class Use>
-  void view(const Reader& logits, int64_t begin, int n, float* buffer, Use use) const {
-    if (is_plain(n)) return use(logits.plain(begin));
-    use(View<DType::kFloat32>{const_cast<float*>(logits.block(begin, n, buffer))});
-  }
-
-  View<DType::kFloat32> float_gradient(float* g) const {
-    return {g, gradient_.streams() && g != gradient_block_};
-  }
-
-  // Calls use(student, teacher, gradient) with views of a block, of which it reads logits or not,
-  // and finishes the gradient where there is one.
-  template <bool kGradient, bool kLogits = true, class Use>
-  void view_pair(int64_t begin, int n, Use use) {
-    if (is_plain(n))
-      return use(student_.plain(begin), teacher_.plain(begin), gradient_.plain(begin));
-    const bool reads_student = kLogits || reads_student_for_gradient();
-    const float* s = reads_student ? student_.block(begin, n, student_block_) : nullptr;
-    const float* t = kLogits ? teacher_.block(begin, n, teacher_block_) : nullptr;
-    float* g = kGradient ? gradient_target(begin, n) : nullptr;
-    using Floats = View<DType::kFloat32>;
-    use(Floats{const_cast<float*>(s)}, Floats{const_cast<float*>(t)}, float_gradient(g));
-    if (kGradient) finish_gradient(begin, n, s, g);
-  }
-
-  // Adds the hard-label term, applies the softcap's derivative and stores a block.
-  void finish_gradient(int64_t begin, int n, const float* s, float* g) {
-    if (ce_scale_ != 0) {
-      const Exponent& exponent = softmax_at_1_.exponent();
-      const float scale = (float)(ce_scale_ * softmax_at_1_.scale());
-      for (int i = 0; i < n; i += kLanes) store(g + i, load(g + i) + exponent(load(s + i)) * scale);
-      const int64_t label = this->label() - begin;
-      if (label >= 0 && label < n) g[label] -= ce_scale_;
-    }
-    if (student_.has_softcap()) student_.chain_softcap(begin, n, student_block_, g);
-    if (g == gradient_block_) gradient_.write(begin, n, g);
-  }
-
   // All but the divergence, which the sweeps give.
   void write_metrics(double cross_entropy, bool both_valid) {
     metric(kCrossEntropy) = (float)cross_entropy;
@@ -395,24 +323,15 @@ class RowPair {
     return (float)total;
   }
 
-  const LogitsParams& params_;
   const Divergence& divergence_;
-  const int64_t row_, next_;
-  const double weight_;
-  const Reader student_, teacher_;
-  const Writer gradient_;
+  const int64_t next_;
   float* const student_kept_;  // (vocab,), exponentials
   float* const teacher_kept_;  // (vocab,), exponentials, then slopes
   const float c_ = (float)(1.4426950408889634 / params_.temperature);
   // The one that c_ stands for: what a far row adds up has to belong to its exponentials.
   const double exact_temperature_ = 1.4426950408889634 / c_;
-  float kd_scale_, ce_scale_;  // what a term's gradient is multiplied by
-  bool plain_;
-  Softmax student_softmax_, teacher_softmax_, softmax_at_1_;
+  Softmax student_softmax_, teacher_softmax_;
   KL kl_;
-  alignas(64) float student_block_[kBlock];
-  alignas(64) float teacher_block_[kBlock];
-  alignas(64) float gradient_block_[kBlock];
 };
 
 // A row of weight 0: exact zeros, whatever the logits hold.
@@ -441,39 +360,6 @@ void run_rows(const LogitsParams& params, const RowPlan& plan, int64_t begin, in
     }
   }
   if (plan.streams) fence();
-}
-
-template <DType dtype>
-void scale_row(char* row, int64_t width, float factor) {
-  constexpr int64_t size = item_size(dtype);
-  int64_t i = 0;
-  for (; i + kLanes <= width; i += kLanes)
-    store_from_float<dtype>(row + i * size, 0, load_as_float<dtype>(row + i * size, 0) * factor);
-  if (i == width) return;
-  char tail[kLanes * sizeof(float)] = {};
-  std::memcpy(tail, row + i * size, (width - i) * size);
-  store_from_float<dtype>(tail, 0, load_as_float<dtype>(tail, 0) * factor);
-  std::memcpy(row + i * size, tail, (width - i) * size);
-}
-
-inline void scale_rows(const ScaleParams& params, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) {
-    float factor = params.grad_output[row * params.grad_output_stride];
-    if (params.row_scale) factor *= params.row_scale[row];
-    if (factor == 1) continue;
-    char* data = params.gradient.row(row);
-    switch (params.gradient.dtype) {
-      case DType::kFloat32:
-        scale_row<DType::kFloat32>(data, params.gradient.width, factor);
-        break;
-      case DType::kBFloat16:
-        scale_row<DType::kBFloat16>(data, params.gradient.width, factor);
-        break;
-      case DType::kFloat16:
-        scale_row<DType::kFloat16>(data, params.gradient.width, factor);
-        break;
-    }
-  }
 }
 
 constexpr InstructionSet instruction_set(const char* name) {

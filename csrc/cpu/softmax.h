@@ -130,8 +130,9 @@ class LogProbability {
 // What a sweep needs to turn a pair of logits and their exponentials into a point, with logarithms
 // as LogProbability has them.
 struct Points {
-  Points(const Softmax& student, const Softmax& teacher, double temperature, double per_nat)
-      : Points(student, teacher, temperature, per_nat, student.log_sum_exp(temperature),
+  Points(const Softmax& student, const Softmax& teacher, double temperature, double per_nat,
+         PointWeights weights)
+      : Points(student, teacher, temperature, per_nat, weights, student.log_sum_exp(temperature),
                teacher.log_sum_exp(temperature)) {}
 
   KD_INLINE Point<Vec> operator()(Vec s, Vec t, Vec s_exponential, Vec t_exponential) const {
@@ -149,9 +150,9 @@ struct Points {
 
  private:
   Points(const Softmax& student, const Softmax& teacher, double temperature, double per_nat,
-         double s_lse, double t_lse)
-      : s_scale((float)student.scale()),
-        t_scale((float)teacher.scale()),
+         PointWeights weights, double s_lse, double t_lse)
+      : s_scale((float)(weights.q * student.scale())),
+        t_scale((float)(weights.p * teacher.scale())),
         s_log(s_lse, temperature, per_nat),
         t_log(t_lse, temperature, per_nat) {
     const bool shifted = ::fabs(s_lse - t_lse) > 4;

@@ -41,7 +41,7 @@ struct Columns {
                 (!gradient || whole(gradient, head * student_size));
       if (aligned) break;
     }
-    const int first = team.first;
+    const int first = team.first();
     begin = first;
     end = vocab;
     if (!aligned) return;
@@ -67,15 +67,16 @@ struct Columns {
 KD_DEVICE void fill(const Team& team, char* row, DType dtype, int64_t begin, int64_t end,
                     float value) {
   const int shift = dtype == DType::kFloat32 ? 2 : 3;  // 1 << shift of them are 16 bytes
+  const int64_t first = team.first();
   const int64_t misaligned = -(uintptr_t)(row + begin * (16 >> shift)) % 16 >> (4 - shift);
   const int64_t head = begin + misaligned < end ? begin + misaligned : end;
   const int64_t vectors = (end - head) >> shift, tail = head + (vectors << shift);
-  for (int64_t i = begin + team.first; i < head; i += team.stride) store_1(row, i, dtype, value);
-  for (int64_t i = tail + team.first; i < end; i += team.stride) store_1(row, i, dtype, value);
+  for (int64_t i = begin + first; i < head; i += team.stride) store_1(row, i, dtype, value);
+  for (int64_t i = tail + first; i < end; i += team.stride) store_1(row, i, dtype, value);
   const uint32_t word = dtype == DType::kFloat32    ? bits_as<uint32_t>(value)
                         : dtype == DType::kBFloat16 ? pack_bfloat16x2(value, value)
                                                     : pack_float16x2(value, value);
-  for (int64_t i = team.first; i < vectors; i += team.stride)
+  for (int64_t i = first; i < vectors; i += team.stride)
     store_16(row + (head << (4 - shift)) + i * 16, {word, word, word, word});
 }
 

@@ -28,6 +28,22 @@ KD_INLINE float exp(float x) {
 #endif
 }
 
+KD_INLINE float exp2(float x) {
+#if defined(__CUDA_ARCH__) || defined(KD_EMULATE)
+  return exp2_approx(x);
+#else
+  return exp2f(x);
+#endif
+}
+
+KD_INLINE float log2(float x) {
+#if defined(__CUDA_ARCH__) || defined(KD_EMULATE)
+  return log2_approx(x);
+#else
+  return log2f(x);
+#endif
+}
+
 // log(1 + x) for x >= 0, all that the divergences ask for, relative error below 6e-7.
 KD_INLINE float log1p(float x) {
 #if defined(__CUDA_ARCH__) || defined(KD_EMULATE)
@@ -126,6 +142,8 @@ struct Sum {
     total = sum;
   }
 
+  KD_DEVICE void scale(float factor) { total *= factor, lost *= factor; }
+
   // Infinities have nothing to lose.
   KD_DEVICE double value() const {
     return abs(total) <= FLT_MAX ? (double)total + (double)lost : (double)total;
@@ -137,6 +155,7 @@ struct ShortSum {
   float total = 0;
 
   KD_DEVICE void add(float term) { total += term; }
+  KD_DEVICE void scale(float factor) { total *= factor; }
   KD_DEVICE double value() const { return total; }
 };
 

@@ -11,7 +11,6 @@ template <int kVectors>
 class Registers {
  public:
   static constexpr bool kKeeps = false;
-  using Total = ShortSum;
 
   KD_DEVICE explicit Registers(const Team&) {}
 
@@ -44,10 +43,9 @@ class Shared {
 
  public:
   static constexpr bool kKeeps = kKeepsSlopes;
-  using Total = Sum;
 
   KD_DEVICE explicit Shared(const Team& team)
-      : mine_(reinterpret_cast<uint4*>(shared_memory<WarpSlot>() + team.size * team.warps) +
+      : mine_(reinterpret_cast<uint4*>(shared_memory<WarpSlot>() + team.size * team.warps + 1) +
               threadIdx.x),
         threads_(blockDim.x) {}
 
@@ -92,7 +90,7 @@ class HeldRow {
   // Whether slopes stay, in float32, until the gradient is computed.
   static constexpr bool kKeeps = Storage::kKeeps;
   // What adds up a thread's vectors.
-  using Total = typename Storage::Total;
+  using Total = ShortSum;
 
   KD_DEVICE HeldRow(const LogitsParams& params, const Team& team, int64_t row)
       : student(row_of(params.student, row)),
@@ -103,6 +101,7 @@ class HeldRow {
                  gradient),
         storage_(team) {}
 
+  // Also brings back the teacher's logits after something else took their place.
   KD_DEVICE void load() {
     if (columns_.aligned) {
       storage_.for_each_place(columns_, [&](const Place<kCount>& place) {

@@ -1,9 +1,7 @@
 // From the logits of a column to what a divergence is a function of.
 #pragma once
 
-#include "softmax.h"
-
-#include "../core/divergences.h"
+#include "pair.h"
 
 namespace kd::cuda {
 
@@ -18,8 +16,8 @@ struct Probabilities {
                           const State& teacher)
       : c(c),
         inverse_temperature(inverse_temperature),
-        s_shift(student.shift),
-        t_shift(teacher.shift),
+        s_shift(student.shift(c)),
+        t_shift(teacher.shift(c)),
         s_inverse(reciprocal(student.sum)),
         t_inverse(reciprocal(teacher.sum)),
         s_max(student.max),
@@ -58,6 +56,38 @@ struct Probabilities {
     x.s_origin = opaque(s_origin), x.t_origin = opaque(t_origin), x.offset = opaque(offset);
     x.s_max = opaque(s_max), x.t_max = opaque(t_max);
     x.s_log_sum = opaque(s_log_sum), x.t_log_sum = opaque(t_log_sum);
+    return x;
+  }
+};
+
+// The same for a far row: weighted, and with logarithms to base 2.
+struct FarProbabilities {
+  float c, s_shift, t_shift, s_inverse, s_weight, t_weight, s_log, t_log, offset;
+
+  KD_DEVICE FarProbabilities(float c, const PairState& pair, const KL& kl, PointWeights weights)
+      : c(c),
+        s_shift(pair.student.shift(c)),
+        t_shift(pair.teacher.shift(c)),
+        s_inverse(reciprocal(pair.student.sum)),
+        s_weight(weights.q * s_inverse),
+        t_weight(weights.p * reciprocal(pair.teacher.sum)),
+        s_log(kl.s_log),
+        t_log(kl.t_log),
+        offset((float)kl.offset) {}
+
+  KD_DEVICE Point<float> operator()(float s, float t) const {
+    const float s_x = fmaf(s, c, -s_shift), t_x = fmaf(t, c, -t_shift);
+    return {exp2_approx(t_x) * t_weight, exp2_approx(s_x) * s_weight, t_x - t_log, s_x - s_log,
+            s_x - t_x + offset};
+  }
+
+  KD_DEVICE float q(float s) const { return exp2_approx(fmaf(s, c, -s_shift)) * s_inverse; }
+
+  KD_DEVICE FarProbabilities again() const {
+    FarProbabilities x = *this;
+    x.c = opaque(c), x.s_shift = opaque(s_shift), x.t_shift = opaque(t_shift);
+    x.s_inverse = opaque(s_inverse), x.s_weight = opaque(s_weight), x.t_weight = opaque(t_weight);
+    x.s_log = opaque(s_log), x.t_log = opaque(t_log), x.offset = opaque(offset);
     return x;
   }
 };

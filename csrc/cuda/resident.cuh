@@ -18,6 +18,7 @@ constexpr bool kKeepsSlopes = !Divergence::kSlopeSumsToZero && !Divergence::kChe
 template <class Divergence>
 constexpr int kRegisterVectors = kKeepsSlopes<Divergence>                ? 0
                                  : std::is_same_v<Divergence, ForwardKL> ? 10
+                                 : std::is_same_v<Divergence, TVD>       ? 8
                                                                          : 9;
 
 // In registers: the fewest instructions, for calls without options.

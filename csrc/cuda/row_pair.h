@@ -1,9 +1,12 @@
 // The algorithm of one row pair, for any team of threads and any way to hold or re-read the row:
 //
-//   1. softmax states of student and teacher (and at T = 1 for the hard-label term), merged over
-//      the team
+//   1. softmax states of student and teacher (and at T = 1 for the hard-label term) and how far the
+//      row is from its teacher, merged over the team
 //   2. value and slope of every term; the gradient too where the slopes are known to sum to 0
 //   3. otherwise the gradient, once the sum of the slopes is known
+//
+// The second sweep of a far row (see csrc/core/divergences.h) has simpler terms, or for a KL
+// divergence, whose value the first one has, nothing but the gradient.
 //
 // It follows csrc/cpu/rows.h; options most calls do not use exist in kernels of their own.
 #pragma once
@@ -33,7 +36,7 @@ class RowPair {
     row_.load();
     const float label_logit = this->label_logit();  // before the gradient may overwrite it
     read_states();
-    const bool both_valid = student_.valid() && teacher_.valid();
+    const bool both_valid = student().valid() && teacher().valid();
     const bool kd_gradient = row_.gradient && (!kOptions || params_.kd_weight != 0);
     // Filled by other threads than would store it, so nothing may be stored before.
     const bool gradient_is_nan =
@@ -53,7 +56,7 @@ class RowPair {
         hard_label_gradient();
       fill(team_, row_.gradient, row_.dtype(), params_.vocab, params_.gradient.width, 0);
     }
-    if (team_.first == 0) write_results(cross_entropy, both_valid);
+    if (team_.first() == 0) write_results(cross_entropy, both_valid);
   }
 
  private:
@@ -89,43 +92,44 @@ class RowPair {
   }
 
   KD_DEVICE void read_states() {
-    Running student(params_.c), teacher(params_.c), at_1(kLog2E);
+    RunningPair<Divergence, typename Row::Total> pair(params_.c);
+    Running<Sum> at_1(kLog2E);
     Top student_top, teacher_top;
     const bool apart = uses_cross_entropy() && params_.temperature != 1;
     constexpr bool kMaxFirst = Row::kHeld && !kOptions;
     if constexpr (kMaxFirst) {
-      student.rise(row_.max_of_student());
-      teacher.rise(row_.max_of_teacher());
-    }
-    const auto push = [](Running& running, const auto& x) {
-      if constexpr (kMaxFirst)
-        running.add(x);
-      else
-        running.push(x);
-    };
-    row_.for_each_of_student([&](const auto& place, auto& s) {
-      if constexpr (kOptions) {
-        if (params_.metrics) student_top.push(s, place);
-        apply(params_.student_transform, s);
-        if (apart) at_1.push(s);
-      }
-      push(student, s);
-    });
-    if (uses_divergence()) {
-      row_.for_each_of_teacher([&](const auto& place, auto& t) {
+      pair.student.rise(row_.max_of_student());
+      pair.teacher.rise(row_.max_of_teacher());
+      row_.for_each([&](const auto&, auto& s, auto& t) { pair.add(s, t); });
+    } else {
+      const auto read_student = [&](const auto& place, auto& s) {
         if constexpr (kOptions) {
-          if (params_.metrics) teacher_top.push(t, place);
-          apply(params_.teacher_transform, t);
+          if (params_.metrics) student_top.push(s, place);
+          apply(params_.student_transform, s);
+          if (apart) at_1.push(s);
         }
-        push(teacher, t);
-      });
+      };
+      if (uses_divergence())
+        row_.for_each([&](const auto& place, auto& s, auto& t) {
+          read_student(place, s);
+          if constexpr (kOptions) {
+            if (params_.metrics) teacher_top.push(t, place);
+            apply(params_.teacher_transform, t);
+          }
+          pair.push(s, t);
+        });
+      else
+        row_.for_each_of_student([&](const auto& place, auto& s) {
+          read_student(place, s);
+          pair.student.push(s);
+        });
     }
 
     team_.wait_until_all_entered();
-    team_.tell(team_.mine().student, warp_merge(student.state()));
-    team_.tell(team_.mine().teacher, warp_merge(teacher.state()));
+    team_.template tell<Divergence>(team_.mine().pair,
+                                    warp_merge<Divergence>(pair.state(), params_.c));
     if constexpr (kOptions) {
-      if (apart) team_.tell(team_.mine().student_at_1, warp_merge(at_1.state()));
+      if (apart) team_.tell(team_.mine().student_at_1, warp_merge(at_1.state(), kLog2E));
       if (params_.metrics) {
         team_.tell(team_.mine().student_top, warp_top(student_top));
         team_.tell(team_.mine().teacher_top, warp_top(teacher_top));
@@ -133,30 +137,50 @@ class RowPair {
     }
     team_.arrive();
     team_.wait();
-    team_.for_slots([&](const WarpSlot& slot) {
-      student_.merge(slot.student);
-      teacher_.merge(slot.teacher);
-      if (apart) state_at_1_.merge(slot.student_at_1);
-    });
-    student_ = warp_merge(student_);
-    teacher_ = warp_merge(teacher_);
+    if (team_.in_first_warp()) merge_slots(apart);
+    __syncthreads();
+    const WarpSlot& all = team_.all();
+    pair_ = all.pair;
     if constexpr (kOptions) {
-      state_at_1_ = apart ? warp_merge(state_at_1_) : student_;
-      if (params_.metrics) agree_ = tops_agree();
+      state_at_1_ = apart ? all.student_at_1 : student();
+      agree_ = all.student_top.column == all.teacher_top.column;
     }
   }
 
-  KD_DEVICE bool tops_agree() const {
-    Top student, teacher;
+  // For all warps of the CTA.
+  KD_DEVICE void merge_slots(bool apart) {
+    PairState pair;
+    State at_1;
+    Top student_top, teacher_top;
     team_.for_slots([&](const WarpSlot& slot) {
-      student.push(slot.student_top);
-      teacher.push(slot.teacher_top);
+      pair.merge(slot.pair, params_.c);
+      if (apart) at_1.merge(slot.student_at_1, kLog2E);
+      if (kOptions && params_.metrics) {
+        student_top.push(slot.student_top);
+        teacher_top.push(slot.teacher_top);
+      }
     });
-    return warp_top(student).column == warp_top(teacher).column;
+    pair = warp_merge<Divergence>(pair, params_.c);
+    if (apart) at_1 = warp_merge(at_1, kLog2E);
+    if (kOptions && params_.metrics) {
+      student_top = warp_top(student_top);
+      teacher_top = warp_top(teacher_top);
+    }
+    if (team_.lane != 0) return;
+    WarpSlot& all = team_.all();
+    all.pair = pair;
+    if constexpr (kOptions) {
+      all.student_at_1 = at_1;
+      all.student_top = student_top;
+      all.teacher_top = teacher_top;
+    }
   }
 
+  KD_DEVICE const State& student() const { return pair_.student; }
+  KD_DEVICE const State& teacher() const { return pair_.teacher; }
+
   KD_DEVICE Probabilities probabilities() const {
-    return {params_.c, params_.inverse_temperature, student_, teacher_};
+    return {params_.c, params_.inverse_temperature, student(), teacher()};
   }
 
   KD_DEVICE void read_entropies() {
@@ -182,8 +206,8 @@ class RowPair {
       sums[1] += slot.entropies[1];
     });
     sums[0] = warp_sum(sums[0]), sums[1] = warp_sum(sums[1]);
-    if (student_.valid()) student_entropy_ = (float)-sums[0];
-    if (teacher_.valid()) teacher_entropy_ = (float)-sums[1];
+    if (pair_.student.valid()) student_entropy_ = (float)-sums[0];
+    if (pair_.teacher.valid()) teacher_entropy_ = (float)-sums[1];
   }
 
   // What the second sweep adds up.
@@ -191,9 +215,53 @@ class RowPair {
     typename Row::Total value, slope, shift;
   };
 
+  KD_DEVICE bool is_far(double divergence) const {
+    return divergence > params_.term.far_from() && divergence <= FLT_MAX;
+  }
+
   // Sweep 2, and 3 where the divergence needs one.
   KD_DEVICE void sweep(bool with_gradient) {
+    if constexpr (Divergence::kIsKL) {
+      const KL kl(pair_, params_.c);
+      const double forward = params_.term.forward(), reverse = params_.term.reverse();
+      const double value = ((Divergence::kForward ? forward * kl.forward : 0) +
+                            (Divergence::kReverse ? reverse * kl.reverse : 0)) *
+                           kNatsPerBit;
+      if (is_far(value)) {
+        divergence_ = Divergence::kAddsEntropy ? value + kl.entropy * kNatsPerBit : value;
+        if (with_gradient) kl_gradient(kl);
+        return;
+      }
+    } else if (params_.term.has_far()) {
+      const KL kl(pair_, params_.c);
+      if (is_far(kl.forward * kNatsPerBit)) {
+        const FarProbabilities probabilities(params_.c, pair_, kl, params_.term.far_weights());
+        const double slope_sum = term_sweep(probabilities, false);
+        divergence_ *= params_.term.far_unit();
+        if (is_far(divergence_)) {
+          if (with_gradient) gradient_sweep(probabilities, slope_sum);
+          return;
+        }
+        if constexpr (Row::kKeeps) row_.load();  // slopes took the place of logits
+      }
+    }
     const Probabilities probabilities = this->probabilities();
+    const double slope_sum = term_sweep(probabilities, with_gradient);
+    if constexpr (!Divergence::kSlopeSumsToZero)
+      if (with_gradient) gradient_sweep(probabilities, slope_sum);
+  }
+
+  KD_DEVICE Term<float> term(const Probabilities&, const Point<float>& point) const {
+    return params_.term(point);
+  }
+  KD_DEVICE Term<float> term(const FarProbabilities&, const Point<float>& point) const {
+    return params_.term.far(point);
+  }
+
+  // Sets the divergence and returns the sum of the slopes, both in units of far_unit() for a far
+  // row. Writes the gradient where the slopes are known to sum to 0.
+  template <class Points>
+  KD_DEVICE double term_sweep(const Points& probabilities, bool with_gradient) {
     Sums sums;
     row_.refresh();
     row_.for_each([&](const auto& place, auto& s, auto& t) {
@@ -205,7 +273,7 @@ class RowPair {
 #pragma unroll
       for (int i = 0; i < n; ++i) {
         const Point<float> point = probabilities(s[i], t[i]);
-        const Term<float> term = params_.term(point);
+        const Term<float> term = this->term(probabilities, point);
         values[i] = term.value;
         slopes[i] = term.slope;
         if constexpr (Divergence::kFeelsShift)
@@ -224,26 +292,24 @@ class RowPair {
         row_.keep(place, slopes);
       }
     });
-    const double slope_sum = add_up(sums, with_gradient);
-    if constexpr (!Divergence::kSlopeSumsToZero)
-      if (with_gradient) gradient_sweep(probabilities, slope_sum);
+    return add_up(sums, std::is_same_v<Points, FarProbabilities>, with_gradient);
   }
 
   // Sums over the team; returns that of the slopes. A finished gradient leaves in between: before
   // the others are told they would have to wait for it.
-  KD_DEVICE double add_up(const Sums& sums, [[maybe_unused]] bool with_gradient) {
+  KD_DEVICE double add_up(const Sums& sums, bool far, [[maybe_unused]] bool with_gradient) {
     constexpr int kCount = Divergence::kFeelsShift ? 3 : Divergence::kSlopeSumsToZero ? 1 : 2;
     const double mine[] = {sums.value.value(), sums.slope.value(), sums.shift.value()};
     double all[3] = {};
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) team_.tell(team_.mine().sums[i], warp_sum(mine[i]));
+    for (int i = 0; i < kCount; ++i) team_.tell(team_.mine().sums[far][i], warp_sum(mine[i]));
     team_.arrive();
     if constexpr (Divergence::kSlopeSumsToZero)
       if (with_gradient) row_.store_gradient();
     team_.wait();
     team_.for_slots([&](const WarpSlot& slot) {
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) all[i] += slot.sums[i];
+      for (int i = 0; i < kCount; ++i) all[i] += slot.sums[far][i];
     });
 #pragma unroll
     for (int i = 0; i < kCount; ++i) all[i] = warp_sum(all[i]);
@@ -256,15 +322,49 @@ class RowPair {
     return all[1];
   }
 
-  KD_DEVICE void gradient_sweep(const Probabilities& before, double sum) {
-    const Probabilities probabilities = before.again();
+  // Of a far row by a KL divergence: forward (q - p) + reverse q (log q - log p - KL(q || p)).
+  KD_DEVICE void kl_gradient(const KL& kl) {
+    const float forward = params_.term.forward(), reverse = params_.term.reverse();
+    const float reverse_kl = (float)(kl.reverse * kNatsPerBit);
+    const float scale =
+        kd_scale_ * (Divergence::kReverse ? fit_float16_range(reverse * reverse_kl) : 1);
+    const float c = opaque(params_.c), s_shift = opaque(student().shift(c)),
+                t_shift = opaque(teacher().shift(c));
+    const float s_scale = scale * reciprocal(student().sum);
+    const float of_p = scale * forward * reciprocal(teacher().sum);
+    const float of_gap = (float)kNatsPerBit * reverse * s_scale;
+    float of_q = forward * s_scale;
+    if constexpr (Divergence::kReverse) of_q += (float)(kl.offset - kl.reverse) * of_gap;
+    row_.refresh();
+    row_.for_each([&](const auto& place, auto& s, auto& t) {
+      constexpr int n = std::decay_t<decltype(place)>::kCount;
+      float raw[n], gradient[n];
+      transform(s, t, raw);
+#pragma unroll
+      for (int i = 0; i < n; ++i) {
+        const float s_x = fmaf(s[i], c, -s_shift), t_x = fmaf(t[i], c, -t_shift);
+        gradient[i] =
+            exp2_approx(s_x) * (Divergence::kReverse ? fmaf(s_x - t_x, of_gap, of_q) : of_q);
+        if constexpr (Divergence::kForward)
+          gradient[i] = fmaf(-exp2_approx(t_x), of_p, gradient[i]);
+      }
+      finish_gradient(place, raw, s, gradient);
+    });
+    row_.store_gradient();
+  }
+
+  template <class Points>
+  KD_DEVICE void gradient_sweep(const Points& before, double sum) {
+    constexpr bool kFar = std::is_same_v<Points, FarProbabilities>;
+    const Points probabilities = before.again();
     // The probabilities sum to 1 up to the rounding of s_inverse.
-    const double total = (double)probabilities.s_inverse * student_.sum;
+    const double total = (double)probabilities.s_inverse * student().sum;
     const float slope_sum = (float)(sum * (2 - total));
     // Covers NaN and both infinities: an infinite divergence of q has no gradient.
     if (!(abs(slope_sum) <= FLT_MAX))
       return fill(team_, row_.gradient, row_.dtype(), 0, params_.vocab, NAN);
-    const float scale = kd_scale_ * fit_float16_range(slope_sum);
+    float scale = kd_scale_ * fit_float16_range(slope_sum);
+    if constexpr (kFar) scale *= (float)params_.term.far_unit();
     row_.refresh();
     if constexpr (Row::kKeeps) {
       row_.for_each_kept([&](const auto& place, auto& s, auto& slopes) {
@@ -284,7 +384,8 @@ class RowPair {
 #pragma unroll
         for (int i = 0; i < n; ++i) {
           const Point<float> point = probabilities(s[i], t[i]);
-          gradient[i] = (params_.term(point).slope - point.q * slope_sum) * scale;
+          gradient[i] =
+              (term(probabilities, point).slope - probabilities.q(s[i]) * slope_sum) * scale;
         }
         finish_gradient(place, raw, s, gradient);
       });
@@ -337,7 +438,7 @@ class RowPair {
 #pragma unroll
         for (int i = 0; i < n; ++i) {
           gradient[i] =
-              fmaf(exp2_approx(fmaf(s[i], kLog2E, -state_at_1_.shift)), scale, gradient[i]);
+              fmaf(exp2_approx(fmaf(s[i], kLog2E, -state_at_1_.shift(kLog2E))), scale, gradient[i]);
           if (place.column(i) == label()) gradient[i] -= ce_scale_;
         }
       }
@@ -372,7 +473,8 @@ class RowPair {
   const int64_t index_;
   float kd_scale_, ce_scale_ = 0;  // what a term's gradient is multiplied by
   float range_factor_ = 1;         // see fit_float16_range
-  State student_, teacher_, state_at_1_;
+  PairState pair_;
+  State state_at_1_;
   bool agree_ = false;
   float student_entropy_ = NAN, teacher_entropy_ = NAN;
   double divergence_ = NAN;

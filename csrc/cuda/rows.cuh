@@ -12,7 +12,7 @@ namespace kd::cuda {
 
 inline Grid grid_of(const Problem& problem, const Tile& tile, int64_t rows) {
   return {(unsigned)(rows * tile.cluster), (unsigned)tile.threads, (unsigned)tile.cluster,
-          (size_t)(slot_bytes(tile.cluster, tile.threads) + row_bytes(problem, tile))};
+          (size_t)shared_bytes(problem, tile, sizeof(WarpSlot))};
 }
 
 template <class Divergence>
@@ -50,7 +50,7 @@ template <class Divergence>
 void run_rows(const LogitsParams& call, const Device& device, const Tile* wanted, void* stream) {
   RowsParams<Divergence> params(call);
   const Problem problem = problem_of<Divergence>(call);
-  constexpr int64_t kSlotBytes = slot_bytes(16, kMaxSharedThreads);
+  constexpr int64_t kSlotBytes = sizeof(WarpSlot);
   Tile tile = wanted ? *wanted : choose(problem, device, kSlotBytes);
   const bool serves = holds(problem, tile, device, kSlotBytes) &&
                       (tile.cluster == 1 || fits(kernel_of<Divergence>(problem, tile.kernel),

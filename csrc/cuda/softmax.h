@@ -18,31 +18,38 @@ KD_DEVICE float power_of_two(float d) {
 // x c as a whole number.
 KD_DEVICE float shift_of(float x, float c) { return fmaf(x, c, kRound) - kRound; }
 
-// The sum of 2^(x c - shift) over logits x, where c = log2(e) / T. An exponent is one multiply-add
-// with one rounding; and since shifts are whole numbers, states merge without rounding, which the
-// ratio of two sums, a part of every log q - log p, would feel.
+// The sum of 2^(x c - shift) over logits x, where c = log2(e) / T and the shift is max c, rounded.
+// An exponent is one multiply-add with one rounding; and since shifts are whole numbers, states
+// merge without rounding, which the ratio of two sums, a part of every log q - log p, would feel.
 struct State {
   float max = kLowestLogit;
-  float shift = -INFINITY;  // max c, rounded
   double sum = 0;
 
-  KD_DEVICE void merge(const State& other) {
-    const float common = fmaxf(shift, other.shift);
-    sum = sum * power_of_two(shift - common) + other.sum * power_of_two(other.shift - common);
-    shift = common;
-    max = fmaxf(max, other.max);
+  KD_DEVICE float shift(float c) const { return shift_of(max, c); }
+
+  // The same relative to a larger maximum.
+  KD_DEVICE void rise(float to, float c) {
+    sum *= power_of_two(shift(c) - shift_of(to, c));
+    max = to;
+  }
+
+  KD_DEVICE void merge(State other, float c) {
+    const float common = fmaxf(max, other.max);
+    rise(common, c);
+    other.rise(common, c);
+    sum += other.sum;
   }
 
   // False for a row that is all -inf or holds NaN or +inf: it has no softmax.
   KD_DEVICE bool valid() const { return sum > 0 && sum <= FLT_MAX; }
 
   // max c - shift.
-  KD_DEVICE double excess(float c) const { return (double)max * c - shift; }
+  KD_DEVICE double excess(float c) const { return (double)max * c - shift(c); }
 
   // The sum with its largest term as it should be: that of a certain model is nearly all of it, and
   // 2^x is approximate.
   KD_DEVICE double corrected_sum(float c) const {
-    const float added = exp2_approx(fmaf(max, c, -shift));
+    const float added = exp2_approx(fmaf(max, c, -shift(c)));
     return sum + (exponential((float)(kLn2 * excess(c))).expm1 - ((double)added - 1));
   }
 
@@ -52,23 +59,28 @@ struct State {
   }
 };
 
-// The state of the logits a thread has seen.
+// The state of the logits a thread has seen; Total adds up their exponentials.
+template <class Total>
 struct Running {
   float c;
   float max = kLowestLogit;
   float shift;  // belongs to max from the start: it never falls
-  Sum sum;
+  Total sum;
 
   KD_DEVICE explicit Running(float c) : c(c), shift(shift_of(max, c)) {}
 
   template <int n>
   KD_DEVICE void push(const float (&x)[n]) {
+    make_room(x);
+    float exponents[n], terms[n];
+    add(x, exponents, terms);
+  }
+
+  template <int n>
+  KD_DEVICE void make_room(const float (&x)[n]) {
     const float before = shift;
     rise(max_of(x));
-    const float factor = power_of_two(before - shift);
-    sum.total *= factor;
-    sum.lost *= factor;
-    add(x);
+    sum.scale(power_of_two(before - shift));
   }
 
   // For logits that are there twice: the largest first, all of them then, for half the
@@ -78,20 +90,16 @@ struct Running {
     shift = shift_of(max, c);
   }
   template <int n>
-  KD_DEVICE void add(const float (&x)[n]) {
-    float terms[n];
+  KD_DEVICE void add(const float (&x)[n], float (&exponents)[n], float (&terms)[n]) {
 #pragma unroll
-    for (int i = 0; i < n; ++i) terms[i] = exp2_approx(fmaf(x[i], c, -shift));
+    for (int i = 0; i < n; ++i) {
+      exponents[i] = fmaf(x[i], c, -shift);
+      terms[i] = exp2_approx(exponents[i]);
+    }
     sum.add(sum_of(terms));
   }
 
-  KD_DEVICE State state() const {
-    State state;
-    state.max = max;
-    state.shift = shift;
-    state.sum = (double)sum.total + sum.lost;
-    return state;
-  }
+  KD_DEVICE State state() const { return {max, sum.value()}; }
 };
 
 template <class T>
@@ -108,12 +116,10 @@ KD_DEVICE float warp_max(float x) {
 }
 
 // One state of all lanes', the same in every lane.
-KD_DEVICE State warp_merge(const State& mine) {
-  State all;
-  all.max = warp_max(mine.max);
-  all.shift = warp_max(mine.shift);
-  all.sum = warp_sum(mine.sum * power_of_two(mine.shift - all.shift));
-  return all;
+KD_DEVICE State warp_merge(State mine, float c) {
+  const float max = warp_max(mine.max);
+  mine.rise(max, c);
+  return {max, warp_sum(mine.sum)};
 }
 
 // The first largest logit.

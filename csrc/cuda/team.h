@@ -1,33 +1,33 @@
 // The threads that share a row pair: one CTA, or the CTAs of a cluster.
 #pragma once
 
-#include "softmax.h"
+#include "pair.h"
 
 namespace kd::cuda {
 
 // What one warp tells the others.
 struct alignas(16) WarpSlot {
-  State student, teacher, student_at_1;
+  PairState pair;
+  State student_at_1;
   Top student_top, teacher_top;
-  double sums[3], entropies[2];
+  double sums[2][3], entropies[2];  // sums of near and of far terms: a row may need both
 };
 
-constexpr int64_t slot_bytes(int cluster, int threads) {
-  return (int64_t)sizeof(WarpSlot) * cluster * (threads / 32);
-}
-
-// Every warp writes its slot in every CTA, all wait once, and every warp reads all slots of its own
-// CTA, in the same order: no second wait, and the same bits everywhere.
+// Every warp writes its slot in every CTA, all wait, and then one warp, or every warp, reads all
+// slots of its own CTA, in the same order, so that all have the same bits.
 class Team {
  public:
   KD_DEVICE explicit Team(unsigned size)
       : size(size),
-        rank(size == 1 ? 0 : cluster_rank()),
         lane(threadIdx.x % 32),
         warps(blockDim.x / 32),
-        first(rank * blockDim.x + threadIdx.x),
         stride(size * blockDim.x),
         slots_(shared_memory<WarpSlot>()) {}
+
+  // Of this CTA. Asked for anew each time, as no register is left to keep it in.
+  KD_DEVICE unsigned rank() const { return size == 1 ? 0 : cluster_rank(); }
+  // This thread's number in the team.
+  KD_DEVICE unsigned first() const { return rank() * blockDim.x + threadIdx.x; }
 
   // No CTA may write into another's shared memory before that one has started.
   KD_DEVICE void enter() const {
@@ -48,7 +48,7 @@ class Team {
       __syncthreads();
   }
 
-  KD_DEVICE WarpSlot& mine() const { return slots_[rank * warps + threadIdx.x / 32]; }
+  KD_DEVICE WarpSlot& mine() const { return slots_[rank() * warps + threadIdx.x / 32]; }
 
   // Writes `value`, the same in every lane, at `place` of mine() in every CTA.
   template <class T>
@@ -61,8 +61,15 @@ class Team {
   }
   KD_DEVICE void tell(State& place, const State& state) const {
     tell(place.max, state.max);
-    tell(place.shift, state.shift);
     tell(place.sum, state.sum);
+  }
+  template <class Divergence>
+  KD_DEVICE void tell(PairState& place, const PairState& pair) const {
+    tell(place.student, pair.student);
+    tell(place.teacher, pair.teacher);
+    if constexpr (Divergence::kForward) tell(place.sums.forward, pair.sums.forward);
+    if constexpr (Divergence::kReverse) tell(place.sums.reverse, pair.sums.reverse);
+    if constexpr (Divergence::kAddsEntropy) tell(place.sums.entropy, pair.sums.entropy);
   }
   KD_DEVICE void tell(Top& place, const Top& top) const {
     tell(place.logit, top.logit);
@@ -76,10 +83,12 @@ class Team {
     for (unsigned i = lane; i < size * warps; i += 32) read(slots_[i]);
   }
 
+  // A slot in each CTA that its first warp fills for all.
+  KD_DEVICE bool in_first_warp() const { return threadIdx.x < 32; }
+  KD_DEVICE WarpSlot& all() const { return slots_[size * warps]; }
+
   const unsigned size;         // CTAs
-  const unsigned rank;         // of this CTA
   const unsigned lane, warps;  // of this CTA
-  const unsigned first;        // this thread's number in the team
   const unsigned stride;       // threads in the team
 
  private:

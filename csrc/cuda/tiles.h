@@ -58,10 +58,15 @@ constexpr int64_t row_bytes(const Problem& problem, const Tile& tile) {
          problem.shared_vectors * 16;
 }
 
-constexpr bool holds(const Problem& problem, const Tile& tile, int64_t shared_bytes) {
+// What warps tell each other lies beside it: a slot for each of the cluster's, and one for all.
+constexpr int64_t shared_bytes(const Problem& problem, const Tile& tile, int64_t slot_bytes) {
+  return row_bytes(problem, tile) + slot_bytes * (tile.cluster * (tile.threads / 32) + 1);
+}
+
+constexpr bool holds(const Problem& problem, const Tile& tile, int64_t shared, int64_t slot_bytes) {
   if (tile.kernel == Kernel::kStreaming) return true;
   if (!problem.same_dtypes) return false;
-  if (tile.kernel == Kernel::kShared) return row_bytes(problem, tile) <= shared_bytes;
+  if (tile.kernel == Kernel::kShared) return shared_bytes(problem, tile, slot_bytes) <= shared;
   return !problem.options &&
          vectors_per_thread(problem, tile.cluster * tile.threads) <= problem.register_vectors;
 }
@@ -69,14 +74,16 @@ constexpr bool holds(const Problem& problem, const Tile& tile, int64_t shared_by
 // The fewest threads of a CTA, then the fewest CTAs, that hold the row and leave room on an SM for
 // a second CTA, whose loads overlap the first one's arithmetic: 256 threads of 128 registers, or
 // half of the shared memory. One CTA alone only where nothing else holds the row.
-constexpr Tile resident_tile(const Problem& problem, Kernel kernel, int64_t half) {
+constexpr Tile resident_tile(const Problem& problem, Kernel kernel, int64_t half,
+                             int64_t slot_bytes) {
   for (int threads = 64; threads < 256; threads *= 2) {
     const Tile tile{kernel, 1, threads};
-    if (vectors_per_thread(problem, threads) <= 8 && holds(problem, tile, half)) return tile;
+    if (vectors_per_thread(problem, threads) <= 8 && holds(problem, tile, half, slot_bytes))
+      return tile;
   }
   for (const int cluster : kClusters) {
     const Tile tile{kernel, cluster, 256};
-    if (holds(problem, tile, half)) return tile;
+    if (holds(problem, tile, half, slot_bytes)) return tile;
   }
   return {kernel, 16, kernel == Kernel::kRegisters ? 512 : 256};
 }
@@ -87,28 +94,24 @@ constexpr Tile streaming_tile(const Problem& problem) {
   return {Kernel::kStreaming, 1, threads};
 }
 
-// Shared memory for row pairs, of a CTA that is alone on an SM or one of two; slot_bytes are what
-// its warps need besides, at most.
-constexpr int64_t alone(const Device& device, int64_t slot_bytes) {
-  return device.shared_bytes - slot_bytes;
-}
-constexpr int64_t one_of_two(const Device& device, int64_t slot_bytes) {
+// Shared memory of one of two CTAs on an SM.
+constexpr int64_t one_of_two(const Device& device) {
   constexpr int64_t kReserved = 1024;  // by the system, of each CTA
-  return (device.shared_bytes - kReserved) / 2 - slot_bytes;
+  return (device.shared_bytes - kReserved) / 2;
 }
 
 // Whether a tile can serve a problem at all.
 constexpr bool holds(const Problem& problem, const Tile& tile, const Device& device,
                      int64_t slot_bytes) {
   return (device.major >= 9 || tile.kernel == Kernel::kStreaming) &&
-         holds(problem, tile, alone(device, slot_bytes));
+         holds(problem, tile, device.shared_bytes, slot_bytes);
 }
 
 constexpr Tile choose(const Problem& problem, const Device& device, int64_t slot_bytes) {
   if (device.major < 9) return streaming_tile(problem);
   const bool registers = !problem.options && problem.register_vectors > 0;
   const Tile tile = resident_tile(problem, registers ? Kernel::kRegisters : Kernel::kShared,
-                                  one_of_two(device, slot_bytes));
+                                  one_of_two(device), slot_bytes);
   return holds(problem, tile, device, slot_bytes) ? tile : streaming_tile(problem);
 }
 

@@ -27,7 +27,7 @@ constexpr int kIndex = index_of(KD_DIVERGENCE);
 using Divergence = std::tuple_element_t<kIndex, std::tuple<KD_DIVERGENCES(KD_STRUCT) void>>;
 
 constexpr cuda::Device kH100{9, 0, 227 << 10};
-constexpr int64_t kSlotBytes = cuda::slot_bytes(16, cuda::kMaxSharedThreads);  // as run_rows has it
+constexpr int64_t kSlotBytes = sizeof(cuda::WarpSlot);  // as run_rows has it
 
 }  // namespace
 

@@ -187,8 +187,9 @@ void check_divergence() {
 
   using cuda::Kernel;
   for (const auto& variant : variants)
-    for (const Logits logits : {Logits::kCorrelated, Logits::kClose, Logits::kIdentical,
-                                Logits::kHuge, Logits::kHostile, Logits::kClimbing})
+    for (const Logits logits :
+         {Logits::kCorrelated, Logits::kClose, Logits::kBorder, Logits::kIdentical, Logits::kHuge,
+          Logits::kHostile, Logits::kClimbing})
       for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16})
         for (const cuda::Tile tile : {cuda::Tile{Kernel::kStreaming, 1, 64},
                                       {Kernel::kRegisters, 4, 64},
@@ -199,7 +200,7 @@ void check_divergence() {
           c.logits = logits;
           c.student = c.teacher = dtype;
           c.tile = tile;
-          c.rows = c.logits == Logits::kHostile ? 10 : 4;
+          c.rows = c.logits == Logits::kHostile ? 10 : 8;
           c.vocab = 517;
           if (!holds(problem_of(c), tile)) continue;
           if (bounded(c) || (logits != Logits::kHostile && logits != Logits::kHuge)) check(c);

@@ -11,7 +11,7 @@ using namespace kd::cuda;
 namespace {
 
 constexpr Device kAmpere{8, 0, 163 * 1024}, kHopper{9, 0, 227 * 1024};
-constexpr int64_t kSlots = 14 * 1024;
+constexpr int64_t kSlot = 192;  // bytes
 
 constexpr Problem forward_kl(int64_t vocab, int item_size) {
   return {vocab, item_size, true, false, 10, 2};
@@ -31,7 +31,7 @@ constexpr Problem mixed(Problem problem) {
 constexpr bool is(const Tile& tile, Kernel kernel, int cluster, int threads) {
   return tile.kernel == kernel && tile.cluster == cluster && tile.threads == threads;
 }
-constexpr Tile on_hopper(const Problem& problem) { return choose(problem, kHopper, kSlots); }
+constexpr Tile on_hopper(const Problem& problem) { return choose(problem, kHopper, kSlot); }
 
 static_assert(is(on_hopper(forward_kl(32000, 2)), Kernel::kRegisters, 2, 256));
 static_assert(is(on_hopper(forward_kl(50257, 2)), Kernel::kRegisters, 4, 256));
@@ -44,14 +44,14 @@ static_assert(is(on_hopper(forward_kl(1000, 2)), Kernel::kRegisters, 1, 64));
 static_assert(on_hopper(forward_kl(1 << 20, 4)).kernel == Kernel::kStreaming);
 
 // Two CTAs of an SM fit beside each other.
-static_assert(2 * (one_of_two(kHopper, kSlots) + kSlots + 1024) <= 228 * 1024);
+static_assert(2 * (one_of_two(kHopper) + 1024) <= 228 * 1024);
 static_assert(is(on_hopper(jsd(128256, 2)), Kernel::kShared, 8, 256));
 static_assert(is(on_hopper(jsd(256000, 2)), Kernel::kShared, 16, 256));
 static_assert(on_hopper(with_options(forward_kl(128256, 2))).kernel == Kernel::kShared);
 
 static_assert(on_hopper(mixed(forward_kl(32000, 2))).kernel == Kernel::kStreaming);
-static_assert(choose(forward_kl(32000, 2), kAmpere, kSlots).kernel == Kernel::kStreaming);
-static_assert(!holds(forward_kl(1000, 2), {Kernel::kRegisters, 1, 256}, kAmpere, kSlots));
+static_assert(choose(forward_kl(32000, 2), kAmpere, kSlot).kernel == Kernel::kStreaming);
+static_assert(!holds(forward_kl(1000, 2), {Kernel::kRegisters, 1, 256}, kAmpere, kSlot));
 
 void check(bool condition, const Problem& problem, const Tile& tile) {
   if (condition) return;
@@ -62,7 +62,7 @@ void check(bool condition, const Problem& problem, const Tile& tile) {
 
 void check_any(const Problem& problem) {
   const Tile tile = on_hopper(problem);
-  check(holds(problem, tile, kHopper, kSlots), problem, tile);
+  check(holds(problem, tile, kHopper, kSlot), problem, tile);
   check(tile.threads % 32 == 0 && tile.threads >= 32, problem, tile);
   const int most = tile.kernel == Kernel::kRegisters ? kMaxRegisterThreads
                    : tile.kernel == Kernel::kShared  ? kMaxSharedThreads
@@ -75,7 +75,7 @@ void check_any(const Problem& problem) {
   // No smaller cluster would do.
   const Tile smaller{tile.kernel, tile.cluster / 2, tile.threads};
   if (tile.cluster > 1 && tile.threads == 256)
-    check(!holds(problem, smaller, one_of_two(kHopper, kSlots)), problem, tile);
+    check(!holds(problem, smaller, one_of_two(kHopper), kSlot), problem, tile);
 }
 
 }  // namespace

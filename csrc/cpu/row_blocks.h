@@ -1,0 +1,116 @@
+// A row pair and its gradient, block by block, with what its call asks for beside the divergence:
+// weights, the hard-label term, softcaps.
+#pragma once
+
+#include <cmath>
+
+#include "softmax.h"
+
+#include "kernel.h"
+
+namespace kd::KD_NAMESPACE {
+
+class RowBlocks {
+ protected:
+  RowBlocks(const LogitsParams& params, const RowPlan& plan, int64_t row)
+      : params_(params),
+        row_(row),
+        weight_(plan.weight[row]),
+        student_(params.student, row, params.student_transform),
+        teacher_(params.teacher, row, params.teacher_transform),
+        gradient_(params.gradient, row, plan.streams) {
+    double scale = weight_ / plan.normalizer;
+    if (params.row_scale) {
+      params.row_scale[row] = (float)(scale / params.gradient_scale);
+      scale = params.gradient_scale;
+    }
+    if (!student_.has_softcap()) scale *= params.student_transform.scale;
+    kd_scale_ = (float)(scale * params.kd_weight / params.temperature);
+    ce_scale_ = params.labels ? (float)(scale * params.ce_weight) : 0;
+    plain_ = student_.is_plain_bfloat16() && teacher_.is_plain_bfloat16() &&
+             !reads_student_for_gradient();
+  }
+
+  bool reads_student_for_gradient() const { return ce_scale_ != 0 || student_.has_softcap(); }
+
+  int64_t label() const { return params_.labels[row_]; }
+
+  // The slopes of reverse KL are as large as its value, which has no bound: a float16 row takes
+  // another power of two then. Returns the factor for kd_scale_ and applies it to the rest.
+  float fit_float16_range(float slope_sum) {
+    if (!params_.row_scale || ::fabsf(slope_sum) < 1) return 1;
+    const float factor = ::exp2f((float)-::ilogbf(slope_sum));
+    ce_scale_ *= factor;
+    params_.row_scale[row_] /= factor;
+    return factor;
+  }
+
+  // Where a block of the gradient is computed. Not in place while the student is still needed.
+  float* gradient_target(int64_t begin, int n) {
+    float* direct = reads_student_for_gradient() ? nullptr : gradient_.direct(begin, n);
+    return direct ? direct : gradient_block_;
+  }
+
+  // Whether blocks of n pass no buffer in any sweep: what is kept of them lies in a View's order.
+  bool is_plain(int n) const { return plain_ && n % kPair == 0; }
+
+  // Calls use(view) with a view of a block of transformed logits.
+  template <class Use>
+  void view(const Reader& logits, int64_t begin, int n, float* buffer, Use use) const {
+    if (is_plain(n)) return use(logits.plain(begin));
+    use(View<DType::kFloat32>{const_cast<float*>(logits.block(begin, n, buffer))});
+  }
+
+  View<DType::kFloat32> float_gradient(float* g) const {
+    return {g, gradient_.streams() && g != gradient_block_};
+  }
+
+  // Calls use(student, teacher, gradient) with views of a block, of which it reads logits or not,
+  // and finishes the gradient where there is one.
+  template <bool kGradient, bool kLogits = true, class Use>
+  void view_pair(int64_t begin, int n, Use use) {
+    if (is_plain(n))
+      return use(student_.plain(begin), teacher_.plain(begin), gradient_.plain(begin));
+    const bool reads_student = kLogits || reads_student_for_gradient();
+    const float* s = reads_student ? student_.block(begin, n, student_block_) : nullptr;
+    const float* t = kLogits ? teacher_.block(begin, n, teacher_block_) : nullptr;
+    float* g = kGradient ? gradient_target(begin, n) : nullptr;
+    using Floats = View<DType::kFloat32>;
+    use(Floats{const_cast<float*>(s)}, Floats{const_cast<float*>(t)}, float_gradient(g));
+    if (kGradient) finish_gradient(begin, n, s, g);
+  }
+
+  // Adds the hard-label term, applies the softcap's derivative and stores a block.
+  void finish_gradient(int64_t begin, int n, const float* s, float* g) {
+    if (ce_scale_ != 0) {
+      const Exponent& exponent = softmax_at_1_.exponent();
+      const float scale = (float)(ce_scale_ * softmax_at_1_.scale());
+      for (int i = 0; i < n; i += kLanes) store(g + i, load(g + i) + exponent(load(s + i)) * scale);
+      const int64_t label = this->label() - begin;
+      if (label >= 0 && label < n) g[label] -= ce_scale_;
+    }
+    if (student_.has_softcap()) student_.chain_softcap(begin, n, student_block_, g);
+    if (g == gradient_block_) gradient_.write(begin, n, g);
+  }
+
+  void hard_label_gradient() {
+    for_blocks(params_.vocab, [&](int64_t begin, int n) {
+      for (int i = 0; i < n; i += kLanes) store(gradient_block_ + i, Vec{});
+      finish_gradient(begin, n, student_.block(begin, n, student_block_), gradient_block_);
+    });
+  }
+
+  const LogitsParams& params_;
+  const int64_t row_;
+  const double weight_;
+  const Reader student_, teacher_;
+  const Writer gradient_;
+  float kd_scale_, ce_scale_;  // what a term's gradient is multiplied by
+  bool plain_;
+  Softmax softmax_at_1_;  // of the hard-label term
+  alignas(64) float student_block_[kBlock];
+  alignas(64) float teacher_block_[kBlock];
+  alignas(64) float gradient_block_[kBlock];
+};
+
+}  // namespace kd::KD_NAMESPACE

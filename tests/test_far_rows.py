@@ -1,0 +1,84 @@
+"""Rows on both sides of where kernels change from formulas for near rows to those for far ones.
+
+Near its teacher a row's terms cancel in the textbook's formulas; from a divergence of 1/32 on the
+kernels take those, being shorter. Nothing of that may be seen from outside.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from . import tolerances
+from .cases import ALL, BOUNDED, ONE_OF_EACH, close_pair, without_ties
+from .harness import assert_close, assert_matches, loss_of, oracle, run
+
+VOCAB = 2503
+LEVELS = (0.01, 0.02, 0.03, 0.035, 0.05, 0.1, 0.3, 1.0)
+
+
+def rows_at(levels, temperature, divergence):
+    """A row for each level of KL, and the largest logits of the models far apart in the last."""
+    pairs = [
+        close_pair(1, VOCAB, kl=level, temperature=temperature, seed=seed)
+        for seed, level in enumerate(levels)
+    ]
+    student, teacher = (torch.cat(rows) for rows in zip(*pairs, strict=True))
+    student[-1] -= 30
+    if divergence.name == "tvd":
+        student = without_ties(student, teacher, temperature, tolerances.TVD_TIE)
+    return student, teacher
+
+
+@functools.lru_cache(maxsize=100)
+def border(divergence, dtype, temperature):
+    """Inputs and the oracle's answer, computed once for all backends."""
+    student, teacher = (x.to(dtype) for x in rows_at(LEVELS, temperature, divergence))
+    options = {"divergence": divergence, "temperature": temperature, "reduction": "none"}
+    return student, teacher, options, oracle(student, teacher, **options)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "temperature"),
+    [(torch.float32, 1.0), (torch.bfloat16, 3.0)],
+    ids=["float32", "bfloat16-T=3"],
+)
+@pytest.mark.parametrize("divergence", ALL, ids=str)
+def test_rows_about_the_border(kernel, divergence, dtype, temperature):
+    student, teacher, options, expected = border(divergence, dtype, temperature)
+    # Near rows of float32 have the gradient's tolerance for close ones.
+    actual = run(kernel, student, teacher, **options)
+    assert_matches(actual, expected, divergence.name, dtype, close=True)
+    with torch.no_grad():
+        loss = loss_of(kernel, student, teacher, **options)
+    assert_close(loss.cpu(), expected.loss, tolerances.loss_tolerance(divergence.name))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("divergence", BOUNDED, ids=str)
+def test_one_rare_token_apart(kernel, divergence, dtype):
+    # The KL is far, by one token that the student all but excludes; bounded divergences are not.
+    student, teacher = (x.to(dtype).float() for x in close_pair(4, VOCAB, kl=1e-4))
+    teacher[:, 7] = teacher.logsumexp(-1) - 5.8
+    student[:, 7] = student.logsumexp(-1) - torch.tensor([15.0, 20.0, 30.0, 90.0])
+    if divergence.name == "tvd":
+        student = without_ties(student, teacher, 1.0, tolerances.TVD_TIE)
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    for options in ({}, {"inplace_grad": True}):
+        options |= {"divergence": divergence, "reduction": "none"}
+        expected = oracle(student, teacher, **options)
+        actual = run(kernel, student, teacher, **options)
+        assert_matches(actual, expected, divergence.name, dtype, close=True)
+
+
+def test_a_row_does_not_depend_on_its_neighbours(kernel):
+    for divergence in ONE_OF_EACH:
+        student, teacher = rows_at(LEVELS, 1.0, divergence)
+        options = {"divergence": divergence, "reduction": "none"}
+        together = run(kernel, student, teacher, **options)
+        for row in (0, 3, 7):
+            alone = run(kernel, student[row : row + 1], teacher[row : row + 1], **options)
+            assert torch.equal(alone.loss[0], together.loss[row])
+            assert torch.equal(alone.gradient[0], together.gradient[row])
