@@ -367,14 +367,14 @@ struct AlphaBeta : Defaults {
     return {times_or_zero(factor, value), times_or_zero(factor, slope)};
   }
 
-  // Where nothing can overflow. Differences of powers have rounding errors of their own, which
-  // coefficients multiply.
+  // Where nothing can overflow. Powers of both have errors of their own, which coefficients
+  // multiply.
   KD_INLINE bool has_far() const { return a >= kLeastShare && b >= kLeastShare && a + b <= 8; }
   KD_INLINE PointWeights far_weights() const { return {}; }
   KD_INLINE double far_unit() const { return 1; }
   KD_INLINE double far_from() const {
     const float coefficient = 1 / ((a < b ? a : b) * (a + b));
-    return coefficient > 1 ? kFarFrom * coefficient : kFarFrom;
+    return 4 * kFarFrom * (coefficient > 1 ? coefficient : 1);
   }
 
   template <class F>

@@ -183,6 +183,7 @@ class RowPair : RowBlocks {
   template <bool kGradient, bool kFar>
   Sums term_sweep() {
     constexpr bool kStoresGradient = kGradient && Divergence::kSlopeSumsToZero;
+    constexpr bool kFeelsShift = Divergence::kFeelsShift && !kFar;
     const Points points = this->points<kFar>();
     double value_sum = 0, slope_sum = 0, shift_sum = 0;
     const Upcoming next_student(params_.student, next_), next_teacher(params_.teacher, next_);
@@ -212,7 +213,7 @@ class RowPair : RowBlocks {
             values += term.value;
             slopes += term.slope;
             slope[k] = term.slope;
-            if constexpr (Divergence::kFeelsShift) {
+            if constexpr (kFeelsShift) {
               const Vec difference = bregman(v.p, v.q, v.r).difference;
               shifts += difference;
             }
@@ -223,11 +224,11 @@ class RowPair : RowBlocks {
         }
         value_sum += sum(values);
         if constexpr (!Divergence::kSlopeSumsToZero) slope_sum += sum(slopes);
-        if constexpr (Divergence::kFeelsShift) shift_sum += sum(shifts);
+        if constexpr (kFeelsShift) shift_sum += sum(shifts);
       });
     });
     // sum q - p is 0; what it comes to is how far rounding of the softmax sums moved all log q.
-    if (Divergence::kFeelsShift && ::fabs(slope_sum) <= FLT_MAX) value_sum -= shift_sum * slope_sum;
+    if (kFeelsShift && ::fabs(slope_sum) <= FLT_MAX) value_sum -= shift_sum * slope_sum;
     if (value_sum < 0) value_sum = 0;  // rounding of what nearly cancels
     double unit = 1, q_weight = 1;
     if constexpr (kFar) unit = divergence_.far_unit(), q_weight = divergence_.far_weights().q;

@@ -251,6 +251,9 @@ class RowPair {
       if (with_gradient) gradient_sweep(probabilities, slope_sum);
   }
 
+  template <class Points>
+  static constexpr bool is_far_v = std::is_same_v<Points, FarProbabilities>;
+
   KD_DEVICE Term<float> term(const Probabilities&, const Point<float>& point) const {
     return params_.term(point);
   }
@@ -262,6 +265,7 @@ class RowPair {
   // row. Writes the gradient where the slopes are known to sum to 0.
   template <class Points>
   KD_DEVICE double term_sweep(const Points& probabilities, bool with_gradient) {
+    constexpr bool kFeelsShift = Divergence::kFeelsShift && !is_far_v<Points>;
     Sums sums;
     row_.refresh();
     row_.for_each([&](const auto& place, auto& s, auto& t) {
@@ -276,12 +280,11 @@ class RowPair {
         const Term<float> term = this->term(probabilities, point);
         values[i] = term.value;
         slopes[i] = term.slope;
-        if constexpr (Divergence::kFeelsShift)
-          shifts[i] = bregman(point.p, point.q, point.r).difference;
+        if constexpr (kFeelsShift) shifts[i] = bregman(point.p, point.q, point.r).difference;
       }
       sums.value.add(sum_of(values));
       if constexpr (!Divergence::kSlopeSumsToZero) sums.slope.add(sum_of(slopes));
-      if constexpr (Divergence::kFeelsShift) sums.shift.add(sum_of(shifts));
+      if constexpr (kFeelsShift) sums.shift.add(sum_of(shifts));
       if constexpr (Divergence::kSlopeSumsToZero) {
         if (with_gradient) {
 #pragma unroll
@@ -292,30 +295,32 @@ class RowPair {
         row_.keep(place, slopes);
       }
     });
-    return add_up(sums, std::is_same_v<Points, FarProbabilities>, with_gradient);
+    return add_up<is_far_v<Points>>(sums, with_gradient);
   }
 
   // Sums over the team; returns that of the slopes. A finished gradient leaves in between: before
   // the others are told they would have to wait for it.
-  KD_DEVICE double add_up(const Sums& sums, bool far, [[maybe_unused]] bool with_gradient) {
-    constexpr int kCount = Divergence::kFeelsShift ? 3 : Divergence::kSlopeSumsToZero ? 1 : 2;
+  template <bool kFar>
+  KD_DEVICE double add_up(const Sums& sums, [[maybe_unused]] bool with_gradient) {
+    constexpr bool kFeelsShift = Divergence::kFeelsShift && !kFar;
+    constexpr int kCount = kFeelsShift ? 3 : Divergence::kSlopeSumsToZero ? 1 : 2;
     const double mine[] = {sums.value.value(), sums.slope.value(), sums.shift.value()};
     double all[3] = {};
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) team_.tell(team_.mine().sums[far][i], warp_sum(mine[i]));
+    for (int i = 0; i < kCount; ++i) team_.tell(team_.mine().sums[kFar][i], warp_sum(mine[i]));
     team_.arrive();
     if constexpr (Divergence::kSlopeSumsToZero)
       if (with_gradient) row_.store_gradient();
     team_.wait();
     team_.for_slots([&](const WarpSlot& slot) {
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) all[i] += slot.sums[far][i];
+      for (int i = 0; i < kCount; ++i) all[i] += slot.sums[kFar][i];
     });
 #pragma unroll
     for (int i = 0; i < kCount; ++i) all[i] = warp_sum(all[i]);
     divergence_ = all[0];
     // sum q - p is 0; what it comes to is how far rounding of the softmax sums moved all log q.
-    if constexpr (Divergence::kFeelsShift) {
+    if constexpr (kFeelsShift) {
       if (all[1] <= FLT_MAX && all[1] >= -FLT_MAX) divergence_ -= all[2] * all[1];
       if (divergence_ < 0) divergence_ = 0;
     }
@@ -355,7 +360,6 @@ class RowPair {
 
   template <class Points>
   KD_DEVICE void gradient_sweep(const Points& before, double sum) {
-    constexpr bool kFar = std::is_same_v<Points, FarProbabilities>;
     const Points probabilities = before.again();
     // The probabilities sum to 1 up to the rounding of s_inverse.
     const double total = (double)probabilities.s_inverse * student().sum;
@@ -364,7 +368,7 @@ class RowPair {
     if (!(abs(slope_sum) <= FLT_MAX))
       return fill(team_, row_.gradient, row_.dtype(), 0, params_.vocab, NAN);
     float scale = kd_scale_ * fit_float16_range(slope_sum);
-    if constexpr (kFar) scale *= (float)params_.term.far_unit();
+    if constexpr (is_far_v<Points>) scale *= (float)params_.term.far_unit();
     row_.refresh();
     if constexpr (Row::kKeeps) {
       row_.for_each_kept([&](const auto& place, auto& s, auto& slopes) {

@@ -200,7 +200,7 @@ void check_divergence() {
           c.logits = logits;
           c.student = c.teacher = dtype;
           c.tile = tile;
-          c.rows = c.logits == Logits::kHostile ? 10 : 8;
+          c.rows = c.logits == Logits::kHostile ? 10 : c.logits == Logits::kBorder ? 8 : 4;
           c.vocab = 517;
           if (!holds(problem_of(c), tile)) continue;
           if (bounded(c) || (logits != Logits::kHostile && logits != Logits::kHuge)) check(c);
