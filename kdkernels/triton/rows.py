@@ -7,7 +7,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .math import LARGEST_FLOAT, log
+from .far import exceeds, far_slopes, far_values, is_far, kl_gradient, kls, log_probabilities
+from .math import LARGEST_FLOAT, NATS_PER_BIT, log
 from .sweeps import (
     SOFTCAPPED,
     Scales,
@@ -166,25 +167,87 @@ def write_masked_row(gradient, per_row, row, rows, wanted, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def write_row(
+def write_far(
     student,
     teacher,
     gradient,
-    per_row,
     row,
-    rows,
     vocab,
+    state,
+    gaps,
+    of,
+    scales,
     weights,
     divergence,
     wanted,
     BLOCK: tl.constexpr,
 ):
-    """Loss, gradient and metrics of a row pair."""
-    share = share_of(per_row, weights, row)
-    label, label_logit = label_of(student, per_row, row, vocab)
-    state = states(student, teacher, row, 0, vocab, weights.temperature, wanted, BLOCK)
-    of = softmaxes(state, weights.temperature)
-    scales = scales_of(student, share, state, label, label_logit, weights, wanted)
+    """Divergence and gradient of a far row; any other is left to ``write_near``."""
+    kl = kls(state, gaps, weights.temperature)
+    done, value = is_far(kl, divergence.far)
+    value = value.to(tl.float32)
+    if done:
+        if divergence.far.value is None:
+            if wanted.GRADIENT:
+                if divergence.far.REVERSE:
+                    scales = scales_for(
+                        (kl.reverse * divergence.far.reverse).to(tl.float32), scales, wanted
+                    )
+                kl_gradient(
+                    student,
+                    teacher,
+                    gradient,
+                    row,
+                    vocab,
+                    state,
+                    kl,
+                    of,
+                    scales,
+                    divergence.far,
+                    wanted,
+                    BLOCK,
+                )
+            if divergence.far.ENTROPY:
+                value = (kl.forward + kl.entropy).to(tl.float32)
+        else:
+            logs = log_probabilities(state, of)
+            bits, slope = far_values(student, teacher, row, vocab, logs, divergence, wanted, BLOCK)
+            value = bits * NATS_PER_BIT
+            done = exceeds(value, divergence.far.threshold)
+            if wanted.GRADIENT:
+                if done:
+                    scales = scales_for(slope * NATS_PER_BIT, scales, wanted)
+                    far_slopes(
+                        student,
+                        teacher,
+                        gradient,
+                        row,
+                        vocab,
+                        logs,
+                        of,
+                        scales,
+                        divergence,
+                        slope,
+                        wanted,
+                        BLOCK,
+                    )
+    return done, value, scales.row_scale
+
+
+@triton.jit
+def write_near(
+    student,
+    teacher,
+    gradient,
+    row,
+    vocab,
+    of,
+    scales,
+    divergence,
+    wanted,
+    BLOCK: tl.constexpr,
+):
+    """Sums over a row pair and its gradient, by formulas that keep digits near the teacher."""
     nothing = tl.zeros((), tl.float32)
     sums = Sums(nothing, nothing, nothing, nothing, nothing)
     if wanted.DIVERGENCE:
@@ -209,9 +272,61 @@ def write_row(
                 wanted,
                 BLOCK,
             )
+    return sums, scales.row_scale
+
+
+@triton.jit
+def write_row(
+    student,
+    teacher,
+    gradient,
+    per_row,
+    row,
+    rows,
+    vocab,
+    weights,
+    divergence,
+    wanted,
+    BLOCK: tl.constexpr,
+):
+    """Loss, gradient and metrics of a row pair."""
+    share = share_of(per_row, weights, row)
+    label, label_logit = label_of(student, per_row, row, vocab)
+    state, gaps = states(
+        student, teacher, row, 0, vocab, weights.temperature, divergence, wanted, BLOCK
+    )
+    of = softmaxes(state, weights.temperature)
+    scales = scales_of(student, share, state, label, label_logit, weights, wanted)
+    if divergence.far is None:
+        sums, row_scale = write_near(
+            student, teacher, gradient, row, vocab, of, scales, divergence, wanted, BLOCK
+        )
+    else:
+        done, value, row_scale = write_far(
+            student,
+            teacher,
+            gradient,
+            row,
+            vocab,
+            state,
+            gaps,
+            of,
+            scales,
+            weights,
+            divergence,
+            wanted,
+            BLOCK,
+        )
+        nothing = tl.zeros((), tl.float32)
+        sums = Sums(value, nothing, nothing, nothing, nothing)
+        if not done:
+            sums, row_scale = write_near(
+                student, teacher, gradient, row, vocab, of, scales, divergence, wanted, BLOCK
+            )
+    if wanted.GRADIENT:
         fill(gradient, row, vocab, gradient.width, BLOCK)
-        if wanted.ROW_SCALE:
-            tl.store(per_row.row_scale + row, scales.row_scale)
+    if wanted.ROW_SCALE:
+        tl.store(per_row.row_scale + row, row_scale)
     write_loss(per_row, row, rows, weights, share, state, sums, label_logit, divergence, wanted)
 
 

@@ -8,6 +8,8 @@ sure of.
 
 The interpreter runs programs one after the other, so nobody could wait there: it launches the
 kernel once for each phase.
+
+No row is far here: a group would have to meet over more sums.
 """
 
 from __future__ import annotations
@@ -155,7 +157,9 @@ def write_slice(
     if FIRST == STATES:
         # Before anything is written: the gradient may overwrite the student.
         label, logit = label_of(student, per_row, row, vocab)
-        state = states(student, teacher, row, begin, end, weights.temperature, wanted, BLOCK)
+        state, _ = states(
+            student, teacher, row, begin, end, weights.temperature, divergence, wanted, BLOCK
+        )
         publish(record, 0, state, N_STATES, SPLITS)
         tl.store(record + N_STATES * SPLITS, logit)
         arrive(arrivals)

@@ -56,11 +56,25 @@ class Logits(NamedTuple):
     TRANSFORM: tl.constexpr
 
 
+class Far(NamedTuple):
+    """What tells far rows, and their functions: see KL and Functions of divergences.py."""
+
+    threshold: tl.tensor
+    forward: tl.tensor  # weights of KL(p || q) and KL(q || p)
+    reverse: tl.tensor
+    FORWARD: tl.constexpr  # which of them the first sweep adds up
+    REVERSE: tl.constexpr
+    ENTROPY: tl.constexpr
+    value: tl.constexpr  # None: a KL divergence
+    slope: tl.constexpr
+
+
 class Divergence(NamedTuple):
     """See Functions of divergences.py."""
 
     value: tl.constexpr
     slope: tl.constexpr
+    far: Far  # None: no row is far
     a: tl.tensor
     b: tl.tensor
     PARAMETERS: tl.constexpr
@@ -94,6 +108,14 @@ class States(NamedTuple):
     s_token: tl.tensor
     t_top: tl.tensor
     t_token: tl.tensor
+
+
+class Gaps(NamedTuple):
+    """Sums over a row pair, by exponentials e: gap = (s - s_base) - (t - t_base)."""
+
+    forward: tl.tensor  # e_t gap
+    reverse: tl.tensor  # e_s gap
+    entropy: tl.tensor  # e_t (t - t_base)
 
 
 class Sums(NamedTuple):
@@ -184,8 +206,14 @@ def sum_and_lost(x):
 
 
 @triton.jit
-def states(student, teacher, row, begin, end, temperature, wanted, BLOCK: tl.constexpr):
-    """Sweep 1."""
+def moved(total, by, sum, factor):
+    """A sum of e x, where e becomes e factor and x becomes x + by; ``sum`` is that of e."""
+    return (total + sum * by) * factor
+
+
+@triton.jit
+def states(student, teacher, row, begin, end, temperature, divergence, wanted, BLOCK: tl.constexpr):
+    """Sweep 1: the states, and what tells far rows."""
     c = LOG2E / temperature
     s_row = row_of(student.rows, row)
     t_row = row_of(teacher.rows, row)
@@ -198,12 +226,19 @@ def states(student, teacher, row, begin, end, temperature, wanted, BLOCK: tl.con
     s_sum = tl.zeros((BLOCK,), tl.float32)
     t_sum = tl.zeros((BLOCK,), tl.float32)
     s_sum_at_1 = tl.zeros((BLOCK,), tl.float32)
+    forward = tl.zeros((BLOCK,), tl.float32)
+    reverse = tl.zeros((BLOCK,), tl.float32)
+    entropy = tl.zeros((BLOCK,), tl.float32)
     for start in range(begin, end, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         raw = load_raw(s_row, columns, end)
         x = transformed(raw, student)
         base = base_for(x, s_base, tl.maximum(c, LOG2E) if wanted.CROSS_ENTROPY else c)
-        s_sum = s_sum * tl.exp2((s_base - base) * c) + tl.exp2((x - base) * c)
+        s_up = s_base - base
+        s_factor = tl.exp2(s_up * c)
+        s_before = s_sum
+        s_e = tl.exp2((x - base) * c)
+        s_sum = s_sum * s_factor + s_e
         if wanted.CROSS_ENTROPY:
             s_sum_at_1 = s_sum_at_1 * exp(s_base - base) + exp(x - base)
         s_base = base
@@ -215,7 +250,21 @@ def states(student, teacher, row, begin, end, temperature, wanted, BLOCK: tl.con
             raw = load_raw(t_row, columns, end)
             y = transformed(raw, teacher)
             base = base_for(y, t_base, c)
-            t_sum = t_sum * tl.exp2((t_base - base) * c) + tl.exp2((y - base) * c)
+            t_up = t_base - base
+            t_factor = tl.exp2(t_up * c)
+            t_e = tl.exp2((y - base) * c)
+            if divergence.far is not None:
+                inside = columns < end  # beyond, a gap would be -inf - -inf
+                gap = tl.where(inside, (x - s_base) - (y - base), 0.0)
+                by = s_up - t_up
+                if divergence.far.FORWARD:
+                    forward = moved(forward, by, t_sum, t_factor) + t_e * gap
+                if divergence.far.REVERSE:
+                    reverse = moved(reverse, by, s_before, s_factor) + s_e * gap
+                if divergence.far.ENTROPY:
+                    entropy = moved(entropy, t_up, t_sum, t_factor)
+                    entropy += t_e * tl.where(inside, y - base, 0.0)
+            t_sum = t_sum * t_factor + t_e
             t_base = base
             if wanted.METRICS:
                 block_top = tl.max(raw, 0)
@@ -224,7 +273,7 @@ def states(student, teacher, row, begin, end, temperature, wanted, BLOCK: tl.con
     s_total, s_lost = sum_and_lost(s_sum)
     t_total, t_lost = sum_and_lost(t_sum)
     s_total_at_1 = tl.sum(s_sum_at_1, 0)
-    return States(
+    state = States(
         s_base,
         s_total,
         s_lost,
@@ -237,6 +286,12 @@ def states(student, teacher, row, begin, end, temperature, wanted, BLOCK: tl.con
         t_top,
         t_token,
     )
+    gaps = Gaps(
+        tl.sum(forward.to(tl.float64), 0),
+        tl.sum(reverse.to(tl.float64), 0),
+        tl.sum(entropy.to(tl.float64), 0),
+    )
+    return state, gaps
 
 
 @triton.jit
@@ -284,12 +339,12 @@ def point(x, y, of):
 
 
 @triton.jit
-def term(function, divergence, p, q, log_p, log_q, r):
-    """Value or slope of a block of entries."""
+def term(function, divergence, of):
+    """Value or slope of the points of a block."""
     if divergence.PARAMETERS:
-        result = function(p, q, log_p, log_q, r, divergence.a, divergence.b)
+        result = function(*of, divergence.a, divergence.b)
     else:
-        result = function(p, q, log_p, log_q, r)
+        result = function(*of)
     return result
 
 
@@ -310,6 +365,8 @@ def values(
     """Sweep 2: the sums over the row pair, and the gradient where it needs none of them."""
     s_row = row_of(student.rows, row)
     t_row = row_of(teacher.rows, row)
+    if wanted.GRADIENT:
+        g_row = row_of(gradient, row)
     value = tl.zeros((BLOCK,), tl.float32)
     slope = tl.zeros((BLOCK,), tl.float32)
     shift = tl.zeros((BLOCK,), tl.float32)
@@ -320,18 +377,19 @@ def values(
         raw = load_raw(s_row, columns, end)
         x = transformed(raw, student)
         y = transformed(load_raw(t_row, columns, end), teacher)
-        p, q, log_p, log_q, r = point(x, y, of)
-        value += term(divergence.value, divergence, p, q, log_p, log_q, r)
+        here = point(x, y, of)
+        p, q, log_p, log_q, r = here
+        value += term(divergence.value, divergence, here)
         if divergence.FEELS_SHIFT:
             shift += bregman_difference(p, q, r)
         if wanted.METRICS:
             s_entropy -= times_or_zero(q, log_q)
             t_entropy -= times_or_zero(p, log_p)
         if wanted.KD_GRADIENT and divergence.SLOPE_SUMS_TO_ZERO:
-            g = term(divergence.slope, divergence, p, q, log_p, log_q, r) * scales.kd
-            store_gradient(gradient, row, columns, end, g, raw, x, student, of, scales, wanted)
+            g = term(divergence.slope, divergence, here) * scales.kd
+            store_gradient(g_row, columns, end, g, raw, x, student, of, scales, wanted)
         elif wanted.KD_GRADIENT or divergence.FEELS_SHIFT:
-            slope += term(divergence.slope, divergence, p, q, log_p, log_q, r)
+            slope += term(divergence.slope, divergence, here)
     return Sums(
         tl.sum(value, 0),
         tl.sum(slope, 0),
@@ -359,6 +417,7 @@ def slopes(
     """Sweep 3: the gradient, or the hard-label term alone where there is no divergence."""
     s_row = row_of(student.rows, row)
     t_row = row_of(teacher.rows, row)
+    g_row = row_of(gradient, row)
     for start in range(begin, end, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         raw = load_raw(s_row, columns, end)
@@ -366,14 +425,14 @@ def slopes(
         g = tl.zeros((BLOCK,), tl.float32)
         if wanted.KD_GRADIENT:
             y = transformed(load_raw(t_row, columns, end), teacher)
-            p, q, log_p, log_q, r = point(x, y, of)
-            slope = term(divergence.slope, divergence, p, q, log_p, log_q, r)
-            g = (slope - q * slope_sum) * scales.kd
-        store_gradient(gradient, row, columns, end, g, raw, x, student, of, scales, wanted)
+            here = point(x, y, of)
+            slope = term(divergence.slope, divergence, here)
+            g = (slope - here[1] * slope_sum) * scales.kd
+        store_gradient(g_row, columns, end, g, raw, x, student, of, scales, wanted)
 
 
 @triton.jit
-def store_gradient(gradient, row, columns, end, g, raw, x, student, of, scales, wanted):
+def store_gradient(g_row, columns, end, g, raw, x, student, of, scales, wanted):
     """Adds the hard-label term, applies the softcap's derivative and stores a block."""
     if wanted.CE_GRADIENT:
         g += exp(x - of.s_base) * scales.ce_over_sum
@@ -383,7 +442,7 @@ def store_gradient(gradient, row, columns, end, g, raw, x, student, of, scales, 
         derivative = 4.0 * student.scale * e / ((1.0 + e) * (1.0 + e))
         # A row without a gradient stays NaN where the derivative is 0.
         g = times_or_zero(derivative, g) + (scales.kd + scales.ce) * 0.0
-    to = row_of(gradient, row) + columns
+    to = g_row + columns
     tl.store(to, g.to(to.dtype.element_ty), mask=columns < end)
 
 
