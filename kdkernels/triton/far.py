@@ -1,8 +1,8 @@
 """Far rows: those that lose nothing by the textbook's formulas (see csrc/core/divergences.h).
 
-The first sweep adds up how far a row is from its teacher. For a KL divergence that is its value, and
-one more sweep, ``kl_gradient``, writes the gradient. The others take the sweeps ``far_values`` and
-``far_slopes``, whose terms are in bits.
+The first sweep adds up how far a row is from its teacher. For a KL divergence that is its value,
+and one more sweep, ``kl_gradient``, writes the gradient. The others take the sweeps ``far_values``
+and ``far_slopes``, whose terms are in bits.
 """
 
 from __future__ import annotations

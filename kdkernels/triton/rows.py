@@ -9,19 +9,8 @@ import triton.language as tl
 
 from .far import exceeds, far_slopes, far_values, is_far, kl_gradient, kls, log_probabilities
 from .math import LARGEST_FLOAT, NATS_PER_BIT, log
-from .sweeps import (
-    SOFTCAPPED,
-    Scales,
-    Sums,
-    fill,
-    row_of,
-    slopes,
-    softmaxes,
-    states,
-    transformed,
-    valid,
-    values,
-)
+from .states import states, valid
+from .sweeps import SOFTCAPPED, Scales, Sums, fill, row_of, slopes, softmaxes, transformed, values
 
 
 class PerRow(NamedTuple):
@@ -215,8 +204,8 @@ def write_far(
             value = bits * NATS_PER_BIT
             done = exceeds(value, divergence.far.threshold)
             if wanted.GRADIENT:
+                scales = scales_for(slope * NATS_PER_BIT, scales, wanted)
                 if done:
-                    scales = scales_for(slope * NATS_PER_BIT, scales, wanted)
                     far_slopes(
                         student,
                         teacher,
@@ -254,24 +243,23 @@ def write_near(
         sums = values(
             student, teacher, gradient, row, 0, vocab, of, scales, divergence, wanted, BLOCK
         )
-    if wanted.GRADIENT:
-        if not (wanted.KD_GRADIENT and divergence.SLOPE_SUMS_TO_ZERO):
-            if wanted.KD_GRADIENT:
-                scales = scales_for(sums.slope, scales, wanted)
-            slopes(
-                student,
-                teacher,
-                gradient,
-                row,
-                0,
-                vocab,
-                of,
-                scales,
-                divergence,
-                sums.slope,
-                wanted,
-                BLOCK,
-            )
+    if wanted.GRADIENT and not (wanted.KD_GRADIENT and divergence.SLOPE_SUMS_TO_ZERO):
+        if wanted.KD_GRADIENT:
+            scales = scales_for(sums.slope, scales, wanted)
+        slopes(
+            student,
+            teacher,
+            gradient,
+            row,
+            0,
+            vocab,
+            of,
+            scales,
+            divergence,
+            sums.slope,
+            wanted,
+            BLOCK,
+        )
     return sums, scales.row_scale
 
 

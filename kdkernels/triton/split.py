@@ -27,7 +27,8 @@ from .rows import (
     write_loss,
     write_masked_row,
 )
-from .sweeps import States, Sums, fill, slopes, softmaxes, states, values
+from .states import States, states
+from .sweeps import Sums, fill, slopes, softmaxes, values
 
 #: Phases of a row; a launch runs those from FIRST to LAST.
 STATES = tl.constexpr(0)
