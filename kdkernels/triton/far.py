@@ -12,8 +12,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .math import LARGEST_FLOAT, LOG2E, NATS_PER_BIT
-from .sweeps import load_raw, row_of, store_gradient, term, transformed
+from .math import LARGEST_FLOAT, LOG2E, NATS_PER_BIT, times_or_zero
+from .sweeps import load_raw, point, row_of, store_gradient, term, transformed
 
 #: A KL divergence is the sum of two numbers. One that is larger by more than this leaves it too few
 #: digits for a far row.
@@ -71,6 +71,23 @@ def is_far(kl, far):
     if far.REVERSE:
         value += kl.reverse * far.reverse
     return exceeds(value, far.threshold) & (tl.abs(kl.offset) <= MOST_CANCELLED * value), value
+
+
+@triton.jit
+def entropies(student, teacher, row, end, of, BLOCK: tl.constexpr):
+    """The entropies of student and teacher, which metrics ask for."""
+    s_row = row_of(student.rows, row)
+    t_row = row_of(teacher.rows, row)
+    s_entropy = tl.zeros((BLOCK,), tl.float32)
+    t_entropy = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, end, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        x = transformed(load_raw(s_row, columns, end), student)
+        y = transformed(load_raw(t_row, columns, end), teacher)
+        p, q, log_p, log_q, _ = point(x, y, of)
+        s_entropy -= times_or_zero(q, log_q)
+        t_entropy -= times_or_zero(p, log_p)
+    return tl.sum(s_entropy, 0), tl.sum(t_entropy, 0)
 
 
 @triton.jit

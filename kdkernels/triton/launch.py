@@ -31,9 +31,9 @@ def _logits(tensor: Tensor, scale: float, softcap: float) -> Logits:
 
 
 def _far(functions: Functions, o: LogitsOptions) -> Far | None:
-    """None where no row can be far, or metrics ask for entropies, which only near sweeps add up."""
+    """None where no row can be far."""
     threshold = functions.far_from(o.parameter_0, o.parameter_1)
-    if functions.kl is None or o.kd_weight == 0 or o.metrics or math.isinf(threshold):
+    if functions.kl is None or o.kd_weight == 0 or math.isinf(threshold):
         return None
     kl = functions.kl
     return Far(

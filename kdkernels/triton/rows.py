@@ -7,7 +7,16 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .far import exceeds, far_slopes, far_values, is_far, kl_gradient, kls, log_probabilities
+from .far import (
+    entropies,
+    exceeds,
+    far_slopes,
+    far_values,
+    is_far,
+    kl_gradient,
+    kls,
+    log_probabilities,
+)
 from .math import LARGEST_FLOAT, NATS_PER_BIT, log
 from .states import states, valid
 from .sweeps import SOFTCAPPED, Scales, Sums, fill, row_of, slopes, softmaxes, transformed, values
@@ -171,11 +180,15 @@ def write_far(
     wanted,
     BLOCK: tl.constexpr,
 ):
-    """Divergence and gradient of a far row; any other is left to ``write_near``."""
+    """Sums over a far row and its gradient; any other is left to ``write_near``."""
     kl = kls(state, gaps, weights.temperature)
     done, value = is_far(kl, divergence.far)
     value = value.to(tl.float32)
+    s_entropy = tl.zeros((), tl.float32)
+    t_entropy = tl.zeros((), tl.float32)
     if done:
+        if wanted.METRICS:  # before the gradient, which may overwrite the student
+            s_entropy, t_entropy = entropies(student, teacher, row, vocab, of, BLOCK)
         if divergence.far.value is None:
             if wanted.GRADIENT:
                 if divergence.far.REVERSE:
@@ -220,7 +233,8 @@ def write_far(
                         wanted,
                         BLOCK,
                     )
-    return done, value, scales.row_scale
+    nothing = tl.zeros((), tl.float32)
+    return done, Sums(value, nothing, nothing, s_entropy, t_entropy), scales.row_scale
 
 
 @triton.jit
@@ -290,7 +304,7 @@ def write_row(
             student, teacher, gradient, row, vocab, of, scales, divergence, wanted, BLOCK
         )
     else:
-        done, value, row_scale = write_far(
+        done, sums, row_scale = write_far(
             student,
             teacher,
             gradient,
@@ -305,8 +319,6 @@ def write_row(
             wanted,
             BLOCK,
         )
-        nothing = tl.zeros((), tl.float32)
-        sums = Sums(value, nothing, nothing, nothing, nothing)
         if not done:
             sums, row_scale = write_near(
                 student, teacher, gradient, row, vocab, of, scales, divergence, wanted, BLOCK
