@@ -151,7 +151,7 @@ def compile_kernel(kernel: Kernel):
     )
     device = device_of(kernel.target)
     chosen = launch.schedule_of(call, device)
-    arguments = launch.arguments_of(call)
+    arguments = launch.arguments_of(call, split=kernel.split)
     if kernel.split:
         with schedule.splitting():
             chosen = launch.schedule_of(call, device)

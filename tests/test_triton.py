@@ -15,13 +15,14 @@ import kdkernels
 from kdkernels import kd_loss
 
 from . import interpreter, tolerances
-from .cases import ONE_OF_EACH, correlated_pair, labels_for
+from .cases import ONE_OF_EACH, close_pair, correlated_pair, labels_for, without_ties
 from .harness import (
     TRITON,
     assert_close,
     assert_gradient,
     assert_matches,
     assert_metrics,
+    loss_of,
     oracle,
     run,
 )
@@ -187,6 +188,122 @@ def test_split_rows_with_hard_labels_and_hostile_rows(divergence):
         others = [0, 1, 2, 4, 5, 6]
         relative = tolerances.gradient_tolerance(divergence, torch.float32)
         assert_gradient(actual.gradient[others], expected.gradient[others], relative)
+
+
+@pytest.fixture
+def no_near_rows(monkeypatch):
+    """Fails where a row takes the formulas that keep digits near the teacher."""
+    if not TRITON.interpreted:
+        pytest.skip("a compiled kernel has its functions inside: runs in the interpreter")
+    from kdkernels.triton import rows
+
+    def refuse(*_):
+        raise AssertionError("a near row")
+
+    monkeypatch.setattr(rows, "write_near", refuse)
+
+
+def pair_of(divergence, *shape, **options):
+    """Correlated, and for TVD without ties."""
+    student, teacher = correlated_pair(*shape, **options)
+    if divergence.name == "tvd":
+        student = without_ties(student, teacher, 1.0, tolerances.TVD_TIE)
+    return student, teacher
+
+
+@pytest.mark.usefixtures("no_near_rows")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=str)
+def test_far_rows_take_the_textbook_formulas(divergence, dtype):
+    student, teacher = pair_of(divergence, 3, 517)
+    student[1] *= 3
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    options = {"divergence": divergence, "labels": labels_for(3, vocab=517), "ce_weight": 0.5}
+    options |= {"student_softcap": 30.0, "reduction": "none"}
+    expected = oracle(student, teacher, **options)
+    assert_matches(run(TRITON, student, teacher, **options), expected, divergence.name, dtype)
+    with torch.no_grad():
+        loss = loss_of(TRITON, student, teacher, **options)
+    assert_close(loss.cpu(), expected.loss, tolerances.loss_tolerance(divergence.name))
+
+
+@pytest.mark.usefixtures("no_near_rows")
+@pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=str)
+def test_far_rows_whose_largest_logits_come_late(divergence):
+    from kdkernels.triton import schedule
+
+    student, teacher = pair_of(divergence, 3, 517)
+    steps = 30.0 * (torch.arange(517) // 128).clamp(
+        max=3
+    )  # what exponentials are relative to moves with them
+    student += steps
+    teacher += steps
+    student[1] -= 1000
+    student[2] *= torch.linspace(1, 1.2, 517)
+    options = {"divergence": divergence, "temperature": 0.75, "reduction": "none"}
+    with schedule.forced(schedule.Schedule(128, 1)):
+        actual = run(TRITON, student, teacher, **options)
+    assert_matches(actual, oracle(student, teacher, **options), divergence.name, torch.float32)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=str)
+def test_rows_at_the_border_of_far(divergence, temperature):
+    pairs = [close_pair(1, 1030, kl=kl / 32, temperature=temperature) for kl in (0.999, 1.001, 1.1)]
+    student, teacher = (torch.cat(logits) for logits in zip(*pairs, strict=True))
+    if divergence.name == "tvd":
+        student = without_ties(student, teacher, temperature, tolerances.TVD_TIE)
+    options = {"divergence": divergence, "temperature": temperature, "reduction": "none"}
+    actual = run(TRITON, student, teacher, **options)
+    assert_matches(actual, oracle(student, teacher, **options), divergence.name, torch.float32)
+
+
+@pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=str)
+def test_a_rare_token_makes_kl_large_and_nothing_else(divergence):
+    teacher = torch.randn(3, 517, generator=torch.Generator().manual_seed(0))
+    student = teacher + 0.05 * torch.randn(3, 517, generator=torch.Generator().manual_seed(1))
+    rest = teacher[:, 1:].logsumexp(-1)
+    teacher[:, 0] = rest + torch.tensor([1e-3, 3e-3, 0.1]).log()
+    student[:, 0] = rest + math.log(1e-12)
+    options = {"divergence": divergence, "reduction": "none"}
+    actual = run(TRITON, student, teacher, **options)
+    expected = oracle(student, teacher, **options)
+    assert_matches(actual, expected, divergence.name, torch.float32, close=True)
+
+
+@pytest.mark.usefixtures("no_near_rows")
+@pytest.mark.parametrize("case", ["close", "drowned"])
+def test_near_rows_do_not_take_them(case):
+    from kdkernels.triton import schedule
+
+    student, teacher = close_pair(2, 512)
+    if case == "drowned":
+        # Of two terms of its divergence, 12 each, a float32 would lose all but 5 digits: the first
+        # block, which sums are relative to, holds tokens that neither model would ever choose.
+        student, teacher = correlated_pair(2, 512)
+        student[:, 128:] = teacher[:, 128:] + 0.3 * student[:, 128:]
+        student[:, :128] -= 13
+        teacher[:, :128] -= 25
+    with schedule.forced(schedule.Schedule(128, 1)), pytest.raises(Exception, match="a near row"):
+        run(TRITON, student, teacher)
+
+
+@pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=str)
+def test_far_rows_with_infinite_logits(divergence):
+    student, teacher = pair_of(divergence, 4, 517)
+    student[0, 5:300] = teacher[0, 5:300] = -math.inf
+    student[1, 7] = -math.inf
+    teacher[2, 9] = -math.inf
+    options = {"divergence": divergence, "reduction": "none"}
+    expected = oracle(student, teacher, **options)
+    actual = run(TRITON, student, teacher, **options)
+    assert_close(actual.loss, expected.loss, tolerances.loss_tolerance(divergence.name))
+    rows = [0, 1, 2, 3]
+    if divergence.name in ("reverse_kl", "symmetric_kl"):  # infinite: there is no gradient
+        assert actual.gradient[2].isnan().all()
+        rows.remove(2)
+    relative = tolerances.gradient_tolerance(divergence.name, torch.float32)
+    assert_gradient(actual.gradient[rows], expected.gradient[rows], relative)
 
 
 @pytest.mark.parametrize("vocab", [1000, 32000, 128256, 151936, 256000])

@@ -4,10 +4,15 @@ Each function takes a block of vocabulary entries, ``(p, q, log_p, log_q, r)`` i
 r = log q - log p exact where p and q are close, and the divergence's two parameters where it has
 any. slope = d value / d log q up to a multiple of q. The formulas are those of
 csrc/core/divergences.h, which says where they come from.
+
+Those of a far row are the textbook's, and their logarithms and terms in bits. A divergence that is
+a KL divergence, or a mean of two, has none: the sums of the first sweep are its value.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import triton
@@ -15,12 +20,15 @@ import triton.language as tl
 
 from .math import (
     LARGEST_FLOAT,
+    LEAST_NORMAL,
+    LOG2E,
     LOWEST,
     bregman_difference,
     bregman_excess,
     exp,
     expm1,
     log1p,
+    log2,
     phi,
     times_or_zero,
 )
@@ -81,6 +89,25 @@ def jsd_slope(p, q, log_p, log_q, r, beta, _):
 
 
 @triton.jit
+def _mixture(p, q, of_p, of_q):
+    """m, never 0: its logarithm is multiplied by 0 where p and q are."""
+    return of_p * p + (of_q * q + LEAST_NORMAL)
+
+
+@triton.jit
+def jsd_far_value(p, q, log_p, log_q, beta, _):
+    rest = 1.0 - beta
+    log_m = log2(_mixture(p, q, beta, rest))
+    return beta * (p * (log_p - log_m)) + rest * (q * (log_q - log_m))
+
+
+@triton.jit
+def jsd_far_slope(p, q, log_p, log_q, beta, _):
+    rest = 1.0 - beta
+    return rest * (q * (log_q - log2(_mixture(p, q, beta, rest))))
+
+
+@triton.jit
 def _share_of_q(p, q, of_p, of_q):
     """q / (of_p p + of_q q), and 0 where both are 0."""
     m = of_p * p + of_q * q
@@ -100,6 +127,17 @@ def skew_forward_kl_slope(p, q, log_p, log_q, r, alpha, _):
 
 
 @triton.jit
+def skew_forward_kl_far_value(p, q, log_p, log_q, alpha, _):
+    return p * (log_p - log2(_mixture(p, q, alpha, 1.0 - alpha)))
+
+
+@triton.jit
+def skew_forward_kl_far_slope(p, q, log_p, log_q, alpha, _):
+    rest = 1.0 - alpha
+    return (-LOG2E * rest) * p * (q / _mixture(p, q, alpha, rest))
+
+
+@triton.jit
 def skew_reverse_kl_value(p, q, log_p, log_q, r, alpha, _):
     rest = 1.0 - alpha
     return bregman_excess(q, alpha * q + rest * p, mixture_over_q(r, rest, alpha))
@@ -110,6 +148,17 @@ def skew_reverse_kl_slope(p, q, log_p, log_q, r, alpha, _):
     rest = 1.0 - alpha
     of_mixture = alpha * rest * _share_of_q(p, q, rest, alpha) * bregman_difference(p, q, r)
     return -times_or_zero(q, mixture_over_q(r, rest, alpha)) - of_mixture
+
+
+@triton.jit
+def skew_reverse_kl_far_value(p, q, log_p, log_q, alpha, _):
+    return q * (log_q - log2(_mixture(p, q, 1.0 - alpha, alpha)))
+
+
+@triton.jit
+def skew_reverse_kl_far_slope(p, q, log_p, log_q, alpha, _):
+    m = _mixture(p, q, 1.0 - alpha, alpha)
+    return q * ((log_q - log2(m)) - (LOG2E * alpha) * (q / m))
 
 
 @triton.jit
@@ -131,6 +180,17 @@ def tvd_value(p, q, log_p, log_q, r):
 def tvd_slope(p, q, log_p, log_q, r):
     difference = bregman_difference(p, q, r)
     return tl.where(difference > 0.0, 0.5 * q, tl.where(difference < 0.0, -0.5 * q, 0.0))
+
+
+@triton.jit
+def tvd_far_value(p, q, log_p, log_q):
+    return (0.5 * LOG2E) * tl.abs(q - p)
+
+
+@triton.jit
+def tvd_far_slope(p, q, log_p, log_q):
+    half = (0.5 * LOG2E) * q
+    return tl.where(q > p, half, tl.where(q < p, -half, 0.0))
 
 
 @triton.jit
@@ -180,8 +240,55 @@ def alpha_beta_slope(p, q, log_p, log_q, r, a, b):
 
 
 @triton.jit
+def alpha_beta_far_value(p, q, log_p, log_q, a, b):
+    both = tl.exp2(a * log_p + b * log_q)
+    # Not by a + b, which rounds apart from the exponents of `both`.
+    of_p = tl.exp2(a * log_p + b * log_p)
+    of_q = tl.exp2(a * log_q + b * log_q)
+    total = a + b
+    return (LOG2E / (b * total)) * (of_p - both) + (LOG2E / (a * total)) * (of_q - both)
+
+
+@triton.jit
+def alpha_beta_far_slope(p, q, log_p, log_q, a, b):
+    return (LOG2E / a) * (tl.exp2(a * log_q + b * log_q) - tl.exp2(a * log_p + b * log_q))
+
+
+@triton.jit
 def soft_cross_entropy_value(p, q, log_p, log_q, r):
     return -times_or_zero(p, log_q)
+
+
+#: A row is far where its divergence, and for those with functions of their own for far rows that
+#: from the teacher too, exceeds this (in nats) and no logit is infinite.
+FAR_FROM = 1 / 32
+
+#: Of a mixture's parts for its rows to be far: the logarithm of a smaller one loses digits.
+LEAST_SHARE = 1 / 16
+
+
+def _always_far(a: float, b: float) -> float:
+    return FAR_FROM
+
+
+def _mixture_far_from(share: float, _: float) -> float:
+    return FAR_FROM if LEAST_SHARE <= share <= 1 - LEAST_SHARE else math.inf
+
+
+def _alpha_beta_far_from(a: float, b: float) -> float:
+    """Where nothing can overflow; coefficients multiply rounding errors of differences."""
+    if min(a, b) < LEAST_SHARE or a + b > 8:
+        return math.inf
+    return FAR_FROM * max(1.0, 1 / (min(a, b) * (a + b)))
+
+
+class KL(NamedTuple):
+    """What the first sweep adds up, and the weights of KL(p || q) and KL(q || p) in a value."""
+
+    forward: bool = True
+    reverse: bool = False
+    entropy: bool = False  # the teacher's entropy is added besides
+    weights: Callable[[float, float], tuple[float, float]] = lambda a, b: (1.0, 0.0)
 
 
 class Functions(NamedTuple):
@@ -192,18 +299,68 @@ class Functions(NamedTuple):
     parameters: bool = False  # whether the functions take two parameters at the end
     slope_sums_to_zero: bool = False  # one sweep less
     feels_shift: bool = False  # a rounding error common to all log q has to be taken back
+    kl: KL | None = None  # None: no row is far
+    far_value: triton.JITFunction | None = None  # of (p, q, log2 p, log2 q); None: a KL divergence
+    far_slope: triton.JITFunction | None = None
+    far_from: Callable[[float, float], float] = _always_far  # in nats, of the parameters
+
+
+def _mixture_functions(*functions: triton.JITFunction) -> Functions:
+    value, slope, far_value, far_slope = functions
+    return Functions(
+        value,
+        slope,
+        parameters=True,
+        kl=KL(),
+        far_value=far_value,
+        far_slope=far_slope,
+        far_from=_mixture_far_from,
+    )
 
 
 FUNCTIONS: dict[str, Functions] = {
-    "forward_kl": Functions(forward_kl_value, forward_kl_slope, slope_sums_to_zero=True),
-    "reverse_kl": Functions(reverse_kl_value, reverse_kl_slope),
-    "jsd": Functions(jsd_value, jsd_slope, parameters=True),
-    "skew_forward_kl": Functions(skew_forward_kl_value, skew_forward_kl_slope, parameters=True),
-    "skew_reverse_kl": Functions(skew_reverse_kl_value, skew_reverse_kl_slope, parameters=True),
-    "symmetric_kl": Functions(symmetric_kl_value, symmetric_kl_slope, parameters=True),
-    "tvd": Functions(tvd_value, tvd_slope),
-    "alpha_beta": Functions(alpha_beta_value, alpha_beta_slope, parameters=True, feels_shift=True),
+    "forward_kl": Functions(forward_kl_value, forward_kl_slope, slope_sums_to_zero=True, kl=KL()),
+    "reverse_kl": Functions(
+        reverse_kl_value,
+        reverse_kl_slope,
+        kl=KL(forward=False, reverse=True, weights=lambda a, b: (0.0, 1.0)),
+    ),
+    "jsd": _mixture_functions(jsd_value, jsd_slope, jsd_far_value, jsd_far_slope),
+    "skew_forward_kl": _mixture_functions(
+        skew_forward_kl_value,
+        skew_forward_kl_slope,
+        skew_forward_kl_far_value,
+        skew_forward_kl_far_slope,
+    ),
+    "skew_reverse_kl": _mixture_functions(
+        skew_reverse_kl_value,
+        skew_reverse_kl_slope,
+        skew_reverse_kl_far_value,
+        skew_reverse_kl_far_slope,
+    ),
+    "symmetric_kl": Functions(
+        symmetric_kl_value,
+        symmetric_kl_slope,
+        parameters=True,
+        kl=KL(reverse=True, weights=lambda weight, _: (weight, 1 - weight)),
+    ),
+    "tvd": Functions(
+        tvd_value, tvd_slope, kl=KL(), far_value=tvd_far_value, far_slope=tvd_far_slope
+    ),
+    "alpha_beta": Functions(
+        alpha_beta_value,
+        alpha_beta_slope,
+        parameters=True,
+        feels_shift=True,
+        kl=KL(),
+        far_value=alpha_beta_far_value,
+        far_slope=alpha_beta_far_slope,
+        far_from=_alpha_beta_far_from,
+    ),
     "soft_cross_entropy": Functions(
-        soft_cross_entropy_value, forward_kl_slope, slope_sums_to_zero=True
+        soft_cross_entropy_value,
+        forward_kl_slope,
+        slope_sums_to_zero=True,
+        kl=KL(entropy=True),
     ),
 }

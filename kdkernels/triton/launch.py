@@ -18,7 +18,7 @@ from . import schedule
 from .divergences import FUNCTIONS, Functions
 from .rows import PerRow, Weights, loss_kernel, scale_kernel
 from .split import FIELDS, split_kernel
-from .sweeps import AS_IS, SCALED, SOFTCAPPED, Divergence, Logits, Rows, Wanted
+from .sweeps import AS_IS, SCALED, SOFTCAPPED, Divergence, Far, Logits, Rows, Wanted
 
 
 def _rows(tensor: Tensor) -> Rows:
@@ -30,7 +30,24 @@ def _logits(tensor: Tensor, scale: float, softcap: float) -> Logits:
     return Logits(_rows(tensor), scale, softcap, kind)
 
 
-def _divergence(o: LogitsOptions) -> Divergence:
+def _far(functions: Functions, o: LogitsOptions) -> Far | None:
+    """None where no row can be far."""
+    threshold = functions.far_from(o.parameter_0, o.parameter_1)
+    if functions.kl is None or o.kd_weight == 0 or math.isinf(threshold):
+        return None
+    kl = functions.kl
+    return Far(
+        threshold,
+        *kl.weights(o.parameter_0, o.parameter_1),
+        tl.constexpr(kl.forward),
+        tl.constexpr(kl.reverse),
+        tl.constexpr(kl.entropy),
+        functions.far_value,
+        functions.far_slope,
+    )
+
+
+def _divergence(o: LogitsOptions, *, split: bool) -> Divergence:
     functions = FUNCTIONS.get(o.divergence)
     if functions is None:
         registered = REGISTERED[o.divergence]
@@ -38,6 +55,7 @@ def _divergence(o: LogitsOptions) -> Divergence:
     return Divergence(
         functions.value,
         functions.slope,
+        None if split else _far(functions, o),
         o.parameter_0,
         o.parameter_1,
         tl.constexpr(functions.parameters),
@@ -117,8 +135,8 @@ def schedule_of(call: Call, device: schedule.Device) -> schedule.Schedule:
     return schedule.of_call(o.vocab, pair_bytes, plain, device)
 
 
-def arguments_of(call: Call) -> tuple[Any, ...]:
-    """What both kernels of the loss take."""
+def arguments_of(call: Call, *, split: bool) -> tuple[Any, ...]:
+    """What both kernels of the loss take, for several programs per row or one."""
     o = call.options
     rows = call.row_loss.numel()
     plan = row_plan(call.labels, call.token_weight, call.normalizer, o, rows)
@@ -138,7 +156,7 @@ def arguments_of(call: Call) -> tuple[Any, ...]:
         rows,
         o.vocab,
         Weights(o.temperature, o.kd_weight, o.ce_weight, plan.divisor, gradient_factor),
-        _divergence(o),
+        _divergence(o, split=split),
         _wanted(call),
     )
 
@@ -151,9 +169,9 @@ def loss(call: Call) -> None:
     chosen = schedule_of(call, schedule.device_of(call.student.device))
     with _on(call.student):
         if chosen.splits == 1:
-            loss_kernel[(rows,)](*arguments_of(call), **options_of(chosen))
+            loss_kernel[(rows,)](*arguments_of(call, split=False), **options_of(chosen))
             return
-        arguments = *arguments_of(call), *split_arguments(call.row_loss, rows, chosen)
+        arguments = *arguments_of(call, split=True), *split_arguments(call.row_loss, rows, chosen)
         grid = (min(rows, chosen.groups) * chosen.splits,)
         for phases in ((0, 0), (1, 1), (2, 2)) if _interpreted(call.student) else ((0, 2),):
             split_kernel[grid](*arguments, **split_options_of(chosen, *phases))

@@ -7,20 +7,19 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .math import LARGEST_FLOAT, log
-from .sweeps import (
-    SOFTCAPPED,
-    Scales,
-    Sums,
-    fill,
-    row_of,
-    slopes,
-    softmaxes,
-    states,
-    transformed,
-    valid,
-    values,
+from .far import (
+    entropies,
+    exceeds,
+    far_slopes,
+    far_values,
+    is_far,
+    kl_gradient,
+    kls,
+    log_probabilities,
 )
+from .math import LARGEST_FLOAT, NATS_PER_BIT, log
+from .states import states, valid
+from .sweeps import SOFTCAPPED, Scales, Sums, fill, row_of, slopes, softmaxes, transformed, values
 
 
 class PerRow(NamedTuple):
@@ -166,6 +165,119 @@ def write_masked_row(gradient, per_row, row, rows, wanted, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def write_far(
+    student,
+    teacher,
+    gradient,
+    row,
+    vocab,
+    state,
+    gaps,
+    of,
+    scales,
+    weights,
+    divergence,
+    wanted,
+    BLOCK: tl.constexpr,
+):
+    """Sums over a far row and its gradient; any other is left to ``write_near``."""
+    kl = kls(state, gaps, weights.temperature)
+    done, value = is_far(kl, divergence.far)
+    value = value.to(tl.float32)
+    s_entropy = tl.zeros((), tl.float32)
+    t_entropy = tl.zeros((), tl.float32)
+    if done:
+        if wanted.METRICS:  # before the gradient, which may overwrite the student
+            s_entropy, t_entropy = entropies(student, teacher, row, vocab, of, BLOCK)
+        if divergence.far.value is None:
+            if wanted.GRADIENT:
+                if divergence.far.REVERSE:
+                    scales = scales_for(
+                        (kl.reverse * divergence.far.reverse).to(tl.float32), scales, wanted
+                    )
+                kl_gradient(
+                    student,
+                    teacher,
+                    gradient,
+                    row,
+                    vocab,
+                    state,
+                    kl,
+                    of,
+                    scales,
+                    divergence.far,
+                    wanted,
+                    BLOCK,
+                )
+            if divergence.far.ENTROPY:
+                value = (kl.forward + kl.entropy).to(tl.float32)
+        else:
+            logs = log_probabilities(state, of)
+            bits, slope = far_values(student, teacher, row, vocab, logs, divergence, wanted, BLOCK)
+            value = bits * NATS_PER_BIT
+            done = exceeds(value, divergence.far.threshold)
+            if wanted.GRADIENT:
+                scales = scales_for(slope * NATS_PER_BIT, scales, wanted)
+                if done:
+                    far_slopes(
+                        student,
+                        teacher,
+                        gradient,
+                        row,
+                        vocab,
+                        logs,
+                        of,
+                        scales,
+                        divergence,
+                        slope,
+                        wanted,
+                        BLOCK,
+                    )
+    nothing = tl.zeros((), tl.float32)
+    return done, Sums(value, nothing, nothing, s_entropy, t_entropy), scales.row_scale
+
+
+@triton.jit
+def write_near(
+    student,
+    teacher,
+    gradient,
+    row,
+    vocab,
+    of,
+    scales,
+    divergence,
+    wanted,
+    BLOCK: tl.constexpr,
+):
+    """Sums over a row pair and its gradient, by formulas that keep digits near the teacher."""
+    nothing = tl.zeros((), tl.float32)
+    sums = Sums(nothing, nothing, nothing, nothing, nothing)
+    if wanted.DIVERGENCE:
+        sums = values(
+            student, teacher, gradient, row, 0, vocab, of, scales, divergence, wanted, BLOCK
+        )
+    if wanted.GRADIENT and not (wanted.KD_GRADIENT and divergence.SLOPE_SUMS_TO_ZERO):
+        if wanted.KD_GRADIENT:
+            scales = scales_for(sums.slope, scales, wanted)
+        slopes(
+            student,
+            teacher,
+            gradient,
+            row,
+            0,
+            vocab,
+            of,
+            scales,
+            divergence,
+            sums.slope,
+            wanted,
+            BLOCK,
+        )
+    return sums, scales.row_scale
+
+
+@triton.jit
 def write_row(
     student,
     teacher,
@@ -182,36 +294,39 @@ def write_row(
     """Loss, gradient and metrics of a row pair."""
     share = share_of(per_row, weights, row)
     label, label_logit = label_of(student, per_row, row, vocab)
-    state = states(student, teacher, row, 0, vocab, weights.temperature, wanted, BLOCK)
+    state, gaps = states(
+        student, teacher, row, 0, vocab, weights.temperature, divergence, wanted, BLOCK
+    )
     of = softmaxes(state, weights.temperature)
     scales = scales_of(student, share, state, label, label_logit, weights, wanted)
-    nothing = tl.zeros((), tl.float32)
-    sums = Sums(nothing, nothing, nothing, nothing, nothing)
-    if wanted.DIVERGENCE:
-        sums = values(
-            student, teacher, gradient, row, 0, vocab, of, scales, divergence, wanted, BLOCK
+    if divergence.far is None:
+        sums, row_scale = write_near(
+            student, teacher, gradient, row, vocab, of, scales, divergence, wanted, BLOCK
         )
-    if wanted.GRADIENT:
-        if not (wanted.KD_GRADIENT and divergence.SLOPE_SUMS_TO_ZERO):
-            if wanted.KD_GRADIENT:
-                scales = scales_for(sums.slope, scales, wanted)
-            slopes(
-                student,
-                teacher,
-                gradient,
-                row,
-                0,
-                vocab,
-                of,
-                scales,
-                divergence,
-                sums.slope,
-                wanted,
-                BLOCK,
+    else:
+        done, sums, row_scale = write_far(
+            student,
+            teacher,
+            gradient,
+            row,
+            vocab,
+            state,
+            gaps,
+            of,
+            scales,
+            weights,
+            divergence,
+            wanted,
+            BLOCK,
+        )
+        if not done:
+            sums, row_scale = write_near(
+                student, teacher, gradient, row, vocab, of, scales, divergence, wanted, BLOCK
             )
+    if wanted.GRADIENT:
         fill(gradient, row, vocab, gradient.width, BLOCK)
-        if wanted.ROW_SCALE:
-            tl.store(per_row.row_scale + row, scales.row_scale)
+    if wanted.ROW_SCALE:
+        tl.store(per_row.row_scale + row, row_scale)
     write_loss(per_row, row, rows, weights, share, state, sums, label_logit, divergence, wanted)
 
 

@@ -8,6 +8,8 @@ sure of.
 
 The interpreter runs programs one after the other, so nobody could wait there: it launches the
 kernel once for each phase.
+
+No row is far here: a group would have to meet over more sums.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from .rows import (
     write_loss,
     write_masked_row,
 )
-from .sweeps import States, Sums, fill, slopes, softmaxes, states, values
+from .states import States, states
+from .sweeps import Sums, fill, slopes, softmaxes, values
 
 #: Phases of a row; a launch runs those from FIRST to LAST.
 STATES = tl.constexpr(0)
@@ -155,7 +158,9 @@ def write_slice(
     if FIRST == STATES:
         # Before anything is written: the gradient may overwrite the student.
         label, logit = label_of(student, per_row, row, vocab)
-        state = states(student, teacher, row, begin, end, weights.temperature, wanted, BLOCK)
+        state, _ = states(
+            student, teacher, row, begin, end, weights.temperature, divergence, wanted, BLOCK
+        )
         publish(record, 0, state, N_STATES, SPLITS)
         tl.store(record + N_STATES * SPLITS, logit)
         arrive(arrivals)

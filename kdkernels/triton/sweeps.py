@@ -1,6 +1,6 @@
 """Sweeps over a slice of a row pair: what every schedule of the Triton backend is made of.
 
-1. ``states``: softmax states of student and teacher
+1. ``states`` of states.py: softmax states of student and teacher
 2. ``values``: value and slope of every entry, and the gradient where the slopes sum to 0
 3. ``slopes``: the gradient otherwise, from slopes computed again
 
@@ -17,9 +17,7 @@ import triton
 import triton.language as tl
 
 from .math import (
-    LARGEST_FLOAT,
     LOG2E,
-    LOWEST,
     bregman_difference,
     exp,
     log,
@@ -32,9 +30,6 @@ from .math import (
 AS_IS = tl.constexpr(0)
 SCALED = tl.constexpr(1)
 SOFTCAPPED = tl.constexpr(2)
-
-#: How far a logit may lie above the base of a sum, in powers of two.
-HEADROOM = tl.constexpr(40.0)
 
 
 class Rows(NamedTuple):
@@ -56,11 +51,25 @@ class Logits(NamedTuple):
     TRANSFORM: tl.constexpr
 
 
+class Far(NamedTuple):
+    """What tells far rows, and their functions: see KL and Functions of divergences.py."""
+
+    threshold: tl.tensor
+    forward: tl.tensor  # weights of KL(p || q) and KL(q || p)
+    reverse: tl.tensor
+    FORWARD: tl.constexpr  # which of them the first sweep adds up
+    REVERSE: tl.constexpr
+    ENTROPY: tl.constexpr
+    value: tl.constexpr  # None: a KL divergence
+    slope: tl.constexpr
+
+
 class Divergence(NamedTuple):
     """See Functions of divergences.py."""
 
     value: tl.constexpr
     slope: tl.constexpr
+    far: Far  # None: no row is far
     a: tl.tensor
     b: tl.tensor
     PARAMETERS: tl.constexpr
@@ -78,22 +87,6 @@ class Wanted(NamedTuple):
     KD_GRADIENT: tl.constexpr
     CE_GRADIENT: tl.constexpr
     ROW_SCALE: tl.constexpr  # the gradient is float16
-
-
-class States(NamedTuple):
-    """Of a row pair: sums of exp((x - base) / T) and what labels and metrics need."""
-
-    s_base: tl.tensor
-    s_sum: tl.tensor
-    s_lost: tl.tensor  # what rounding took from the sum
-    t_base: tl.tensor
-    t_sum: tl.tensor
-    t_lost: tl.tensor
-    s_sum_at_1: tl.tensor  # of exp(x - base)
-    s_top: tl.tensor  # the largest raw logits and the first places that hold them
-    s_token: tl.tensor
-    t_top: tl.tensor
-    t_token: tl.tensor
 
 
 class Sums(NamedTuple):
@@ -157,89 +150,6 @@ def transformed(x, logits):
 
 
 @triton.jit
-def valid(sum):
-    """Whether a row has a softmax: not all -inf, no NaN, no +inf."""
-    return (sum > 0.0) & (sum <= LARGEST_FLOAT)
-
-
-@triton.jit
-def base_for(x, base, c):
-    """What exponentials are relative to from this block on.
-
-    It moves only where they might overflow: that multiplies the sum so far by a rounded factor.
-    """
-    top = tl.max(x, 0)
-    return tl.where((top - base) * c > HEADROOM, top, base)
-
-
-@triton.jit
-def sum_and_lost(x):
-    """The sum of a block and what rounding to float32 took from it.
-
-    The ratio of two sums enters every log q - log p, where it must not drown close logits.
-    """
-    total = tl.sum(x.to(tl.float64), 0)
-    rounded = total.to(tl.float32)
-    return rounded, (total - rounded.to(tl.float64)).to(tl.float32)
-
-
-@triton.jit
-def states(student, teacher, row, begin, end, temperature, wanted, BLOCK: tl.constexpr):
-    """Sweep 1."""
-    c = LOG2E / temperature
-    s_row = row_of(student.rows, row)
-    t_row = row_of(teacher.rows, row)
-    s_base = tl.full((), LOWEST, tl.float32)
-    t_base = s_base
-    s_top = tl.full((), -float("inf"), tl.float32)
-    t_top = s_top
-    s_token = tl.zeros((), tl.int32)
-    t_token = s_token
-    s_sum = tl.zeros((BLOCK,), tl.float32)
-    t_sum = tl.zeros((BLOCK,), tl.float32)
-    s_sum_at_1 = tl.zeros((BLOCK,), tl.float32)
-    for start in range(begin, end, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        raw = load_raw(s_row, columns, end)
-        x = transformed(raw, student)
-        base = base_for(x, s_base, tl.maximum(c, LOG2E) if wanted.CROSS_ENTROPY else c)
-        s_sum = s_sum * tl.exp2((s_base - base) * c) + tl.exp2((x - base) * c)
-        if wanted.CROSS_ENTROPY:
-            s_sum_at_1 = s_sum_at_1 * exp(s_base - base) + exp(x - base)
-        s_base = base
-        if wanted.METRICS:
-            block_top = tl.max(raw, 0)
-            s_token = tl.where(block_top > s_top, start + tl.argmax(raw, 0), s_token)
-            s_top = tl.maximum(s_top, block_top)
-        if wanted.DIVERGENCE:
-            raw = load_raw(t_row, columns, end)
-            y = transformed(raw, teacher)
-            base = base_for(y, t_base, c)
-            t_sum = t_sum * tl.exp2((t_base - base) * c) + tl.exp2((y - base) * c)
-            t_base = base
-            if wanted.METRICS:
-                block_top = tl.max(raw, 0)
-                t_token = tl.where(block_top > t_top, start + tl.argmax(raw, 0), t_token)
-                t_top = tl.maximum(t_top, block_top)
-    s_total, s_lost = sum_and_lost(s_sum)
-    t_total, t_lost = sum_and_lost(t_sum)
-    s_total_at_1 = tl.sum(s_sum_at_1, 0)
-    return States(
-        s_base,
-        s_total,
-        s_lost,
-        t_base,
-        t_total,
-        t_lost,
-        s_total_at_1,
-        s_top,
-        s_token,
-        t_top,
-        t_token,
-    )
-
-
-@triton.jit
 def log_of_ratio(state):
     """log(t_sum / s_sum), with what was lost from them."""
     difference = (state.t_sum - state.s_sum) + (state.t_lost - state.s_lost)
@@ -284,13 +194,9 @@ def point(x, y, of):
 
 
 @triton.jit
-def term(function, divergence, p, q, log_p, log_q, r):
-    """Value or slope of a block of entries."""
-    if divergence.PARAMETERS:
-        result = function(p, q, log_p, log_q, r, divergence.a, divergence.b)
-    else:
-        result = function(p, q, log_p, log_q, r)
-    return result
+def term(function, divergence, of):
+    """Value or slope of the points of a block."""
+    return function(*of, divergence.a, divergence.b) if divergence.PARAMETERS else function(*of)
 
 
 @triton.jit
@@ -310,6 +216,8 @@ def values(
     """Sweep 2: the sums over the row pair, and the gradient where it needs none of them."""
     s_row = row_of(student.rows, row)
     t_row = row_of(teacher.rows, row)
+    if wanted.GRADIENT:
+        g_row = row_of(gradient, row)
     value = tl.zeros((BLOCK,), tl.float32)
     slope = tl.zeros((BLOCK,), tl.float32)
     shift = tl.zeros((BLOCK,), tl.float32)
@@ -320,18 +228,19 @@ def values(
         raw = load_raw(s_row, columns, end)
         x = transformed(raw, student)
         y = transformed(load_raw(t_row, columns, end), teacher)
-        p, q, log_p, log_q, r = point(x, y, of)
-        value += term(divergence.value, divergence, p, q, log_p, log_q, r)
+        here = point(x, y, of)
+        p, q, log_p, log_q, r = here
+        value += term(divergence.value, divergence, here)
         if divergence.FEELS_SHIFT:
             shift += bregman_difference(p, q, r)
         if wanted.METRICS:
             s_entropy -= times_or_zero(q, log_q)
             t_entropy -= times_or_zero(p, log_p)
         if wanted.KD_GRADIENT and divergence.SLOPE_SUMS_TO_ZERO:
-            g = term(divergence.slope, divergence, p, q, log_p, log_q, r) * scales.kd
-            store_gradient(gradient, row, columns, end, g, raw, x, student, of, scales, wanted)
+            g = term(divergence.slope, divergence, here) * scales.kd
+            store_gradient(g_row, columns, end, g, raw, x, student, of, scales, wanted)
         elif wanted.KD_GRADIENT or divergence.FEELS_SHIFT:
-            slope += term(divergence.slope, divergence, p, q, log_p, log_q, r)
+            slope += term(divergence.slope, divergence, here)
     return Sums(
         tl.sum(value, 0),
         tl.sum(slope, 0),
@@ -359,6 +268,7 @@ def slopes(
     """Sweep 3: the gradient, or the hard-label term alone where there is no divergence."""
     s_row = row_of(student.rows, row)
     t_row = row_of(teacher.rows, row)
+    g_row = row_of(gradient, row)
     for start in range(begin, end, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         raw = load_raw(s_row, columns, end)
@@ -366,14 +276,14 @@ def slopes(
         g = tl.zeros((BLOCK,), tl.float32)
         if wanted.KD_GRADIENT:
             y = transformed(load_raw(t_row, columns, end), teacher)
-            p, q, log_p, log_q, r = point(x, y, of)
-            slope = term(divergence.slope, divergence, p, q, log_p, log_q, r)
-            g = (slope - q * slope_sum) * scales.kd
-        store_gradient(gradient, row, columns, end, g, raw, x, student, of, scales, wanted)
+            here = point(x, y, of)
+            slope = term(divergence.slope, divergence, here)
+            g = (slope - here[1] * slope_sum) * scales.kd
+        store_gradient(g_row, columns, end, g, raw, x, student, of, scales, wanted)
 
 
 @triton.jit
-def store_gradient(gradient, row, columns, end, g, raw, x, student, of, scales, wanted):
+def store_gradient(g_row, columns, end, g, raw, x, student, of, scales, wanted):
     """Adds the hard-label term, applies the softcap's derivative and stores a block."""
     if wanted.CE_GRADIENT:
         g += exp(x - of.s_base) * scales.ce_over_sum
@@ -383,7 +293,7 @@ def store_gradient(gradient, row, columns, end, g, raw, x, student, of, scales, 
         derivative = 4.0 * student.scale * e / ((1.0 + e) * (1.0 + e))
         # A row without a gradient stays NaN where the derivative is 0.
         g = times_or_zero(derivative, g) + (scales.kd + scales.ce) * 0.0
-    to = row_of(gradient, row) + columns
+    to = g_row + columns
     tl.store(to, g.to(to.dtype.element_ty), mask=columns < end)
 
 

@@ -1,0 +1,209 @@
+"""Far rows: those that lose nothing by the textbook's formulas (see csrc/core/divergences.h).
+
+The first sweep adds up how far a row is from its teacher. For a KL divergence that is its value,
+and one more sweep, ``kl_gradient``, writes the gradient. The others take the sweeps ``far_values``
+and ``far_slopes``, whose terms are in bits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from .math import LARGEST_FLOAT, LOG2E, NATS_PER_BIT, times_or_zero
+from .sweeps import load_raw, point, row_of, store_gradient, term, transformed
+
+#: A KL divergence is the sum of two numbers. One that is larger by more than this leaves it too few
+#: digits for a far row.
+MOST_CANCELLED = tl.constexpr(32.0)
+
+
+class KLs(NamedTuple):
+    """Of a row pair without infinite logits, in nats and float64; with some, infinite or NaN."""
+
+    forward: tl.tensor  # KL(p || q)
+    reverse: tl.tensor  # KL(q || p)
+    entropy: tl.tensor  # of p
+    offset: tl.tensor  # log q - log p = gap per_unit + offset
+    per_unit: tl.tensor  # 1 / T, as the exponentials have it
+
+
+class LogProbabilities(NamedTuple):
+    """log2 p = (y - t_origin) c - t_rest: what is large is subtracted before it costs digits."""
+
+    c: tl.tensor
+    s_origin: tl.tensor
+    s_rest: tl.tensor
+    t_origin: tl.tensor
+    t_rest: tl.tensor
+
+
+@triton.jit
+def kls(state, gaps, temperature):
+    """The KL divergences of a row pair, from the sums of the first sweep."""
+    per_unit = tl.full((), LOG2E / temperature, tl.float32).to(tl.float64) * NATS_PER_BIT
+    s_sum = state.s_sum.to(tl.float64) + state.s_lost.to(tl.float64)
+    t_sum = state.t_sum.to(tl.float64) + state.t_lost.to(tl.float64)
+    offset = tl.log(t_sum / s_sum)
+    return KLs(
+        -(gaps.forward / t_sum * per_unit + offset),
+        gaps.reverse / s_sum * per_unit + offset,
+        tl.log(t_sum) - gaps.entropy / t_sum * per_unit,
+        offset,
+        per_unit,
+    )
+
+
+@triton.jit
+def exceeds(value, threshold):
+    """Whether a divergence is finite and makes its row far."""
+    return (value > threshold) & (value <= LARGEST_FLOAT)
+
+
+@triton.jit
+def is_far(kl, far):
+    """Whether a row is far by its KL divergences; and the divergence that these make."""
+    value = kl.forward * 0.0 if far.FORWARD else kl.reverse * 0.0
+    if far.FORWARD:
+        value += kl.forward * far.forward
+    if far.REVERSE:
+        value += kl.reverse * far.reverse
+    return exceeds(value, far.threshold) & (tl.abs(kl.offset) <= MOST_CANCELLED * value), value
+
+
+@triton.jit
+def entropies(student, teacher, row, end, of, BLOCK: tl.constexpr):
+    """The entropies of student and teacher, which metrics ask for."""
+    s_row = row_of(student.rows, row)
+    t_row = row_of(teacher.rows, row)
+    s_entropy = tl.zeros((BLOCK,), tl.float32)
+    t_entropy = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, end, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        x = transformed(load_raw(s_row, columns, end), student)
+        y = transformed(load_raw(t_row, columns, end), teacher)
+        p, q, log_p, log_q, _ = point(x, y, of)
+        s_entropy -= times_or_zero(q, log_q)
+        t_entropy -= times_or_zero(p, log_p)
+    return tl.sum(s_entropy, 0), tl.sum(t_entropy, 0)
+
+
+@triton.jit
+def kl_gradient(
+    student,
+    teacher,
+    gradient,
+    row,
+    end,
+    state,
+    kl,
+    of,
+    scales,
+    far,
+    wanted,
+    BLOCK: tl.constexpr,
+):
+    """forward (q - p) + reverse q (log q - log p - KL(q || p))."""
+    s_row = row_of(student.rows, row)
+    t_row = row_of(teacher.rows, row)
+    g_row = row_of(gradient, row)
+    s_scale = scales.kd / state.s_sum
+    of_p = scales.kd / state.t_sum * far.forward
+    of_q = s_scale * far.forward
+    of_gap = s_scale * far.reverse * kl.per_unit.to(tl.float32)
+    if far.REVERSE:
+        of_q += s_scale * far.reverse * (kl.offset - kl.reverse).to(tl.float32)
+    for start in range(0, end, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        raw = load_raw(s_row, columns, end)
+        x = transformed(raw, student)
+        y = transformed(load_raw(t_row, columns, end), teacher)
+        s_shifted = x - state.s_base
+        t_shifted = y - state.t_base
+        g = tl.exp2(s_shifted * of.c)
+        if far.REVERSE:
+            g *= (s_shifted - t_shifted) * of_gap + of_q
+        else:
+            g *= of_q
+        if far.FORWARD:
+            g -= tl.exp2(t_shifted * of.c) * of_p
+        store_gradient(g_row, columns, end, g, raw, x, student, of, scales, wanted)
+
+
+@triton.jit
+def log_probabilities(state, of):
+    """The constants of a far row."""
+    c = tl.full((), of.c, tl.float32).to(tl.float64)
+    s_sum = state.s_sum.to(tl.float64) + state.s_lost.to(tl.float64)
+    t_sum = state.t_sum.to(tl.float64) + state.t_lost.to(tl.float64)
+    s_lse = state.s_base.to(tl.float64) + tl.log(s_sum) / (c * NATS_PER_BIT)
+    t_lse = state.t_base.to(tl.float64) + tl.log(t_sum) / (c * NATS_PER_BIT)
+    s_origin = s_lse.to(tl.float32)
+    t_origin = t_lse.to(tl.float32)
+    return LogProbabilities(
+        of.c,
+        s_origin,
+        ((s_lse - s_origin.to(tl.float64)) * c).to(tl.float32),
+        t_origin,
+        ((t_lse - t_origin.to(tl.float64)) * c).to(tl.float32),
+    )
+
+
+@triton.jit
+def far_point(x, y, logs):
+    """p, q, log2 p and log2 q of transformed logits."""
+    log_p = (y - logs.t_origin) * logs.c - logs.t_rest
+    log_q = (x - logs.s_origin) * logs.c - logs.s_rest
+    return tl.exp2(log_p), tl.exp2(log_q), log_p, log_q
+
+
+@triton.jit
+def far_values(student, teacher, row, end, logs, divergence, wanted, BLOCK: tl.constexpr):
+    """The divergence and the sum of its slopes, in bits."""
+    s_row = row_of(student.rows, row)
+    t_row = row_of(teacher.rows, row)
+    value = tl.zeros((BLOCK,), tl.float32)
+    slope = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, end, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        x = transformed(load_raw(s_row, columns, end), student)
+        y = transformed(load_raw(t_row, columns, end), teacher)
+        of = far_point(x, y, logs)
+        inside = columns < end
+        value += tl.where(inside, term(divergence.far.value, divergence, of), 0.0)
+        if wanted.GRADIENT:
+            slope += tl.where(inside, term(divergence.far.slope, divergence, of), 0.0)
+    return tl.sum(value, 0), tl.sum(slope, 0)
+
+
+@triton.jit
+def far_slopes(
+    student,
+    teacher,
+    gradient,
+    row,
+    end,
+    logs,
+    of,
+    scales,
+    divergence,
+    slope_sum,
+    wanted,
+    BLOCK: tl.constexpr,
+):
+    """The gradient, from slopes computed again."""
+    s_row = row_of(student.rows, row)
+    t_row = row_of(teacher.rows, row)
+    g_row = row_of(gradient, row)
+    scale = scales.kd * NATS_PER_BIT
+    for start in range(0, end, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        raw = load_raw(s_row, columns, end)
+        x = transformed(raw, student)
+        y = transformed(load_raw(t_row, columns, end), teacher)
+        point = far_point(x, y, logs)
+        slope = term(divergence.far.slope, divergence, point)
+        g = (slope - point[1] * slope_sum) * scale
+        store_gradient(g_row, columns, end, g, raw, x, student, of, scales, wanted)

@@ -1,0 +1,154 @@
+"""The first sweep over a slice of a row pair: softmax states, and what tells far rows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from .math import LARGEST_FLOAT, LOG2E, LOWEST, exp
+from .sweeps import load_raw, row_of, transformed
+
+#: How far a logit may lie above the base of a sum, in powers of two.
+HEADROOM = tl.constexpr(40.0)
+
+
+class States(NamedTuple):
+    """Of a row pair: sums of exp((x - base) / T) and what labels and metrics need."""
+
+    s_base: tl.tensor
+    s_sum: tl.tensor
+    s_lost: tl.tensor  # what rounding took from the sum
+    t_base: tl.tensor
+    t_sum: tl.tensor
+    t_lost: tl.tensor
+    s_sum_at_1: tl.tensor  # of exp(x - base)
+    s_top: tl.tensor  # the largest raw logits and the first places that hold them
+    s_token: tl.tensor
+    t_top: tl.tensor
+    t_token: tl.tensor
+
+
+class Gaps(NamedTuple):
+    """Sums over a row pair, by exponentials e: gap = (s - s_base) - (t - t_base)."""
+
+    forward: tl.tensor  # e_t gap
+    reverse: tl.tensor  # e_s gap
+    entropy: tl.tensor  # e_t (t - t_base)
+
+
+@triton.jit
+def valid(sum):
+    """Whether a row has a softmax: not all -inf, no NaN, no +inf."""
+    return (sum > 0.0) & (sum <= LARGEST_FLOAT)
+
+
+@triton.jit
+def base_for(x, base, c):
+    """What exponentials are relative to from this block on.
+
+    It moves only where they might overflow: that multiplies the sum so far by a rounded factor.
+    """
+    top = tl.max(x, 0)
+    return tl.where((top - base) * c > HEADROOM, top, base)
+
+
+@triton.jit
+def sum_and_lost(x):
+    """The sum of a block and what rounding to float32 took from it.
+
+    The ratio of two sums enters every log q - log p, where it must not drown close logits.
+    """
+    total = tl.sum(x.to(tl.float64), 0)
+    rounded = total.to(tl.float32)
+    return rounded, (total - rounded.to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
+def moved(total, by, sum, factor):
+    """A sum of e x, where e becomes e factor and x becomes x + by; ``sum`` is that of e."""
+    return (total + sum * by) * factor
+
+
+@triton.jit
+def states(student, teacher, row, begin, end, temperature, divergence, wanted, BLOCK: tl.constexpr):
+    """Sweep 1: the states, and what tells far rows."""
+    c = LOG2E / temperature
+    s_row = row_of(student.rows, row)
+    t_row = row_of(teacher.rows, row)
+    s_base = tl.full((), LOWEST, tl.float32)
+    t_base = s_base
+    s_top = tl.full((), -float("inf"), tl.float32)
+    t_top = s_top
+    s_token = tl.zeros((), tl.int32)
+    t_token = s_token
+    s_sum = tl.zeros((BLOCK,), tl.float32)
+    t_sum = tl.zeros((BLOCK,), tl.float32)
+    s_sum_at_1 = tl.zeros((BLOCK,), tl.float32)
+    forward = tl.zeros((BLOCK,), tl.float32)
+    reverse = tl.zeros((BLOCK,), tl.float32)
+    entropy = tl.zeros((BLOCK,), tl.float32)
+    for start in range(begin, end, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        raw = load_raw(s_row, columns, end)
+        x = transformed(raw, student)
+        base = base_for(x, s_base, tl.maximum(c, LOG2E) if wanted.CROSS_ENTROPY else c)
+        s_up = s_base - base
+        s_factor = tl.exp2(s_up * c)
+        s_before = s_sum
+        s_e = tl.exp2((x - base) * c)
+        s_sum = s_sum * s_factor + s_e
+        if wanted.CROSS_ENTROPY:
+            s_sum_at_1 = s_sum_at_1 * exp(s_base - base) + exp(x - base)
+        s_base = base
+        if wanted.METRICS:
+            block_top = tl.max(raw, 0)
+            s_token = tl.where(block_top > s_top, start + tl.argmax(raw, 0), s_token)
+            s_top = tl.maximum(s_top, block_top)
+        if wanted.DIVERGENCE:
+            raw = load_raw(t_row, columns, end)
+            y = transformed(raw, teacher)
+            base = base_for(y, t_base, c)
+            t_up = t_base - base
+            t_factor = tl.exp2(t_up * c)
+            t_e = tl.exp2((y - base) * c)
+            if divergence.far is not None:
+                inside = columns < end  # beyond, a gap would be -inf - -inf
+                gap = tl.where(inside, (x - s_base) - (y - base), 0.0)
+                by = s_up - t_up
+                if divergence.far.FORWARD:
+                    forward = moved(forward, by, t_sum, t_factor) + t_e * gap
+                if divergence.far.REVERSE:
+                    reverse = moved(reverse, by, s_before, s_factor) + s_e * gap
+                if divergence.far.ENTROPY:
+                    entropy = moved(entropy, t_up, t_sum, t_factor)
+                    entropy += t_e * tl.where(inside, y - base, 0.0)
+            t_sum = t_sum * t_factor + t_e
+            t_base = base
+            if wanted.METRICS:
+                block_top = tl.max(raw, 0)
+                t_token = tl.where(block_top > t_top, start + tl.argmax(raw, 0), t_token)
+                t_top = tl.maximum(t_top, block_top)
+    s_total, s_lost = sum_and_lost(s_sum)
+    t_total, t_lost = sum_and_lost(t_sum)
+    s_total_at_1 = tl.sum(s_sum_at_1, 0)
+    state = States(
+        s_base,
+        s_total,
+        s_lost,
+        t_base,
+        t_total,
+        t_lost,
+        s_total_at_1,
+        s_top,
+        s_token,
+        t_top,
+        t_token,
+    )
+    gaps = Gaps(
+        tl.sum(forward.to(tl.float64), 0),
+        tl.sum(reverse.to(tl.float64), 0),
+        tl.sum(entropy.to(tl.float64), 0),
+    )
+    return state, gaps
