@@ -183,17 +183,6 @@ def tvd_slope(p, q, log_p, log_q, r):
 
 
 @triton.jit
-def tvd_far_value(p, q, log_p, log_q):
-    return (0.5 * LOG2E) * tl.abs(q - p)
-
-
-@triton.jit
-def tvd_far_slope(p, q, log_p, log_q):
-    half = (0.5 * LOG2E) * q
-    return tl.where(q > p, half, tl.where(q < p, -half, 0.0))
-
-
-@triton.jit
 def _larger_to(power, log_p, log_q, r):
     """The larger of p and q to a power: of positive powers, the one that never overflows."""
     larger = tl.where(r >= 0.0, log_q, log_p)
@@ -275,11 +264,16 @@ def _mixture_far_from(share: float, _: float) -> float:
     return FAR_FROM if LEAST_SHARE <= share <= 1 - LEAST_SHARE else math.inf
 
 
+def _skew_far_from(share: float, _: float) -> float:
+    """The smaller part of a skew mixture is small, and its logarithms are large."""
+    return 4 * _mixture_far_from(share, _)
+
+
 def _alpha_beta_far_from(a: float, b: float) -> float:
-    """Where nothing can overflow; coefficients multiply rounding errors of differences."""
+    """Where nothing can overflow; coefficients multiply the errors of powers."""
     if min(a, b) < LEAST_SHARE or a + b > 8:
         return math.inf
-    return FAR_FROM * max(1.0, 1 / (min(a, b) * (a + b)))
+    return 4 * FAR_FROM * max(1.0, 1 / (min(a, b) * (a + b)))
 
 
 class KL(NamedTuple):
@@ -305,7 +299,7 @@ class Functions(NamedTuple):
     far_from: Callable[[float, float], float] = _always_far  # in nats, of the parameters
 
 
-def _mixture_functions(*functions: triton.JITFunction) -> Functions:
+def _mixture_functions(*functions: triton.JITFunction, far_from=_mixture_far_from) -> Functions:
     value, slope, far_value, far_slope = functions
     return Functions(
         value,
@@ -314,7 +308,7 @@ def _mixture_functions(*functions: triton.JITFunction) -> Functions:
         kl=KL(),
         far_value=far_value,
         far_slope=far_slope,
-        far_from=_mixture_far_from,
+        far_from=far_from,
     )
 
 
@@ -331,12 +325,14 @@ FUNCTIONS: dict[str, Functions] = {
         skew_forward_kl_slope,
         skew_forward_kl_far_value,
         skew_forward_kl_far_slope,
+        far_from=_skew_far_from,
     ),
     "skew_reverse_kl": _mixture_functions(
         skew_reverse_kl_value,
         skew_reverse_kl_slope,
         skew_reverse_kl_far_value,
         skew_reverse_kl_far_slope,
+        far_from=_skew_far_from,
     ),
     "symmetric_kl": Functions(
         symmetric_kl_value,
@@ -344,9 +340,8 @@ FUNCTIONS: dict[str, Functions] = {
         parameters=True,
         kl=KL(reverse=True, weights=lambda weight, _: (weight, 1 - weight)),
     ),
-    "tvd": Functions(
-        tvd_value, tvd_slope, kl=KL(), far_value=tvd_far_value, far_slope=tvd_far_slope
-    ),
+    # Near always: the sign of q - p, which is its slope, needs r.
+    "tvd": Functions(tvd_value, tvd_slope),
     "alpha_beta": Functions(
         alpha_beta_value,
         alpha_beta_slope,

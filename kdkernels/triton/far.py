@@ -152,15 +152,20 @@ def log_probabilities(state, of):
 
 
 @triton.jit
-def far_point(x, y, logs):
-    """p, q, log2 p and log2 q of transformed logits."""
+def far_point(x, y, logs, of):
+    """p, q, log2 p and log2 q of transformed logits.
+
+    Powers of the logarithms would not sum to 1, which the value of a mixture feels.
+    """
+    p = tl.exp2((y - of.t_base) * of.c) * of.t_inverse
+    q = tl.exp2((x - of.s_base) * of.c) * of.s_inverse
     log_p = (y - logs.t_origin) * logs.c - logs.t_rest
     log_q = (x - logs.s_origin) * logs.c - logs.s_rest
-    return tl.exp2(log_p), tl.exp2(log_q), log_p, log_q
+    return p, q, log_p, log_q
 
 
 @triton.jit
-def far_values(student, teacher, row, end, logs, divergence, wanted, BLOCK: tl.constexpr):
+def far_values(student, teacher, row, end, logs, of, divergence, wanted, BLOCK: tl.constexpr):
     """The divergence and the sum of its slopes, in bits."""
     s_row = row_of(student.rows, row)
     t_row = row_of(teacher.rows, row)
@@ -170,11 +175,11 @@ def far_values(student, teacher, row, end, logs, divergence, wanted, BLOCK: tl.c
         columns = start + tl.arange(0, BLOCK)
         x = transformed(load_raw(s_row, columns, end), student)
         y = transformed(load_raw(t_row, columns, end), teacher)
-        of = far_point(x, y, logs)
+        points = far_point(x, y, logs, of)
         inside = columns < end
-        value += tl.where(inside, term(divergence.far.value, divergence, of), 0.0)
+        value += tl.where(inside, term(divergence.far.value, divergence, points), 0.0)
         if wanted.GRADIENT:
-            slope += tl.where(inside, term(divergence.far.slope, divergence, of), 0.0)
+            slope += tl.where(inside, term(divergence.far.slope, divergence, points), 0.0)
     return tl.sum(value, 0), tl.sum(slope, 0)
 
 
@@ -203,7 +208,7 @@ def far_slopes(
         raw = load_raw(s_row, columns, end)
         x = transformed(raw, student)
         y = transformed(load_raw(t_row, columns, end), teacher)
-        point = far_point(x, y, logs)
-        slope = term(divergence.far.slope, divergence, point)
-        g = (slope - point[1] * slope_sum) * scale
+        points = far_point(x, y, logs, of)
+        slope = term(divergence.far.slope, divergence, points)
+        g = (slope - points[1] * slope_sum) * scale
         store_gradient(g_row, columns, end, g, raw, x, student, of, scales, wanted)

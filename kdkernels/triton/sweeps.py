@@ -69,7 +69,7 @@ class Divergence(NamedTuple):
 
     value: tl.constexpr
     slope: tl.constexpr
-    far: Far  # None: no row is far
+    far: Far | None  # None: no row is far
     a: tl.tensor
     b: tl.tensor
     PARAMETERS: tl.constexpr
