@@ -32,6 +32,9 @@ VOCAB = 128256
 #: csrc/cuda/tiles.h and team.h.
 SHARED_BYTES, SLOT_BYTES = (227 * 1024 - 1024) // 2, 160
 
+#: How a row comes: to registers, to shared memory.
+LOADS = ("LDG.E.NA.128", "LDGSTS.E.BYPASS.128")
+
 #: Operations of a thread; special functions are counted apart.
 FLOPS = {"FADD": 1, "FMUL": 1, "FFMA": 2}
 
@@ -168,7 +171,7 @@ def near_blocks(blocks: list[list[Instruction]], successors: list[list[int]]) ->
             if way not in after:
                 after.add(way)
                 left.append(way)
-    return terms | {i for i in after if any(x.name == "LDG.E.NA.128" for x in blocks[i])}
+    return terms | {i for i in after if any(x.name.startswith(LOADS) for x in blocks[i])}
 
 
 def longest_path(code: list[Instruction], trips: int, *, far: bool) -> Cost:
@@ -176,7 +179,7 @@ def longest_path(code: list[Instruction], trips: int, *, far: bool) -> Cost:
     blocks = blocks_of(code)
     successors = successors_of(blocks)
     order, loops = loops_of(successors)
-    row = ("LDS.128", "LDG.E.NA.128", "MUFU.EX2")
+    row = ("LDS.128", *LOADS, "MUFU.EX2")
     left_out = near_blocks(blocks, successors) if far else set()
     vectors = set()
     for loop in loops:

@@ -26,6 +26,9 @@ class Registers {
   KD_DEVICE uint4& student(int slot) { return student_[slot]; }
   KD_DEVICE uint4& teacher(int slot) { return teacher_[slot]; }
 
+  KD_DEVICE static void fetch(uint4& to, const char* from) { to = load_16(from); }
+  KD_DEVICE static void wait_for_fetched() {}
+
  private:
   uint4 student_[kVectors], teacher_[kVectors];
 };
@@ -56,6 +59,9 @@ class Shared {
 
   KD_DEVICE uint4& student(int slot) { return vector(slot, 0); }
   KD_DEVICE uint4& teacher(int slot) { return vector(slot, 1); }
+
+  KD_DEVICE static void fetch(uint4& to, const char* from) { copy_16(&to, from); }
+  KD_DEVICE static void wait_for_fetched() { wait_for_copies(); }
 
   KD_DEVICE void keep(int slot, const float (&slopes)[kLanes<kItem>]) {
 #pragma unroll
@@ -106,8 +112,11 @@ class HeldRow {
     if (columns_.aligned) {
       storage_.for_each_place(columns_, [&](const Place<kCount>& place) {
         const int64_t offset = place.begin * (int64_t)kItem;
-        storage_.student(place.slot) = load_16(student + offset);
-        storage_.teacher(place.slot) = reads_teacher ? load_16(teacher_ + offset) : uint4{};
+        storage_.fetch(storage_.student(place.slot), student + offset);
+        if (reads_teacher)
+          storage_.fetch(storage_.teacher(place.slot), teacher_ + offset);
+        else
+          storage_.teacher(place.slot) = {};
       });
     } else {
       storage_.for_each_place(columns_, [&](const Place<kCount>& place) {
@@ -115,9 +124,11 @@ class HeldRow {
         storage_.teacher(place.slot) = reads_teacher ? gather(teacher_, place) : uint4{};
       });
     }
-    if (columns_.edge < 0) return;
-    student_edge_[0] = load_1(student, columns_.edge, dtype());
-    if (reads_teacher) teacher_edge_[0] = load_1(teacher_, columns_.edge, dtype());
+    if (columns_.edge >= 0) {
+      student_edge_[0] = load_1(student, columns_.edge, dtype());
+      if (reads_teacher) teacher_edge_[0] = load_1(teacher_, columns_.edge, dtype());
+    }
+    storage_.wait_for_fetched();
   }
 
   // Makes the next sweep unpack again, rather than keep every logit in a register of its own.

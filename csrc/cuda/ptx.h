@@ -42,6 +42,17 @@ KD_DEVICE uint4 load_16(const void* from) {
   return x;
 }
 
+// Starts a copy of 16 bytes to shared memory, past the first-level cache and registers: all of a
+// thread's copies are on their way at once. It may read them after wait_for_copies().
+KD_DEVICE void copy_16(void* shared, const void* from) {
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32_t)__cvta_generic_to_shared(shared)),
+      "l"(from)
+      : "memory");
+}
+
+KD_DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // 16 bytes that this kernel does not read again: the first to be evicted.
 KD_DEVICE void store_16(void* to, uint4 x) {
   asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x.x), "r"(x.y),

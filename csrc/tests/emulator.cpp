@@ -167,6 +167,26 @@ void* remote(const volatile void* mine, size_t bytes, unsigned rank, Where where
   return other.shared + offset;
 }
 
+// ---- A thread's own copies ----
+
+bool put_off(OwnCopy copy, Where where) {
+  check_aligned(copy.shared, 16, "copy_16 to shared memory", where);
+  check_aligned(copy.global, 16, "copy_16 from global memory", where);
+  Thread& self = *state.current;
+  const ptrdiff_t offset = (char*)copy.shared - self.cta->shared;
+  if (offset < 0 || offset + sizeof(uint4) > state.launch.shared_bytes)
+    fail(where, "copy_16 to offset %td of %zu bytes of shared memory", offset,
+         state.launch.shared_bytes);
+  if (self.late_copies == kMaxLate || random() % 2) return false;
+  self.late[self.late_copies++] = copy;
+  return true;
+}
+
+OwnCopy next_put_off() {
+  Thread& self = *state.current;
+  return self.late_copies ? self.late[--self.late_copies] : OwnCopy{};
+}
+
 // ---- mbarriers and bulk copies ----
 
 namespace {

@@ -68,6 +68,13 @@ void mbarrier_init(uint64_t* barrier, unsigned arrivals, Where where);
 void mbarrier_arrive(uint64_t* barrier, int64_t expected_bytes, Where where);
 void mbarrier_wait(uint64_t* barrier, unsigned parity, Where where);
 void copy_bulk(void* shared, const void* global, size_t bytes, uint64_t* barrier, Where where);
+// A thread's own copies of 16 bytes: put off until it waits, or else to be done at once.
+struct OwnCopy {
+  void* shared = nullptr;
+  const void* global = nullptr;
+};
+bool put_off(OwnCopy copy, Where where);
+OwnCopy next_put_off();  // of the running thread; null where there is none
 
 }  // namespace kd::emulator
 
@@ -248,6 +255,16 @@ inline float reciprocal_approx(float x) {
 inline uint4 load_16(const void* address, KD_HERE) {
   emulator::check_aligned(address, 16, "load_16", where);
   return *static_cast<const uint4*>(address);
+}
+
+inline void copy_16(void* shared, const void* global, KD_HERE) {
+  if (!emulator::put_off({shared, global}, where))
+    *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
+}
+
+inline void wait_for_copies() {
+  for (emulator::OwnCopy copy; (copy = emulator::next_put_off()).shared;)
+    *static_cast<uint4*>(copy.shared) = *static_cast<const uint4*>(copy.global);
 }
 
 inline void store_16(void* address, uint4 value, KD_HERE) {

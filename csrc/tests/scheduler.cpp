@@ -186,6 +186,7 @@ namespace {
 void exit_thread() {
   Thread& self = *state.current;
   Cta& cta = *self.cta;
+  if (self.late_copies) fail(Where::here(), "it exits before a copy_16 of its own has arrived");
   self.exited = true;
   for (OpenExchange& open : cta.warps[self.index / 32].exchanges)
     if (open.what && open.arrived != open.mask && (open.mask >> (self.index % 32) & 1))

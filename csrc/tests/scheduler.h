@@ -42,6 +42,9 @@ struct Fiber {
   void* tsan_fiber = nullptr;
 };
 
+// Of those that a thread starts, some are late, up to this many at a time.
+constexpr unsigned kMaxLate = 32;
+
 struct Thread {
   Fiber* fiber = nullptr;
   Cta* cta = nullptr;
@@ -49,6 +52,8 @@ struct Thread {
   bool exited = false;
   bool cluster_arrived = false;
   unsigned cluster_phase = 0;  // of the last arrival
+  OwnCopy late[kMaxLate];
+  unsigned late_copies = 0;
   // What it waits for; null where it can run.
   const char* waits_in = nullptr;
   Where where{};

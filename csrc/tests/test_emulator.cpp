@@ -133,6 +133,20 @@ __global__ void pipeline_sum(const SumParams params) {
   if (threadIdx.x % 32 == 0) atomicAdd(params.total, sum);
 }
 
+// Each thread reads what it copies itself.
+template <Fault fault>
+__global__ void copied_sum(const SumParams params) {
+  float4* mine = shared_memory<float4>() + threadIdx.x;
+  float sum = 0;
+  for (int i = threadIdx.x; i < params.count / 4; i += blockDim.x) {
+    copy_16(mine, params.x + i * 4 + (fault == Fault::kMisaligned));
+    if (fault != Fault::kNoWait) wait_for_copies();
+    sum += mine->x + mine->y + mine->z + mine->w;
+  }
+  sum = warp_sum(sum);
+  if (threadIdx.x % 32 == 0) atomicAdd(params.total, sum);
+}
+
 __global__ void warps(const SumParams params) {
   const unsigned lane = threadIdx.x % 32;
   const unsigned half = lane < 16 ? 0xffffu : 0xffff0000u;
@@ -188,6 +202,11 @@ void run_pipeline() {
   run(pipeline_sum<fault>, {1, 64, 1, 3 * 64 * 4 + 6 * 8 + 32 * 4});
 }
 
+template <Fault fault = Fault::kNone>
+void run_copied() {
+  run(copied_sum<fault>, {1, 64, 1, 64 * sizeof(float4)});
+}
+
 void run_warps() {
   float right = 0;
   launch(warps, {3, 64, 1, 64 * sizeof(int)}, nullptr, SumParams{nullptr, 0, &right});
@@ -233,6 +252,10 @@ void check_faults() {
                 run_pipeline<Fault::kMisaligned>);
   expect_caught("fewer bytes than expected", "wait in mbarrier_wait", 4, 4,
                 run_pipeline<Fault::kTooFewBytes>);
+  expect_caught("a misaligned copy of its own", "4 bytes beyond a multiple of 16", 4, 4,
+                run_copied<Fault::kMisaligned>);
+  expect_caught("no wait for a copy of its own", "before a copy_16 of its own has arrived", 4, 4,
+                run_copied<Fault::kNoWait>);
   if (kThreadSanitizer) return;
   expect_caught("no __syncthreads", nullptr, 20, 10, run_block<Fault::kNoBarrier>);
   expect_caught("no cluster barrier", nullptr, 20, 18, run_cluster<Fault::kNoBarrier>);
@@ -267,6 +290,7 @@ int main() {
     run_block();
     run_cluster();
     run_pipeline();
+    run_copied();
     run_warps();
   }
   return kd::tests::finish();

@@ -16,6 +16,8 @@ int main(int count, char** arguments) {
     tests::check(c);
     c.tile = {cuda::Kernel::kRegisters, 4, 32};
     tests::check(c);
+    c.tile = {cuda::Kernel::kShared, 2, 64};
+    tests::check(c);
     c.misaligned[1] = 3;  // unlike the others
     c.labels = true;
     c.ce_weight = 1;
