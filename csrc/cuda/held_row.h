@@ -128,8 +128,8 @@ class HeldRow {
       student_edge_[0] = load_1(student, columns_.edge, dtype());
       if (reads_teacher) teacher_edge_[0] = load_1(teacher_, columns_.edge, dtype());
     }
-    storage_.wait_for_fetched();
   }
+  KD_DEVICE void wait_until_loaded() { storage_.wait_for_fetched(); }
 
   // Makes the next sweep unpack again, rather than keep every logit in a register of its own.
   KD_DEVICE void refresh() { bfloat16_ = opaque((int)bfloat16_); }

@@ -22,19 +22,16 @@ namespace kd::cuda {
 template <class Divergence, class Row, bool kOptions>
 class RowPair {
  public:
-  KD_DEVICE RowPair(const RowsParams<Divergence>& params, const Team& team, Row& row, int64_t index,
-                    float weight)
-      : params_(params), team_(team), row_(row), index_(index) {
-    float scale = params.row_scale ? params.gradient_scale : weight * inverse_normalizer();
-    if (kOptions && !student_softcap()) scale *= params.student_transform.scale;
-    kd_scale_ = scale * params.kd_weight * params.inverse_temperature;
-    if (kOptions && params.labels) ce_scale_ = scale * params.ce_weight;
-  }
+  KD_DEVICE RowPair(const RowsParams<Divergence>& params, const Team& team, Row& row, int64_t index)
+      : params_(params), team_(team), row_(row), index_(index) {}
 
-  KD_DEVICE void run() {
+  KD_DEVICE void run(float weight) {
     if (kOptions) row_.reads_teacher = uses_divergence();
     row_.load();
+    // What else is in memory, once the row is on its way.
+    set_scales(weight);
     const float label_logit = this->label_logit();  // before the gradient may overwrite it
+    row_.wait_until_loaded();
     read_states();
     const bool both_valid = student().valid() && teacher().valid();
     const bool kd_gradient = row_.gradient && (!kOptions || params_.kd_weight != 0);
@@ -60,6 +57,13 @@ class RowPair {
   }
 
  private:
+  KD_DEVICE void set_scales(float weight) {
+    float scale = params_.row_scale ? params_.gradient_scale : weight * inverse_normalizer();
+    if (kOptions && !student_softcap()) scale *= params_.student_transform.scale;
+    kd_scale_ = scale * params_.kd_weight * params_.inverse_temperature;
+    if (kOptions && params_.labels) ce_scale_ = scale * params_.ce_weight;
+  }
+
   KD_DEVICE float weight() const {
     return params_.token_weight ? params_.token_weight[index_] : 1.0f;
   }
@@ -242,7 +246,7 @@ class RowPair {
           if (with_gradient) gradient_sweep(probabilities, slope_sum);
           return;
         }
-        if constexpr (Row::kKeeps) row_.load();  // slopes took the place of logits
+        if constexpr (Row::kKeeps) row_.load(), row_.wait_until_loaded();  // slopes took its place
       }
     }
     const Probabilities probabilities = this->probabilities();

@@ -23,7 +23,7 @@ KD_DEVICE void run_row(const RowsParams<Divergence>& params, const Team& team, i
   if (weight == 0) return write_masked_row(params, team, index);
   team.enter();
   Row row(params, team, index);
-  RowPair<Divergence, Row, kOptions>(params, team, row, index, weight).run();
+  RowPair<Divergence, Row, kOptions>(params, team, row, index).run(weight);
 }
 
 }  // namespace kd::cuda

@@ -24,6 +24,7 @@ class StreamingRow {
         columns_(team, params.vocab, student, dtype_, teacher_, teacher_dtype_, gradient) {}
 
   KD_DEVICE void load() const {}
+  KD_DEVICE void wait_until_loaded() const {}
   KD_DEVICE void refresh() const {}
 
   // Calls step(place, logits) for all of this thread's columns; what lies beyond the vocabulary is
