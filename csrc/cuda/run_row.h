@@ -20,9 +20,9 @@ KD_DEVICE void write_masked_row(const LogitsParams& params, const Team& team, in
 template <class Row, bool kOptions, class Divergence>
 KD_DEVICE void run_row(const RowsParams<Divergence>& params, const Team& team, int64_t index) {
   const float weight = params.token_weight ? params.token_weight[index] : 1.0f;
+  Row row(params, team, index);  // while the weight is on its way
   if (weight == 0) return write_masked_row(params, team, index);
   team.enter();
-  Row row(params, team, index);
   RowPair<Divergence, Row, kOptions>(params, team, row, index).run(weight);
 }
 
