@@ -132,18 +132,16 @@ bool fits(void (*kernel)(Params), const Grid& grid) {
   int device = 0;
   check(cudaGetDevice(&device), "asking for the current device");
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto [answer, unknown] =
-      known.try_emplace({device, (const void*)kernel, grid.cluster, grid.block, grid.shared_bytes});
-  if (unknown) {
-    allow(kernel, grid);
-    const LaunchConfig launch(grid, nullptr);
-    int clusters = 0;
-    answer->second = cudaOccupancyMaxActiveClusters(&clusters, (const void*)kernel,
-                                                    &launch.config) == cudaSuccess &&
-                     clusters > 0;
-    cudaGetLastError();
-  }
-  return answer->second;
+  const std::tuple key{device, (const void*)kernel, grid.cluster, grid.block, grid.shared_bytes};
+  if (const auto answer = known.find(key); answer != known.end()) return answer->second;
+  allow(kernel, grid);  // where this throws, the next call has to ask again
+  const LaunchConfig launch(grid, nullptr);
+  int clusters = 0;
+  const bool any = cudaOccupancyMaxActiveClusters(&clusters, (const void*)kernel, &launch.config) ==
+                       cudaSuccess &&
+                   clusters > 0;
+  cudaGetLastError();
+  return known[key] = any;
 }
 
 }  // namespace kd::cuda
