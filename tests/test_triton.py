@@ -13,6 +13,7 @@ import torch
 
 import kdkernels
 from kdkernels import kd_loss
+from kdkernels.options import LogitsOptions
 
 from . import interpreter, tolerances
 from .cases import ONE_OF_EACH, close_pair, correlated_pair, labels_for, without_ties
@@ -101,6 +102,16 @@ except ValueError as error:
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.startswith("0.0\n")
     assert "triton: Triton is not installed" in result.stdout
+
+
+@pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=str)
+def test_what_a_kernel_compares_with_none_holds_no_none(divergence):
+    # Triton up to 3.6 has no type for it then; the interpreter does not mind.
+    from kdkernels.triton import launch
+
+    options = LogitsOptions(*divergence.kernel(), *operator_options()[3:])
+    far = launch._divergence(options, split=False).far
+    assert far is None or None not in far
 
 
 def test_kdkernels_does_not_import_triton():

@@ -42,8 +42,10 @@ def _far(functions: Functions, o: LogitsOptions) -> Far | None:
         tl.constexpr(kl.forward),
         tl.constexpr(kl.reverse),
         tl.constexpr(kl.entropy),
-        functions.far_value,
-        functions.far_slope,
+        tl.constexpr(functions.far_value is None),
+        # No None: Triton up to 3.6 could not compare the whole with None then.
+        functions.far_value or functions.value,
+        functions.far_slope or functions.slope,
     )
 
 

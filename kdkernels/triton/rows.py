@@ -189,7 +189,7 @@ def write_far(
     if done:
         if wanted.METRICS:  # before the gradient, which may overwrite the student
             s_entropy, t_entropy = entropies(student, teacher, row, vocab, of, BLOCK)
-        if divergence.far.value is None:
+        if divergence.far.IS_KL:
             if wanted.GRADIENT:
                 if divergence.far.REVERSE:
                     scales = scales_for(

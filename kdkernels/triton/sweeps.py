@@ -60,7 +60,8 @@ class Far(NamedTuple):
     FORWARD: tl.constexpr  # which of them the first sweep adds up
     REVERSE: tl.constexpr
     ENTROPY: tl.constexpr
-    value: tl.constexpr  # None: a KL divergence
+    IS_KL: tl.constexpr  # needs neither value nor slope
+    value: tl.constexpr
     slope: tl.constexpr
 
 
