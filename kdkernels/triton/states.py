@@ -89,46 +89,58 @@ def states(student, teacher, row, begin, end, temperature, divergence, wanted, B
     forward = tl.zeros((BLOCK,), tl.float32)
     reverse = tl.zeros((BLOCK,), tl.float32)
     entropy = tl.zeros((BLOCK,), tl.float32)
+    s_c = tl.maximum(c, LOG2E) if wanted.CROSS_ENTROPY else c
     for start in range(begin, end, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        raw = load_raw(s_row, columns, end)
-        x = transformed(raw, student)
-        base = base_for(x, s_base, tl.maximum(c, LOG2E) if wanted.CROSS_ENTROPY else c)
-        s_up = s_base - base
-        s_factor = tl.exp2(s_up * c)
-        s_before = s_sum
-        s_e = tl.exp2((x - base) * c)
-        s_sum = s_sum * s_factor + s_e
+        s_raw = load_raw(s_row, columns, end)
+        x = transformed(s_raw, student)
+        climb = (x - s_base) * s_c
+        if wanted.DIVERGENCE:
+            t_raw = load_raw(t_row, columns, end)
+            y = transformed(t_raw, teacher)
+            climb = tl.maximum(climb, (y - t_base) * c)
+        # Rare, so that the threads meet once a block instead of once for each model.
+        if tl.max(climb, 0) > HEADROOM:
+            base = base_for(x, s_base, s_c)
+            s_up = s_base - base
+            s_factor = tl.exp2(s_up * c)
+            if wanted.DIVERGENCE:
+                t_before = t_base
+                t_base = base_for(y, t_base, c)
+                t_up = t_before - t_base
+                t_factor = tl.exp2(t_up * c)
+                if divergence.far is not None:
+                    by = s_up - t_up
+                    forward = moved(forward, by, t_sum, t_factor)
+                    reverse = moved(reverse, by, s_sum, s_factor)
+                    entropy = moved(entropy, t_up, t_sum, t_factor)
+                t_sum *= t_factor
+            s_sum *= s_factor
+            s_sum_at_1 *= exp(s_up)
+            s_base = base
+        s_e = tl.exp2((x - s_base) * c)
+        s_sum += s_e
         if wanted.CROSS_ENTROPY:
-            s_sum_at_1 = s_sum_at_1 * exp(s_base - base) + exp(x - base)
-        s_base = base
+            s_sum_at_1 += exp(x - s_base)
         if wanted.METRICS:
-            block_top = tl.max(raw, 0)
-            s_token = tl.where(block_top > s_top, start + tl.argmax(raw, 0), s_token)
+            block_top = tl.max(s_raw, 0)
+            s_token = tl.where(block_top > s_top, start + tl.argmax(s_raw, 0), s_token)
             s_top = tl.maximum(s_top, block_top)
         if wanted.DIVERGENCE:
-            raw = load_raw(t_row, columns, end)
-            y = transformed(raw, teacher)
-            base = base_for(y, t_base, c)
-            t_up = t_base - base
-            t_factor = tl.exp2(t_up * c)
-            t_e = tl.exp2((y - base) * c)
+            t_e = tl.exp2((y - t_base) * c)
+            t_sum += t_e
             if divergence.far is not None:
                 inside = columns < end  # beyond, a gap would be -inf - -inf
-                gap = tl.where(inside, (x - s_base) - (y - base), 0.0)
-                by = s_up - t_up
+                gap = tl.where(inside, (x - s_base) - (y - t_base), 0.0)
                 if divergence.far.FORWARD:
-                    forward = moved(forward, by, t_sum, t_factor) + t_e * gap
+                    forward += t_e * gap
                 if divergence.far.REVERSE:
-                    reverse = moved(reverse, by, s_before, s_factor) + s_e * gap
+                    reverse += s_e * gap
                 if divergence.far.ENTROPY:
-                    entropy = moved(entropy, t_up, t_sum, t_factor)
-                    entropy += t_e * tl.where(inside, y - base, 0.0)
-            t_sum = t_sum * t_factor + t_e
-            t_base = base
+                    entropy += t_e * tl.where(inside, y - t_base, 0.0)
             if wanted.METRICS:
-                block_top = tl.max(raw, 0)
-                t_token = tl.where(block_top > t_top, start + tl.argmax(raw, 0), t_token)
+                block_top = tl.max(t_raw, 0)
+                t_token = tl.where(block_top > t_top, start + tl.argmax(t_raw, 0), t_token)
                 t_top = tl.maximum(t_top, block_top)
     s_total, s_lost = sum_and_lost(s_sum)
     t_total, t_lost = sum_and_lost(t_sum)
