@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -125,6 +126,16 @@ def test_refuses_cpu_tensors_where_kernels_are_compiled(monkeypatch):
     with pytest.raises(ValueError, match="triton: the tensors are on cpu"):
         kd_loss(student, teacher, backend="triton")
     assert math.isfinite(kdkernels.kd_loss(student, teacher))
+
+
+def test_a_schedule_for_a_gpu_whose_properties_have_other_names(monkeypatch):
+    from kdkernels.triton import schedule
+
+    properties = SimpleNamespace(gpu_subslice_count=64, last_level_cache_size=200 * 2**20)
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda _: properties)
+    device = schedule.device_of.__wrapped__(torch.device("xpu", 0))
+    assert device == schedule.Device(64, 200 * 2**20, 32, 0)
+    assert schedule.choose(32000, 128000, True, device) == schedule.Schedule(2048, 16)
 
 
 def test_no_kernel_spills():

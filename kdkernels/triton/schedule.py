@@ -50,9 +50,13 @@ def device_of(device: torch.device) -> Device:
     if device.type == "cpu":
         return INTERPRETER
     properties = getattr(torch, device.type).get_device_properties(device)
+
+    def named(cuda: str, xpu: str) -> int:
+        return getattr(properties, cuda, getattr(properties, xpu, 0))
+
     return Device(
-        properties.multi_processor_count,
-        getattr(properties, "L2_cache_size", 0),
+        named("multi_processor_count", "gpu_subslice_count"),
+        named("L2_cache_size", "last_level_cache_size"),
         getattr(properties, "warp_size", 32),
         65536 if device.type == "cuda" and torch.version.hip is None else 0,
     )
