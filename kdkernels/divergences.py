@@ -70,7 +70,7 @@ class Divergence:
     def kernel(self) -> tuple[str, float, float]:
         """The compiled divergence's name and its two parameters (0 where it has fewer)."""
         first, second, *_ = (*vars(self).values(), 0.0, 0.0)  # its fields, in order
-        return self.name, first, second
+        return self.name, float(first), float(second)  # Triton takes no other numbers
 
 
 @dataclass(frozen=True)

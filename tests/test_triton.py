@@ -6,9 +6,11 @@ import math
 import os
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -113,6 +115,13 @@ def test_what_a_kernel_compares_with_none_holds_no_none(divergence):
     options = LogitsOptions(*divergence.kernel(), *operator_options()[3:])
     far = launch._divergence(options, split=False).far
     assert far is None or None not in far
+
+
+@pytest.mark.parametrize("number", [Fraction(1, 2), np.float32(0.5), 2], ids=repr)
+def test_parameters_are_floats(number):
+    # A launch refuses other numbers, and an int of 1 would compile another kernel.
+    parameters = kdkernels.AlphaBeta(number, number).kernel()[1:]
+    assert [type(parameter) for parameter in parameters] == [float, float]
 
 
 def test_kdkernels_does_not_import_triton():
