@@ -94,7 +94,7 @@ class Rows:
             shape[dim] = self.lead.numel()
             values = values.new_zeros(shape).index_copy_(dim, self.index, values)
         if width is None:
-            return values.reshape(*values.shape[:-1], *self.lead)
+            return values.reshape([*values.shape[:-1], *self.lead])  # a list, which may be empty
         return values.reshape(*self.lead, width)
 
 

@@ -264,10 +264,14 @@ def test_all_rows_masked(linear_backend, reduction, dtype):
     assert not any(x.any() for x in (*actual[1:4], *actual.metrics.values()))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("lead", [(0,), (2, 0), ()])
-def test_few_rows(linear_backend, lead):
+def test_few_rows(linear_backend, lead, reduction):
     case = make_case(lead=lead)
-    actual, exact = run(call(linear_backend), case), oracle(case)
+    options = {"reduction": reduction, "return_metrics": True}
+    actual, exact = run(call(linear_backend), case, **options), oracle(case, **options)
+    assert actual.loss.shape == exact.loss.shape
+    assert_metrics(actual.metrics, exact.metrics, "forward_kl")
     assert actual.hidden.shape == case.student_hidden.shape
     assert_close(actual.loss, exact.loss, (2e-6, 1e-6))
     assert_close(actual.weight, exact.weight, (1e-4, 1e-6))
