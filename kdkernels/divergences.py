@@ -8,7 +8,6 @@ they become there.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 import numbers
@@ -256,6 +255,10 @@ DIVERGENCES: dict[str, type[Divergence]] = {
     )
 }
 
+_DEFAULTS: dict[str, Divergence] = {
+    name: cls() for name, cls in DIVERGENCES.items() if cls is not AlphaBeta
+}
+
 
 class Registered(NamedTuple):
     """What :func:`register_divergence` was given."""
@@ -340,11 +343,6 @@ def register_divergence(
     return REGISTERED[name].divergence
 
 
-@functools.cache
-def _with_defaults(name: str) -> Divergence:
-    return DIVERGENCES[name]()
-
-
 def as_divergence(divergence: str | Divergence) -> Divergence:
     """The instance behind a name; an instance is returned as it is."""
     if isinstance(divergence, Divergence):
@@ -360,4 +358,4 @@ def as_divergence(divergence: str | Divergence) -> Divergence:
         raise ValueError(f"divergence is {divergence!r}, expected one of {names}")
     if divergence == AlphaBeta.name:
         raise ValueError("divergence 'alpha_beta' has no defaults; pass AlphaBeta(alpha, beta)")
-    return _with_defaults(divergence)
+    return _DEFAULTS[divergence]
