@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from . import ops
 from .options import LinearOptions, LogitsOptions
@@ -29,6 +30,17 @@ def _check_backward(ctx: Any, name: str, consumes: bool = True) -> None:
             f"saved gradient. Call {name} again, or use backend='reference'"
         )
     ctx.consumed = True
+
+
+def _check_no_tangent(name: str, *tensors: Tensor | None) -> None:
+    """Raises where a forward-mode derivative would be lost; Functions do so by themselves."""
+    if torch.compiler.is_compiling():
+        return
+    for tensor in tensors:
+        if tensor is not None and unpack_dual(tensor).tangent is not None:
+            raise RuntimeError(
+                f"{name}: it has no forward-mode derivative (jvp); use backend='reference'"
+            )
 
 
 class LogitsLoss(torch.autograd.Function):
@@ -85,6 +97,7 @@ def logits_loss(
         apply = _apply_logits_loss if straight else LogitsLoss.apply
         outputs = apply(student, (constants, backend, inplace, options, straight))
         return outputs if options.metrics else (outputs, None)
+    _check_no_tangent("kd_loss", student, constants[0])
     loss, metrics = ops.loss((student, *constants), backend, options, straight)
     return loss, metrics if options.metrics else None
 
@@ -187,6 +200,7 @@ def linear_loss(
     tensors = (*student, *teacher, *per_token, normalizer, row_index)
     arguments = (len(student_hidden), linear, options)
     if not any(linear.needs_grad):
+        _check_no_tangent("linear_kd_loss", *student, *teacher)
         return _linear_loss(*arguments, tensors)[:2]
     function = LinearLossPerToken if options.reduction == "none" else LinearLoss
     return function.apply(*arguments, *tensors)

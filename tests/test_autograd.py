@@ -84,6 +84,22 @@ def test_create_graph_raises(kernel):
         loss_of(kernel, student, teacher).backward(create_graph=True)
 
 
+def test_forward_mode_raises(kernel):
+    """Rather than return a derivative of 0."""
+    student, teacher = (x.to(kernel.device) for x in correlated_pair(2, VOCAB))
+
+    def derivative(loss):
+        return torch.func.jvp(loss, (student,), (student,))[1]
+
+    for loss in (
+        lambda x: kdkernels.kd_loss(x, teacher, backend=kernel.backend),
+        lambda x: kdkernels.kd_loss(teacher, x, backend=kernel.backend),
+    ):
+        with pytest.raises(RuntimeError, match=r"kd_loss.*forward-mode.*reference"):
+            derivative(loss)
+    assert derivative(lambda x: kdkernels.kd_loss(x, teacher, backend="reference")) != 0
+
+
 def test_reference_can_be_differentiated_twice():
     student, teacher = correlated_pair(3, VOCAB)
     student.requires_grad_()

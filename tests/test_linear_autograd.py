@@ -93,6 +93,16 @@ def test_second_backward_and_create_graph(linear_kernel, reduction):
         torch.autograd.grad(twice, leaf)
 
 
+def test_forward_mode_raises(linear_kernel):
+    case = make_case()
+
+    def loss(weight):
+        return fused(case._replace(student_weight=weight), linear_kernel.backend)
+
+    with pytest.raises(RuntimeError, match=r"linear_kd_loss.*forward-mode.*reference"):
+        torch.func.jvp(loss, (case.student_weight,), (case.student_weight,))
+
+
 def test_inputs_changed_before_the_backward_are_noticed(linear_kernel):
     """A loss per token reads them again."""
     case = make_case()
