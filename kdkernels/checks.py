@@ -117,8 +117,6 @@ def _options(
     ce_weight = number("ce_weight", ce_weight)
     if ce_weight != 0 and not with_labels:
         raise ValueError(f"ce_weight is {ce_weight}, which needs labels, and labels is None")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index is a {type(ignore_index).__name__}, expected an int")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}, expected one of {', '.join(REDUCTIONS)}")
     if temperature_squared:
@@ -131,7 +129,7 @@ def _options(
         temperature,
         kd_weight,
         ce_weight,
-        ignore_index,
+        integer("ignore_index", ignore_index),
         reduction,
         _vocab_size(vocab_size, student_width, teacher_width),
         number("student_scale", student_scale, positive=True),
@@ -168,13 +166,15 @@ def number(name: str, value: float, *, positive: bool = False) -> float:
     return float(value)
 
 
-def positive_int(name: str, value: int) -> int:
-    """The value, an int of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
+def integer(name: str, value: int, *, positive: bool = False) -> int:
+    """The value as an int of 64 bits, and positive where asked for."""
+    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
         raise TypeError(f"{name} is a {type(value).__name__}, expected an int")
-    if value < 1:
+    if positive and value < 1:
         raise ValueError(f"{name} is {value}, expected at least 1")
-    return value
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} is {value}, expected an int of 64 bits")
+    return int(value)
 
 
 def _softcap(name: str, value: float | None) -> float:
@@ -254,8 +254,7 @@ def _vocab_size(vocab_size: int | None, student: int, teacher: int) -> int:
         if smaller == 0:
             raise ValueError("student_logits or teacher_logits has a vocabulary of 0")
         return smaller
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
-        raise TypeError(f"vocab_size is a {type(vocab_size).__name__}, expected an int")
+    vocab_size = integer("vocab_size", vocab_size)
     if not 1 <= vocab_size <= smaller:
         raise ValueError(
             f"vocab_size is {vocab_size}, expected 1 to {smaller}: the logits have {student} "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -84,6 +85,12 @@ OPTIONS = [
     ("ignore_index", "x", TypeError, "ignore_index is a str, expected an int"),
     ("ignore_index", 1.5, TypeError, "ignore_index is a float, expected an int"),
     ("ignore_index", None, TypeError, "ignore_index is a NoneType, expected an int"),
+    (
+        "ignore_index",
+        2**63,
+        ValueError,
+        "ignore_index is 9223372036854775808, expected an int of 64",
+    ),
     ("token_weight", LABELS, TypeError, "token_weight is torch.int64, expected .*float32"),
     ("token_weight", S, ValueError, r"token_weight has shape \(2, 3, 8\), expected \(2, 3\)"),
     ("token_weight", META[..., 0], ValueError, "token_weight is on meta, expected cpu"),
@@ -125,6 +132,14 @@ def test_option(name, value, error, match, backend):
     options = {"backend": backend, name: value}
     with pytest.raises(error, match=match):
         kd_loss(S, T, **options)
+
+
+def test_numbers_of_numpy():
+    options = {"vocab_size": 4, "ignore_index": -1, "temperature": 2.0, "normalizer": 3.0}
+    of_numpy = {name: np.array(value)[()] for name, value in options.items()}
+    student = torch.arange(48.0).view(2, 3, 8).sin()
+    expected = kd_loss(student, T, labels=LABELS, **options)
+    assert torch.equal(kd_loss(student, T, labels=LABELS, **of_numpy), expected)
 
 
 def test_teacher_narrower_than_vocab_size():

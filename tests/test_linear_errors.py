@@ -16,6 +16,7 @@ META = torch.zeros(2, 3, 24, device="meta")
 
 ARGUMENTS = [
     # what differs from a good call, exception, the message
+    ({"chunk_bytes": 2**80}, ValueError, "chunk_bytes is .*, expected an int of 64 bits"),
     ({"student_hidden": None}, TypeError, "student_hidden is a NoneType, expected a torch.Tensor"),
     ({"student_hidden": CASE.student_hidden.long()}, TypeError, "student_hidden is torch.int64"),
     ({"student_hidden": torch.tensor(1.0)}, ValueError, r"student_hidden has shape \(\), expected"),
