@@ -14,6 +14,7 @@ from . import backends
 from .divergences import Divergence, as_divergence
 from .options import REDUCTIONS, LogitsOptions
 
+_FLOAT32 = torch.finfo(torch.float32)  # what kernels compute in
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -154,7 +155,7 @@ def _remembered(*arguments: Any) -> LogitsOptions:
 
 
 def number(name: str, value: float, *, positive: bool = False) -> float:
-    """The value as a float, finite, and positive where asked for."""
+    """The value as a float, finite, and positive where asked for, also in float32."""
     if type(value) is not float and (
         isinstance(value, bool) or not isinstance(value, (int, numbers.Real))
     ):
@@ -163,6 +164,8 @@ def number(name: str, value: float, *, positive: bool = False) -> float:
     if not (0 if positive else -math.inf) < value < math.inf:
         kind = "positive and finite" if positive else "finite"
         raise ValueError(f"{name} is {value}, expected {kind}")
+    if abs(value) > _FLOAT32.max or (positive and value < _FLOAT32.tiny):
+        raise ValueError(f"{name} is {value}, expected what float32 can hold")
     return float(value)
 
 
