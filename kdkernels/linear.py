@@ -120,7 +120,8 @@ def linear_kd_loss(
     """
     hidden, weight = _terms(student_hidden), _terms(student_weight)
     lead, device = _check_student(hidden, weight, student_bias)
-    teacher_hidden, teacher_logits = _as_tensor(teacher_hidden), _as_tensor(teacher_logits)
+    teacher_hidden = _as_tensor("teacher_hidden", teacher_hidden)
+    teacher_logits = _as_tensor("teacher_logits", teacher_logits)
     teacher = teacher_hidden, teacher_weight, teacher_bias, teacher_logits
     teacher_dtype, teacher_vocab = _check_teacher(*teacher, lead, device)
     _check_row_index(row_index, lead)
@@ -233,12 +234,15 @@ def _terms(value: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return list(value) if isinstance(value, Sequence) else [value]
 
 
-def _as_tensor(value: Tensor | np.ndarray | None) -> Tensor | None:
+def _as_tensor(name: str, value: Tensor | np.ndarray | None) -> Tensor | None:
     if not isinstance(value, np.ndarray):
         return value
-    with warnings.catch_warnings():  # a read-only file stays so: it is only read
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.from_numpy(value)
+    try:
+        with warnings.catch_warnings():  # a read-only file stays so: it is only read
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.from_numpy(value)
+    except (TypeError, ValueError) as error:  # of its dtype, byte order or negative strides
+        raise type(error)(f"{name} is an array that torch cannot read: {error}") from None
 
 
 def _autocast(device: str) -> bool:

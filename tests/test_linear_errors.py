@@ -136,6 +136,13 @@ def test_options_are_checked_as_those_of_kd_loss(name, value, error, match):
         call(**{"backend": "cpu", name: value})
 
 
+@pytest.mark.parametrize("change", [lambda x: x[::-1], lambda x: x.astype(">f4")])
+def test_arrays_that_torch_cannot_read(change):
+    hidden = change(CASE.teacher_hidden.numpy())
+    with pytest.raises(ValueError, match="teacher_hidden is an array that torch cannot read: "):
+        call(teacher_hidden=hidden)
+
+
 def test_per_token_arguments():
     with pytest.raises(ValueError, match=r"labels has shape \(6,\), expected \(2, 3\)"):
         call(labels=torch.zeros(6, dtype=torch.int64))
