@@ -171,7 +171,8 @@ def _active_adapters(head: Any) -> list[str]:
 
 
 def _check_layer(name: str, layer: nn.Module) -> None:
-    if type(layer).forward is not nn.Linear.forward or "forward" in vars(layer):
+    forward = getattr(type(layer), "forward", None)  # None: no module at all
+    if forward is not nn.Linear.forward or "forward" in vars(layer):
         raise TypeError(
             f"{name} is a {type(layer).__name__} whose forward is not that of nn.Linear: its "
             "logits may be more than hidden @ weight.T + bias. Call linear_kd_loss with the weight "

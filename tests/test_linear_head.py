@@ -255,6 +255,8 @@ def test_what_it_refuses():
         nn.Embedding(VOCAB, 16),
         patched,
         nn.Sequential(student_head()),
+        None,
+        torch.zeros(VOCAB, 16),
     ):
         with pytest.raises(TypeError, match=r"lm_head is a .* whose forward is not"):
             LinearKDHead(head)
