@@ -305,10 +305,13 @@ dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, 
 torch.manual_seed(0)
 
 class Model(nn.Module):
-    def __init__(self):
+    def __init__(self, kind=""):
         super().__init__()
         self.body = nn.Linear(8, 16)
-        self.head = LinearKDHead(nn.Linear(16, 37, bias=False), temperature=2.0)
+        lm_head = nn.Linear(16, 37, bias=False)
+        if kind != "fsdp of the module":
+            self.lm_head = lm_head
+        self.head = LinearKDHead(lm_head, temperature=2.0)
     def forward(self, x, teacher_hidden, teacher_weight):
         return self.head(self.body(x), teacher_hidden, teacher_weight)
 
@@ -319,7 +322,7 @@ mesh = init_device_mesh("cpu", (2,))
 part = slice(3 * rank, 3 * rank + 3)
 for kind in ("ddp", "fsdp of the head", "fsdp of the module", "fsdp of the model"):
     torch.manual_seed(0)
-    model = Model()
+    model = Model(kind)
     if kind == "ddp":
         model = nn.parallel.DistributedDataParallel(model)
     else:
