@@ -5,6 +5,7 @@ It is the oracle of the tests and the fallback of ``backend="auto"``. Its gradie
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
@@ -34,7 +35,11 @@ def kd_loss(
     o: LogitsOptions,
 ) -> tuple[Tensor, Tensor | None]:
     """The loss and, with ``o.metrics``, the stacked metrics ``(5, ...)``."""
-    with torch.autocast(student.device.type, enabled=False):
+    device = student.device.type
+    plain: contextlib.AbstractContextManager = contextlib.nullcontext()
+    if torch.amp.is_autocast_available(device):
+        plain = torch.autocast(device, enabled=False)
+    with plain:
         return _kd_loss(student, teacher, labels, token_weight, normalizer, divergence, o)
 
 

@@ -284,3 +284,11 @@ def test_a_subclass_with_another_value_is_not_taken_for_its_base():
     student, teacher = correlated_pair(3, 30)
     doubled = kdkernels.kd_loss(student, teacher, divergence=Doubled())
     torch.testing.assert_close(doubled, 2 * kdkernels.kd_loss(student, teacher))
+
+
+def test_meta_tensors():
+    """A device without autocast; shapes and dtypes only."""
+    student = torch.empty(3, 8, device="meta", requires_grad=True)
+    loss = kdkernels.kd_loss(student, torch.empty(3, 8, device="meta"), reduction="none")
+    loss.sum().backward()
+    assert (loss.shape, loss.dtype, student.grad.shape) == ((3,), torch.float32, (3, 8))
