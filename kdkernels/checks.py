@@ -246,6 +246,8 @@ def _per_token(
 
 
 def _normalizer_tensor(normalizer: Tensor, student: Tensor) -> Tensor:
+    if normalizer.is_complex():
+        raise TypeError(f"normalizer is {normalizer.dtype}, expected a real dtype")
     if normalizer.dim() != 0:
         raise ValueError(f"normalizer has shape {tuple(normalizer.shape)}, expected a 0-d tensor")
     return normalizer.detach().to(device=student.device, dtype=torch.float32)

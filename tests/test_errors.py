@@ -105,6 +105,7 @@ OPTIONS = [
     ("normalizer", -2.0, ValueError, "normalizer is -2.0, expected positive and finite"),
     ("normalizer", math.nan, ValueError, "normalizer is nan, expected positive and finite"),
     ("normalizer", "3", TypeError, "normalizer is a str, expected a number"),
+    ("normalizer", torch.tensor(1j), TypeError, "normalizer is torch.complex64, expected a real"),
     ("normalizer", torch.ones(2), ValueError, r"normalizer has shape \(2,\), expected a 0-d"),
     ("normalizer", torch.ones(1), ValueError, r"normalizer has shape \(1,\), expected a 0-d"),
     ("vocab_size", 9, ValueError, "vocab_size is 9, expected 1 to 8.*8 .student. and 8 .teacher."),
