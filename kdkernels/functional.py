@@ -79,8 +79,8 @@ def kd_loss(
         return_metrics: also return a dict of detached float32 tensors ``(...)``: ``divergence``
             (before weights and T^2), ``cross_entropy`` (None without labels), ``teacher_entropy``,
             ``student_entropy``, ``agreement`` (1.0 where both have the same top token).
-        backend: ``"auto"``, ``"cpu"``, ``"triton"`` or ``"reference"``. A named one never falls
-            back.
+        backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``. A named one
+            never falls back.
 
     Returns:
         The loss, float32 (float64 for float64 logits), a scalar or ``(...)`` for ``"none"``; with
