@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from kdkernels import JSD, AlphaBeta, ForwardKL, SkewForwardKL
+from kdkernels import JSD, AlphaBeta, ForwardKL, SkewForwardKL, kd_loss
 
 from . import tolerances
 from .cases import ALL, BOUNDED, ONE_OF_EACH, close_pair, correlated_pair, labels_for
@@ -283,6 +283,15 @@ def test_extreme_temperatures(backend, divergence, temperature):
     # Models certain of different tokens have gradients of nearly 0, as differences of terms of 1.
     error = (actual.gradient.double() - expected.gradient).norm(dim=-1)
     assert (error <= relative * (expected.gradient.norm(dim=-1) + temperature)).all()
+
+
+@pytest.mark.parametrize("vocab", [1, 3, 37, 1030])
+@pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=str)
+def test_identical_logits_on_the_cpu(divergence, vocab):
+    """Exactly 0, also where the vocabulary does not fill the last vector."""
+    logits = correlated_pair(2, vocab)[1]
+    loss = kd_loss(logits, logits.clone(), divergence=divergence, backend="cpu")
+    assert loss == 0 or divergence.name == "soft_cross_entropy"
 
 
 @pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=str)

@@ -200,9 +200,9 @@ struct SkewForwardKL : Mixture {
 
   template <class F>
   KD_INLINE Term<F> operator()(const Point<F>& x) const {
-    const F m = of(x), ratio = quotient(bregman(x.p, x.q, x.r).difference, m);
+    const F difference = bregman(x.p, x.q, x.r).difference, ratio = quotient(difference, of(x));
     const F p_log = times_or_zero(x.p, far_logs(x.r, ratio).over_p);
-    return {value(x, m - x.p - p_log), rest * rest * times_or_zero(x.q, ratio)};
+    return {value(x, rest * difference - p_log), rest * rest * times_or_zero(x.q, ratio)};
   }
 
   KD_INLINE double far_unit() const { return kNatsPerBit / share; }
@@ -227,7 +227,7 @@ struct SkewReverseKL : Mixture {
     const F smaller = select(p_is_larger, x.q + FLT_MIN, m);
     const F growth = log1p(quotient(share * abs(difference), smaller));
     const F log = select(p_is_larger, -growth, growth);  // log(q / m)
-    return {value(x, m - x.q + times_or_zero(x.q, log)),
+    return {value(x, times_or_zero(x.q, log) - share * difference),
             slope(x, log - rest * share * quotient(difference, m))};
   }
 
