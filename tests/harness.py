@@ -80,6 +80,7 @@ BACKENDS = [
     TRITON,
     Backend("reference", "reference", kernel=False),
 ]
+DEVICES = {config.backend: config.device for config in BACKENDS}
 
 
 class Result(NamedTuple):
@@ -168,7 +169,7 @@ def assert_close(
 ) -> None:
     """Elementwise within (relative, absolute); NaN and infinities at the same places."""
     assert actual.shape == expected.shape, f"{what}: shape {actual.shape} != {expected.shape}"
-    actual, expected = actual.double(), expected.double()
+    actual, expected = actual.cpu().double(), expected.cpu().double()
     assert_same_specials(actual, expected, what)
     finite = expected.isfinite()
     relative, absolute = tolerance
@@ -196,7 +197,7 @@ def assert_gradient(
 ) -> None:
     """Within a relative L2 error; NaN and infinities at the same places, rows of 0 exactly 0."""
     assert actual.shape == expected.shape
-    actual, expected = actual.double(), expected.double()
+    actual, expected = actual.cpu().double(), expected.cpu().double()
     assert_same_specials(actual, expected, "gradient")
     empty = (expected == 0).all(-1)
     assert not actual[empty].any(), "gradient: a row without any is not 0"

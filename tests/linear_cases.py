@@ -12,7 +12,7 @@ from kdkernels import Divergence, kd_loss, linear_kd_loss
 
 from . import tolerances
 from .cases import labels_for, normal
-from .harness import move
+from .harness import DEVICES, move
 
 VOCAB, TEACHER_VOCAB = 203, 210
 LEAD = (3, 7)
@@ -53,9 +53,11 @@ class Result(NamedTuple):
     metrics: dict[str, Tensor | None] | None
 
 
-def fused(case: Case, backend: str = "auto", device: str = "cpu", **options: Any) -> Any:
+def fused(case: Case, backend: str = "auto", **options: Any) -> Any:
+    """On the backend's device; a row_index stays on the host."""
+    device = DEVICES.get(backend, "cpu")
     case = case.to(device)
-    options = {name: move(value, device) for name, value in options.items()}
+    options = {n: x if n == "row_index" else move(x, device) for n, x in options.items()}
     return linear_kd_loss(
         case.student_hidden,
         case.student_weight,
@@ -106,7 +108,7 @@ def oracle(case: Case, **options: Any) -> Result:
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    actual, expected = actual.double(), expected.double()
+    actual, expected = actual.cpu().double(), expected.cpu().double()
     return float((actual - expected).norm() / expected.norm().clamp(min=1e-300))
 
 

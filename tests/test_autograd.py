@@ -15,6 +15,7 @@ from .harness import (
     assert_gradient,
     assert_matches,
     loss_of,
+    move,
     oracle,
     run,
 )
@@ -251,7 +252,7 @@ def test_no_gradient_flows_to_the_teacher_or_the_weights(backend, divergence):
 
 def test_needs_no_copy_of_an_untouched_gradient(kernel):
     # grad_output of 1: the tensor written in the forward is the one handed out.
-    student, teacher = correlated_pair(3, VOCAB)
+    student, teacher = (move(x, kernel.device) for x in correlated_pair(3, VOCAB))
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         loss = loss_of(kernel, student.requires_grad_(), teacher)

@@ -8,9 +8,14 @@ import torch
 import kdkernels
 
 from .cases import correlated_pair, labels_for
-from .harness import loss_of, run
+from .harness import Backend, loss_of, move, run
 
 VOCAB = 517
+
+
+def pair(kernel: Backend, *shape: int):
+    """Student and teacher on the kernel's device, where they can be overwritten."""
+    return tuple(move(x, kernel.device) for x in correlated_pair(*shape))
 
 
 def computed(student):
@@ -20,25 +25,25 @@ def computed(student):
 
 
 def test_writes_into_the_student(kernel):
-    student, teacher = correlated_pair(3, VOCAB)
+    student, teacher = pair(kernel, 3, VOCAB)
     expected = run(kernel, student, teacher)
     leaf, logits = computed(student)
     loss = loss_of(kernel, logits, teacher, inplace_grad=True)
-    assert torch.equal(logits.detach(), expected.gradient)
+    assert torch.equal(logits.detach().cpu(), expected.gradient)
     loss.backward()
-    assert torch.equal(leaf.grad, expected.gradient)
+    assert torch.equal(leaf.grad.cpu(), expected.gradient)
 
 
 def test_writes_the_scaled_gradient(kernel):
-    student, teacher = correlated_pair(3, VOCAB)
+    student, teacher = pair(kernel, 3, VOCAB)
     expected = run(kernel, student, teacher, grad_output=torch.tensor(3.0))
     leaf, logits = computed(student)
     (3 * loss_of(kernel, logits, teacher, inplace_grad=True)).backward()
-    assert torch.equal(leaf.grad, expected.gradient)
+    assert torch.equal(leaf.grad.cpu(), expected.gradient)
 
 
 def test_bumps_the_version(kernel):
-    student, teacher = correlated_pair(3, VOCAB)
+    student, teacher = pair(kernel, 3, VOCAB)
     _, logits = computed(student)
     version = logits._version
     loss_of(kernel, logits, teacher, inplace_grad=True)
@@ -47,7 +52,7 @@ def test_bumps_the_version(kernel):
 
 @pytest.mark.parametrize("consumer", ["exp", "square", "log_softmax", "kd_loss before"])
 def test_another_consumer_fails_loudly(kernel, consumer):
-    student, teacher = correlated_pair(3, VOCAB)
+    student, teacher = pair(kernel, 3, VOCAB)
     leaf = student.clone().requires_grad_()
     logits = leaf.exp() if consumer == "exp" else leaf * 1
     if consumer == "square":
@@ -64,16 +69,16 @@ def test_another_consumer_fails_loudly(kernel, consumer):
 
 
 def test_views_of_computed_logits(kernel):
-    student, teacher = correlated_pair(2, 5, VOCAB)
+    student, teacher = pair(kernel, 2, 5, VOCAB)
     expected = run(kernel, student[:, :-1], teacher[:, 1:])
     leaf, logits = computed(student)
     loss_of(kernel, logits[:, :-1], teacher[:, 1:], inplace_grad=True).backward()
-    assert torch.equal(leaf.grad[:, :-1], expected.gradient)
+    assert torch.equal(leaf.grad[:, :-1].cpu(), expected.gradient)
     assert not leaf.grad[:, -1].any()
 
 
 def test_no_grad_writes_nothing(kernel):
-    student, teacher = correlated_pair(3, VOCAB)
+    student, teacher = pair(kernel, 3, VOCAB)
     before = student.clone()
     loss_of(kernel, student, teacher, inplace_grad=True)  # needs no gradient
     assert torch.equal(student, before)
@@ -94,12 +99,12 @@ def refused(kernel, logits, teacher, match, error=ValueError, **options):
 
 
 def test_refuses_leaves(kernel):
-    student, teacher = correlated_pair(3, VOCAB)
+    student, teacher = pair(kernel, 3, VOCAB)
     refused(kernel, student.requires_grad_(), teacher, "inplace_grad.*student_logits is a leaf")
 
 
 def test_refuses_views_of_leaves(kernel):
-    student, teacher = correlated_pair(3, VOCAB)
+    student, teacher = pair(kernel, 3, VOCAB)
     leaf = student.requires_grad_()
     for view in (leaf[:], leaf.view(3, 1, VOCAB).squeeze(1), leaf[:, :500][:, :400]):
         other = teacher[:, : view.shape[-1]]
@@ -107,16 +112,16 @@ def test_refuses_views_of_leaves(kernel):
 
 
 def test_refuses_memory_that_overlaps_itself(kernel):
-    _, teacher = correlated_pair(3, VOCAB)
+    _, teacher = pair(kernel, 3, VOCAB)
     leaf = teacher[:1].clone().requires_grad_()
     computed_row = leaf * 1
     refused(kernel, computed_row.expand(3, VOCAB), teacher, "inplace_grad.*student_logits.*overlap")
-    flat = torch.zeros(VOCAB + 2).requires_grad_() * 1
+    flat = torch.zeros(VOCAB + 2, device=kernel.device).requires_grad_() * 1
     refused(kernel, flat.as_strided((3, VOCAB), (1, 1)), teacher, "inplace_grad.*overlap")
 
 
 def test_refuses_memory_shared_with_the_teacher(kernel):
-    student, _ = correlated_pair(3, VOCAB)
+    student, _ = pair(kernel, 3, VOCAB)
     _, logits = computed(student)
     refused(kernel, logits, logits.detach(), "inplace_grad.*share their memory")
     _, both = computed(torch.cat([student, student]))
@@ -125,8 +130,8 @@ def test_refuses_memory_shared_with_the_teacher(kernel):
 
 def test_refuses_labels_before_it_writes(kernel):
     if not kernel.checks_labels:
-        pytest.skip("a label outside the vocabulary is NaN on a device: test_triton.py")
-    student, teacher = correlated_pair(3, VOCAB)
+        pytest.skip("a label outside the vocabulary is NaN on a device: test_gpu.py")
+    student, teacher = pair(kernel, 3, VOCAB)
     labels = labels_for(3, vocab=VOCAB)
     labels[2] = VOCAB
     _, logits = computed(student)
@@ -134,7 +139,7 @@ def test_refuses_labels_before_it_writes(kernel):
 
 
 def test_refuses_rows_at_three_strides(kernel):
-    student, teacher = correlated_pair(2, 3, 2, VOCAB)
+    student, teacher = pair(kernel, 2, 3, 2, VOCAB)
     leaf = student.permute(2, 1, 0, 3).contiguous().requires_grad_()
     logits = (leaf * 1).permute(2, 1, 0, 3)
     refused(kernel, logits, teacher, "inplace_grad.*student_logits.*strides")

@@ -61,7 +61,7 @@ def test_only_what_needs_a_gradient_is_computed(linear_kernel, monkeypatch, need
 
 
 def test_saves_only_small_results(linear_kernel):
-    case = make_case()
+    case = make_case().to(linear_kernel.device)
     student = [x.clone().requires_grad_() for x in case[:3]]
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
@@ -105,7 +105,7 @@ def test_forward_mode_raises(linear_kernel):
 
 def test_inputs_changed_before_the_backward_are_noticed(linear_kernel):
     """A loss per token reads them again."""
-    case = make_case()
+    case = make_case().to(linear_kernel.device)
     hidden = case.student_hidden.clone().requires_grad_()
     weight = case.student_weight.clone()
     changed = case._replace(student_hidden=hidden, student_weight=weight)
@@ -156,7 +156,7 @@ def test_autocast_over_float32_weights(linear_backend, dtype):
     rounded = case.to(dtype)
     exact, rival = oracle(rounded, **options), run(dense, rounded, **options)
     for chunk_bytes in (None, CHUNK):
-        with torch.autocast("cpu", dtype):
+        with torch.autocast(linear_backend.device, dtype):
             call = functools.partial(fused, backend=linear_backend.backend)
             actual = run(call, case, chunk_bytes=chunk_bytes, **options)
         assert actual.loss.dtype == torch.float32
@@ -166,7 +166,7 @@ def test_autocast_over_float32_weights(linear_backend, dtype):
             bound = relative_error(getattr(rival, name), wanted)
             assert relative_error(got, wanted) <= 2 * bound
     mixed = case._replace(student_hidden=case.student_hidden.to(dtype))
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(linear_backend.device, dtype):
         loss = fused(mixed, linear_backend.backend)
     assert torch.isfinite(loss)
 
@@ -243,7 +243,7 @@ def test_strides(linear_backend):
 def test_teacher_payload_on_disk(linear_backend, kind, tmp_path):
     import numpy as np
 
-    case = make_case(bias=False)
+    case, device = make_case(bias=False), linear_backend.device
     expected = run(fused, case, labels=some_labels())
     array = case.teacher_hidden.numpy()
     if kind == "memmap":
@@ -257,12 +257,12 @@ def test_teacher_payload_on_disk(linear_backend, kind, tmp_path):
         storage = torch.from_file(str(path), shared=True, size=array.size)
         array = storage.view(array.shape)
     for chunk_bytes in (None, CHUNK):
-        student = [x.clone().requires_grad_() for x in case[:2]]
+        student = [x.to(device, copy=True).requires_grad_() for x in case[:2]]
         loss = linear_kd_loss(
             *student,
             array,
-            case.teacher_weight,
-            labels=some_labels(),
+            case.teacher_weight.to(device),
+            labels=some_labels().to(device),
             chunk_bytes=chunk_bytes,
             backend=linear_backend.backend,
         )
@@ -275,6 +275,7 @@ def test_teacher_payload_of_another_dtype(linear_backend):
     case = make_case(torch.bfloat16, bias=False)
     cached = case.teacher_hidden.float().to(torch.float16)
     expected = run(fused, case._replace(teacher_hidden=cached.bfloat16()))
+    case = case.to(linear_backend.device)
     for payload in (cached, cached.numpy(), cached.double()):
         loss = linear_kd_loss(
             case.student_hidden,
@@ -288,8 +289,11 @@ def test_teacher_payload_of_another_dtype(linear_backend):
 
 def test_sums_of_products(linear_backend):
     """A frozen head and an adapter: no gradient work for the head's weight."""
-    case = make_case(bias=False)
-    down, up = normal(4, 16, seed=7) / 4, normal(VOCAB, 4, seed=8) / 4
+    case = make_case(bias=False).to(linear_backend.device)
+    down, up = (
+        x.to(linear_backend.device)
+        for x in (normal(4, 16, seed=7) / 4, normal(VOCAB, 4, seed=8) / 4)
+    )
     gradients = []
     for fusing in (True, False):
         hidden = case.student_hidden.clone().requires_grad_()

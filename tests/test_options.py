@@ -17,6 +17,7 @@ from .harness import (
     assert_matches,
     assert_metrics,
     loss_of,
+    move,
     oracle,
     run,
 )
@@ -258,6 +259,8 @@ def test_module(backend):
     criterion = kdkernels.KDLoss(backend=backend.backend, **options)
     per_call = {"labels": SOME_IGNORED, "token_weight": WEIGHT}
     expected = loss_of(backend, student, teacher, **options, **per_call)
+    student, teacher = (move(x, backend.device) for x in (student, teacher))
+    per_call = {name: move(value, backend.device) for name, value in per_call.items()}
     assert torch.equal(criterion(student, teacher, **per_call), expected)
     assert "temperature=2.0" in repr(criterion)
     assert not list(criterion.parameters())
