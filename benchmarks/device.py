@@ -44,6 +44,7 @@ class Cpu:
 
     copy_bytes = 2**28  # of the copy and the product that measure_ceilings times
     gemm_size = 2048
+    ceiling_rounds = 7
 
     def __init__(self) -> None:
         self.torch_device = torch.device("cpu")
@@ -109,6 +110,7 @@ class Cuda:
 
     copy_bytes = 2**31
     gemm_size = 8192
+    ceiling_rounds = 50  # more than an idle device's clocks take to rise
 
     def __init__(self) -> None:
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
@@ -156,7 +158,11 @@ class Cuda:
         torch.cuda.empty_cache()
 
     def clock_mhz(self) -> int | None:
-        """Of the multiprocessors, now."""
+        """Of the multiprocessors, now: from the driver's library at once, or from its tool."""
+        try:
+            return torch.cuda.clock_rate(self.torch_device)
+        except Exception:  # no pynvml, or one that does not answer
+            pass
         clock = self._query("clocks.sm")
         return int(clock) if clock.isdigit() else None
 

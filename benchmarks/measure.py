@@ -218,7 +218,7 @@ def run_case(
     return description | {"results": ordered}
 
 
-def measure_ceilings(device: Cpu | Cuda, rounds: int = 7) -> dict[str, float]:
+def measure_ceilings(device: Cpu | Cuda) -> dict[str, float]:
     """What the device can do at best: bytes of a large copy, FLOPs of a large bfloat16 product."""
     n = device.gemm_size
     source = torch.zeros(device.copy_bytes // 4, device=device.torch_device)
@@ -230,7 +230,7 @@ def measure_ceilings(device: Cpu | Cuda, rounds: int = 7) -> dict[str, float]:
         "copy": Step(lambda: (target.copy_(source), ())),
         "gemm": Step(lambda: (torch.mm(a, b, out=c), ())),
     }
-    times, _ = interleaved(steps, device, rounds, Budget())
+    times, _ = interleaved(steps, device, device.ceiling_rounds, Budget())
     copy, gemm = (statistics.median(times[name]) for name in ("copy", "gemm"))
     return {
         "copy_gb_per_s": round(2 * device.copy_bytes / copy / 1e9, 1),

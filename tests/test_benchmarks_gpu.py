@@ -105,6 +105,17 @@ def test_tune(tmp_path):
     assert all("ms" in case["results"]["streaming:1x256"] for case in cases)
 
 
+def test_table(tmp_path, capsys):
+    file = tmp_path / "some.json"
+    bench(f"--shapes 4x64 --dtype float32 --rounds 1 --providers kdkernels eager --output {file}")
+    capsys.readouterr()
+    gpu.main(["table", str(file)])
+    ceilings, case = capsys.readouterr().out.splitlines()
+    assert ceilings.startswith("some: copy_gb_per_s ")
+    assert case.startswith("64 float32 forward_kl: ")
+    assert all(part.endswith("U") and "%" in part for part in case.split(": ")[1].split("; "))
+
+
 def test_without_a_gpu_the_option_says_so(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):

@@ -182,6 +182,7 @@ def test_the_same_bits_again(gpu, divergence, dtype):
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.xdist_group("large")  # one at a time
 @pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
 def test_more_than_2_to_the_31_elements(gpu, divergence, inplace):
