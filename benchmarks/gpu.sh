@@ -48,8 +48,11 @@ start() {
   shift 2
   printf '== %s\n' "$name"
   begins[$name]=$SECONDS limits[$name]=$limit
-  { timeout --signal=INT --kill-after=5 "$limit" "$@"; echo $? >"$out/$name.status"; date +%s >"$out/$name.end"; } \
-    >"$out/$name.log" 2>&1 &
+  {  # what a shell starts in the background ignores interrupts, unless told otherwise
+    timeout --signal=INT --kill-after=5 "$limit" env --default-signal=INT "$@"
+    echo $? >"$out/$name.status"
+    date +%s >"$out/$name.end"
+  } >"$out/$name.log" 2>&1 &
   pids[$name]=$!
 }
 
