@@ -30,10 +30,7 @@ MULTIPROCESSORS, CLOCK, ISSUED, SPECIAL, BANDWIDTH = 132, 1.7e9, 4, 16, 3.0e12
 VOCAB = 128256
 #: Shared memory of one of two CTAs on a multiprocessor, and of what a warp tells others, as in
 #: csrc/cuda/tiles.h and team.h.
-SHARED_BYTES, SLOT_BYTES = (227 * 1024 - 1024) // 2, 160
-
-#: How a row comes: to registers, to shared memory.
-LOADS = ("LDG.E.NA.128", "LDGSTS.E.BYPASS.128")
+SHARED_BYTES, SLOT_BYTES = (227 * 1024 - 1024) // 2, 176
 
 #: Operations of a thread; special functions are counted apart.
 FLOPS = {"FADD": 1, "FMUL": 1, "FFMA": 2}
@@ -45,8 +42,9 @@ NAME = re.compile(r"(registers|shared)_kernelINS0_\d+([A-Za-z]+)E(?:Li([24])E)?(
 
 class Instruction(NamedTuple):
     address: int
-    predicated: bool
+    predicate: str
     name: str
+    operands: str
     target: int | None  # of a branch
 
     @property
@@ -91,7 +89,7 @@ def instructions_of(text: str) -> list[Instruction]:
     for address, predicate, name, rest in INSTRUCTION.findall(text):
         target = re.search(r"0x([0-9a-f]+)\s*$", rest) if name.startswith("BRA") else None
         found.append(
-            Instruction(int(address, 16), bool(predicate), name, target and int(target[1], 16))
+            Instruction(int(address, 16), predicate, name, rest, target and int(target[1], 16))
         )
     return found
 
@@ -124,7 +122,7 @@ def successors_of(blocks: list[list[Instruction]]) -> list[list[int]]:
             ".DIV" in last.name
         ):  # taken where lanes have diverged, which no vote or shuffle here sees
             ways, ends = [], False
-        if i + 1 < len(blocks) and (last.predicated or not ends):
+        if i + 1 < len(blocks) and (last.predicate or not ends):
             ways.append(i + 1)
         successors.append([way for way in ways if way != i or len(block) > 1])
     return successors
@@ -159,28 +157,61 @@ def loops_of(successors: list[list[int]]) -> tuple[list[int], list[set[int]]]:
     return order, loops
 
 
-def near_blocks(blocks: list[list[Instruction]], successors: list[list[int]]) -> set[int]:
-    """Those for rows that are not far, see csrc/core/divergences.h: their terms take polynomials,
-    and logits are loaded again where something else took their place."""
+def reachable(ways: list[list[int]], starts: set[int]) -> set[int]:
+    found, left = set(starts), list(starts)
+    while left:
+        for way in ways[left.pop()]:
+            if way not in found:
+                found.add(way)
+                left.append(way)
+    return found
+
+
+def near_blocks(
+    blocks: list[list[Instruction]], successors: list[list[int]], order: list[int]
+) -> set[int]:
+    """Those for rows that are not far, see csrc/core/divergences.h: those whose terms take
+    polynomials, and what leads to them and to nothing else once the gradient of a far row could
+    have begun."""
     exponentials = [sum(x.name == "MUFU.EX2" for x in block) for block in blocks]
     multiply_adds = [sum(x.name.startswith("FFMA") for x in block) for block in blocks]
-    terms = {i for i, n in enumerate(exponentials) if n >= 8 and 4 * n <= multiply_adds[i]}
-    after, left = set(), [i for i, n in enumerate(exponentials) if n >= 8]
-    while left:
-        for way in successors[left.pop()]:
-            if way not in after:
-                after.add(way)
-                left.append(way)
-    return terms | {i for i in after if any(x.name.startswith(LOADS) for x in blocks[i])}
+    sweeps = {i for i, n in enumerate(exponentials) if n >= 8}
+    terms = {i for i in sweeps if 4 * exponentials[i] <= multiply_adds[i]}
+    predecessors: list[list[int]] = [[] for _ in blocks]
+    for i, ways in enumerate(successors):
+        for way in ways:
+            predecessors[way].append(i)
+    before = reachable(predecessors, terms)
+    to_sweep = reachable(predecessors, sweeps)
+    leaving = [
+        i for i in order if i in before and any(way in to_sweep - before for way in successors[i])
+    ]
+    # The order begins at the end: the last of these is the first on every way.
+    return before - reachable(predecessors, {leaving[-1]}) if leaving else terms
+
+
+def one_warp_only(code: list[Instruction]) -> set[int]:
+    """Where it branches by the question whether this is the first warp of the CTA."""
+    asks = re.compile(r"\s*(P\d), PT, R\d+, 0x1f, PT\s*")
+    asked: dict[str, bool] = {}  # of a predicate, in the order of addresses
+    found = set()
+    for x in code:
+        if x.target is not None and asked.get(x.predicate.strip().lstrip("@!")):
+            found.add(x.address)
+        elif written := re.match(r"\s*(P\d),", x.operands):
+            asked[written[1]] = bool(asks.fullmatch(x.operands))
+    return found
 
 
 def longest_path(code: list[Instruction], trips: int, *, far: bool) -> Cost:
-    """Of a thread; loops over vectors, which exchange or exponentiate them, have `trips`."""
+    """Of a thread, on average over the warps of a CTA of 256 threads; loops over vectors, which
+    exchange or exponentiate them, have `trips`."""
     blocks = blocks_of(code)
     successors = successors_of(blocks)
     order, loops = loops_of(successors)
-    row = ("LDS.128", *LOADS, "MUFU.EX2")
-    left_out = near_blocks(blocks, successors) if far else set()
+    row = ("LDS.128", "LDG.E.NA.128", "LDGSTS", "MUFU.EX2")
+    first_warp = one_warp_only(code)
+    left_out = near_blocks(blocks, successors, order) if far else set()
     vectors = set()
     for loop in loops:
         if any(x.name.startswith(row) for i in loop for x in blocks[i]):
@@ -195,6 +226,9 @@ def longest_path(code: list[Instruction], trips: int, *, far: bool) -> Cost:
         if not aligned(block) or i in left_out or not ways:
             continue
         rest = max(ways)
+        if block[-1].address in first_warp and len(ways) == 2:
+            others = min(ways)
+            rest = Cost(*((x + 7 * y) / 8 for x, y in zip(rest, others, strict=True)))
         n = trips if i in vectors else 1
         special = sum(x.name.startswith("MUFU") for x in block)
         flops = sum(FLOPS.get(x.name.split(".")[0], 0) for x in block)
@@ -209,7 +243,7 @@ def longest_path(code: list[Instruction], trips: int, *, far: bool) -> Cost:
 def vectors_of(kernel: str, divergence: str, item_size: int) -> int:
     """Of a thread, for VOCAB, in the tile that csrc/cuda/tiles.h chooses."""
     if kernel == "registers":
-        return {"ForwardKL": 10, "TVD": 8}.get(divergence, 9)
+        return {"TVD": 8, "SoftCrossEntropy": 9}.get(divergence, 10)
     sums_to_zero = divergence in ("ForwardKL", "SoftCrossEntropy")
     keeps = not sums_to_zero and divergence not in ("ReverseKL", "TVD")
     slot = 16 * (3 if keeps and item_size == 2 else 2)

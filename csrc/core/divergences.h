@@ -8,8 +8,8 @@
 // That takes two to four times the operations of the textbook's formulas, which lose nothing to
 // rounding where a row's divergence is not small. So each divergence has those too, for far rows:
 // a KL divergence as its weights, given which one sweep over the row adds up its value; any other
-// as a function far() of p and q times far_weights() and of their logarithms to base 2, whose terms
-// are in units of far_unit().
+// as a function far() of exponentials that are p and q times constants of the row, and of log2 p
+// and log2 q. far_value() is the divergence of its sums, far_unit() a slope's unit in nats.
 #pragma once
 
 #include <cfloat>
@@ -18,8 +18,7 @@
 
 namespace kd::KD_NAMESPACE {
 
-// A row is far where its divergence, and for those with far() that from the teacher, exceeds this
-// (in nats) and no logit is infinite.
+// A row is far where its divergence exceeds this (in nats) and no logit is infinite.
 constexpr double kFarFrom = 1.0 / 32;
 
 // Of a mixture's parts for its row to be far: the logarithm of a smaller one loses digits.
@@ -40,9 +39,9 @@ struct Term {
   F value, slope;
 };
 
-// What p and q of a Point are multiplied by.
-struct PointWeights {
-  float p = 1, q = 1;
+// What makes p and q of a far row's points probabilities.
+struct Weights {
+  float p, q;
 };
 
 struct Defaults {
@@ -52,6 +51,8 @@ struct Defaults {
   // Which of the two the first sweep adds up, to tell far rows or for their value.
   static constexpr bool kForward = true, kReverse = false;
   static KD_INLINE constexpr double far_from() { return kFarFrom; }
+  // KL(p || q) of rows whose divergence is at most about far_from().
+  static KD_INLINE constexpr double kl_from() { return kFarFrom; }
   // Whether the gradient needs no sum of slopes, and so one sweep less.
   static constexpr bool kSlopeSumsToZero = false;
   // Whether one rounding error common to all log q changes the divergence at first order, so that
@@ -124,7 +125,6 @@ struct Mixture : Defaults {
 
   // Whether its rows may be far.
   KD_INLINE bool has_far() const { return share >= kLeastShare && rest >= kLeastShare; }
-  KD_INLINE PointWeights far_weights() const { return {share, rest}; }
 
   // m, never 0: what divides by it is 0 where p and q are.
   template <class F>
@@ -132,10 +132,9 @@ struct Mixture : Defaults {
     return share * x.p + (rest * x.q + FLT_MIN);
   }
 
-  // m of a far row, whose p and q are weighted.
   template <class F>
-  static KD_INLINE F far_sum(const Point<F>& x) {
-    return x.p + (x.q + FLT_MIN);
+  KD_INLINE F far_of(const Point<F>& x, Weights weights) const {
+    return (share * weights.p) * x.p + ((rest * weights.q) * x.q + FLT_MIN);
   }
 
   // log(m / p) and log(m / q) away from the teacher, given (q - p) / m.
@@ -185,13 +184,18 @@ struct JSD : Mixture {
     return {value(x, slope - share * times_or_zero(x.p, logs.over_p)), slope};
   }
 
-  KD_INLINE double far_unit() const { return kNatsPerBit; }
+  KD_INLINE double kl_from() const { return kFarFrom / (share * rest); }
 
   template <class F>
-  KD_INLINE Term<F> far(const Point<F>& x) const {
-    const F log_m = log2(far_sum(x)), slope = x.q * (x.log_q - log_m);
-    return {x.p * (x.log_p - log_m) + slope, slope};
+  KD_INLINE Term<F> far(const Point<F>& x, Weights weights) const {
+    const F log_m = log2(far_of(x, weights));
+    return {x.p * (x.log_p - log_m), x.q * (x.log_q - log_m)};
   }
+
+  KD_INLINE double far_value(double value, double slope, Weights weights) const {
+    return kNatsPerBit * (share * weights.p * value + rest * weights.q * slope);
+  }
+  KD_INLINE double far_unit(Weights weights) const { return kNatsPerBit * rest * weights.q; }
 };
 
 // KL(p || alpha p + (1 - alpha) q). Ko et al. 2024 (DistiLLM).
@@ -200,18 +204,23 @@ struct SkewForwardKL : Mixture {
 
   template <class F>
   KD_INLINE Term<F> operator()(const Point<F>& x) const {
-    const F difference = bregman(x.p, x.q, x.r).difference, ratio = quotient(difference, of(x));
+    const F ratio = quotient(bregman(x.p, x.q, x.r).difference, of(x));
     const F p_log = times_or_zero(x.p, far_logs(x.r, ratio).over_p);
-    return {value(x, rest * difference - p_log), rest * rest * times_or_zero(x.q, ratio)};
+    return {value(x, rest * (x.q - x.p) - p_log), rest * rest * times_or_zero(x.q, ratio)};
   }
 
-  KD_INLINE double far_unit() const { return kNatsPerBit / share; }
+  KD_INLINE double kl_from() const { return kFarFrom / (rest * rest); }
 
   template <class F>
-  KD_INLINE Term<F> far(const Point<F>& x) const {
-    const F m = far_sum(x);
-    return {x.p * (x.log_p - log2(m)), -kBitsPerNat * x.p * quotient(x.q, m)};
+  KD_INLINE Term<F> far(const Point<F>& x, Weights weights) const {
+    const F m = far_of(x, weights);
+    return {x.p * (x.log_p - log2(m)), x.p * quotient(x.q, m)};
   }
+
+  KD_INLINE double far_value(double value, double, Weights weights) const {
+    return kNatsPerBit * weights.p * value;
+  }
+  KD_INLINE double far_unit(Weights weights) const { return -(double)rest * weights.p * weights.q; }
 };
 
 // KL(q || alpha q + (1 - alpha) p). Ko et al. 2024 (DistiLLM).
@@ -231,13 +240,18 @@ struct SkewReverseKL : Mixture {
             slope(x, log - rest * share * quotient(difference, m))};
   }
 
-  KD_INLINE double far_unit() const { return kNatsPerBit / rest; }
+  KD_INLINE double kl_from() const { return kFarFrom / (share * share); }
 
   template <class F>
-  KD_INLINE Term<F> far(const Point<F>& x) const {
-    const F m = far_sum(x), value = x.q * (x.log_q - log2(m));
-    return {value, value - kBitsPerNat * x.q * quotient(x.q, m)};
+  KD_INLINE Term<F> far(const Point<F>& x, Weights weights) const {
+    const F m = far_of(x, weights), value = x.q * (x.log_q - log2(m));
+    return {value, value - (kBitsPerNat * rest * weights.q) * x.q * quotient(x.q, m)};
   }
+
+  KD_INLINE double far_value(double value, double, Weights weights) const {
+    return kNatsPerBit * weights.q * value;
+  }
+  KD_INLINE double far_unit(Weights weights) const { return kNatsPerBit * weights.q; }
 };
 
 // weight KL(p || q) + (1 - weight) KL(q || p), 0 < weight < 1. Jeffreys 1946.
@@ -274,14 +288,18 @@ struct TVD : Defaults {
   }
 
   KD_INLINE bool has_far() const { return true; }
-  KD_INLINE PointWeights far_weights() const { return {}; }
-  KD_INLINE double far_unit() const { return 0.5; }
+  // By Pinsker's inequality.
+  static KD_INLINE constexpr double kl_from() { return 2 * kFarFrom * kFarFrom; }
 
   template <class F>
-  KD_INLINE Term<F> far(const Point<F>& x) const {
+  KD_INLINE Term<F> far(const Point<F>& x, Weights weights) const {
     const F zero = splat<F>(0.0f);
-    return {abs(x.q - x.p), select(x.r > 0.0f, x.q, select(x.r < 0.0f, -x.q, zero))};
+    return {abs(weights.q * x.q - weights.p * x.p),
+            select(x.r > 0.0f, x.q, select(x.r < 0.0f, -x.q, zero))};
   }
+
+  KD_INLINE double far_value(double value, double, Weights) const { return 0.5 * value; }
+  KD_INLINE double far_unit(Weights weights) const { return 0.5 * weights.q; }
 };
 
 // The alpha-beta divergence, Wang et al. 2025 (ABKD), Cichocki et al. 2011:
@@ -370,21 +388,24 @@ struct AlphaBeta : Defaults {
   // Where nothing can overflow. Powers of both have errors of their own, which coefficients
   // multiply.
   KD_INLINE bool has_far() const { return a >= kLeastShare && b >= kLeastShare && a + b <= 8; }
-  KD_INLINE PointWeights far_weights() const { return {}; }
-  KD_INLINE double far_unit() const { return 1; }
   KD_INLINE double far_from() const {
     const float coefficient = 1 / ((a < b ? a : b) * (a + b));
     return 4 * kFarFrom * (coefficient > 1 ? coefficient : 1);
   }
 
+  KD_INLINE double kl_from() const { return far_from(); }
+
   template <class F>
-  KD_INLINE Term<F> far(const Point<F>& x) const {
+  KD_INLINE Term<F> far(const Point<F>& x, Weights) const {
     const F both = exp2(a * x.log_p + b * x.log_q);
     // Not by a + b, which rounds apart from the exponents of `both`.
     const F of_p = exp2(a * x.log_p + b * x.log_p), of_q = exp2(a * x.log_q + b * x.log_q);
     const F from_q = of_q - both;
     return {(1 / (b * (a + b))) * (of_p - both) + (1 / (a * (a + b))) * from_q, (1 / a) * from_q};
   }
+
+  KD_INLINE double far_value(double value, double, Weights) const { return value; }
+  KD_INLINE double far_unit(Weights) const { return 1; }
 };
 
 // -sum p log q.

@@ -161,22 +161,23 @@ class RowPair : RowBlocks {
         if constexpr (kGradient) kl_gradient(forward, reverse);
         return Divergence::kAddsEntropy ? kl + kl_.entropy : kl;
       }
-    } else if (may_be_far() && is_far(kl_.forward)) {
+    } else if (may_be_far() && kl_.forward > divergence_.kl_from() && kl_.forward <= FLT_MAX) {
       const Sums sums = term_sweep<kGradient, true>();
       if (is_far(sums.value)) {
-        if constexpr (kGradient) gradient_sweep((float)sums.slope, (float)divergence_.far_unit());
+        if constexpr (kGradient) gradient_sweep(sums);
         return sums.value;
       }
       read_softmaxes();  // slopes took the place of exponentials
     }
     const Sums sums = term_sweep<kGradient, false>();
-    if constexpr (kGradient && !Divergence::kSlopeSumsToZero) gradient_sweep((float)sums.slope, 1);
+    if constexpr (kGradient && !Divergence::kSlopeSumsToZero) gradient_sweep(sums);
     return sums.value;
   }
 
-  // The divergence, and the sum of slopes in units of far_unit() for a far row.
   struct Sums {
-    double value, slope;
+    double value;  // the divergence
+    double slope;  // the sum of slopes
+    double unit;   // of a slope, in nats
   };
 
   // Value and slope of every term, and the gradient too where the slopes are known to sum to 0.
@@ -184,13 +185,14 @@ class RowPair : RowBlocks {
   Sums term_sweep() {
     constexpr bool kStoresGradient = kGradient && Divergence::kSlopeSumsToZero;
     constexpr bool kFeelsShift = Divergence::kFeelsShift && !kFar;
-    const Points points = this->points<kFar>();
+    const Points<kFar> points(student_softmax_, teacher_softmax_,
+                              kFar ? exact_temperature_ : params_.temperature);
     double value_sum = 0, slope_sum = 0, shift_sum = 0;
     const Upcoming next_student(params_.student, next_), next_teacher(params_.teacher, next_);
     for_blocks(params_.vocab, [&](int64_t begin, int n) {
       view_pair<kStoresGradient>(begin, n, [&](auto s, auto t, auto g) {
         // In registers, as are the sums.
-        const Points point = points;
+        const Points<kFar> point = points;
         const Divergence divergence = divergence_;
         const float scale = kd_scale_;
         const float* s_kept = student_kept_ + begin;
@@ -207,7 +209,7 @@ class RowPair : RowBlocks {
                                        load(s_kept + at), load(t_kept + at));
             Term<Vec> term;
             if constexpr (kFar)
-              term = divergence.far(v);
+              term = divergence.far(v, point.weights);
             else
               term = divergence(v);
             values += term.value;
@@ -230,19 +232,11 @@ class RowPair : RowBlocks {
     // sum q - p is 0; what it comes to is how far rounding of the softmax sums moved all log q.
     if (kFeelsShift && ::fabs(slope_sum) <= FLT_MAX) value_sum -= shift_sum * slope_sum;
     if (value_sum < 0) value_sum = 0;  // rounding of what nearly cancels
-    double unit = 1, q_weight = 1;
-    if constexpr (kFar) unit = divergence_.far_unit(), q_weight = divergence_.far_weights().q;
-    // The probabilities sum to 1 up to the rounding of their scale, known exactly here.
-    return {value_sum * unit, slope_sum * student_softmax_.scale() * q_weight / points.s_scale};
-  }
-
-  template <bool kFar>
-  Points points() const {
     if constexpr (kFar)
-      return {student_softmax_, teacher_softmax_, exact_temperature_, kBitsPerNat,
-              divergence_.far_weights()};
+      return {divergence_.far_value(value_sum, slope_sum, points.weights), slope_sum,
+              divergence_.far_unit(points.weights)};
     else
-      return {student_softmax_, teacher_softmax_, params_.temperature, 1, {}};
+      return {value_sum, slope_sum, 1};
   }
 
   // Of a far row by a KL divergence: forward (q - p) + reverse q (log q - log p - KL(q || p)).
@@ -280,12 +274,13 @@ class RowPair : RowBlocks {
     });
   }
 
-  // slopes - q slope_sum, times `unit`.
-  void gradient_sweep(float slope_sum, float unit) {
+  // slopes - q slope_sum, times their unit.
+  void gradient_sweep(const Sums& sums) {
+    const float slope_sum = (float)(sums.slope * sums.unit);
     // Covers NaN and both infinities: an infinite divergence of q has no gradient.
     if (!(::fabsf(slope_sum) <= FLT_MAX)) return gradient_.fill(0, params_.vocab, NAN);
-    const float scale = kd_scale_ * unit * fit_float16_range(slope_sum);
-    const float s_scale = (float)student_softmax_.scale();
+    const float scale = kd_scale_ * (float)sums.unit * fit_float16_range(slope_sum);
+    const float of_exponential = (float)(sums.slope * student_softmax_.scale());
     for_blocks(params_.vocab, [&](int64_t begin, int n) {
       view_pair<true, false>(begin, n, [&](auto, auto, auto g) {
         const float* s_kept = student_kept_ + begin;
@@ -293,8 +288,8 @@ class RowPair : RowBlocks {
         for (int i = 0; i < n; i += kPair) {
           Vec result[2];
           for (int k = 0; k < 2; ++k) {
-            const Vec q = load(s_kept + i + k * kLanes) * s_scale;
-            result[k] = (load(slopes + i + k * kLanes) - q * slope_sum) * scale;
+            const int at = i + k * kLanes;
+            result[k] = (load(slopes + at) - load(s_kept + at) * of_exponential) * scale;
           }
           g.store(i, {result[0], result[1]});
         }

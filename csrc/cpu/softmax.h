@@ -127,34 +127,34 @@ class LogProbability {
   float origin_, scale_, rest_;
 };
 
-// What a sweep needs to turn a pair of logits and their exponentials into a point, with logarithms
-// as LogProbability has them.
+// What a sweep needs to turn a pair of logits and their exponentials into a point: those of a far
+// row keep their exponentials, and have logarithms to base 2.
+template <bool kFar>
 struct Points {
-  Points(const Softmax& student, const Softmax& teacher, double temperature, double per_nat,
-         PointWeights weights)
-      : Points(student, teacher, temperature, per_nat, weights, student.log_sum_exp(temperature),
+  Points(const Softmax& student, const Softmax& teacher, double temperature)
+      : Points(student, teacher, temperature, student.log_sum_exp(temperature),
                teacher.log_sum_exp(temperature)) {}
 
   KD_INLINE Point<Vec> operator()(Vec s, Vec t, Vec s_exponential, Vec t_exponential) const {
     // r is NaN where both are -inf; a divergence never lets it past p = q = 0.
     const Vec apart = (s - s_origin) - (t - t_origin);
-    return {t_exponential * t_scale, s_exponential * s_scale, t_log(t), s_log(s),
-            apart * inverse_temperature + offset};
+    const Vec p = kFar ? t_exponential : t_exponential * weights.p;
+    const Vec q = kFar ? s_exponential : s_exponential * weights.q;
+    return {p, q, t_log(t), s_log(s), apart * inverse_temperature + offset};
   }
 
-  float s_scale, t_scale;
+  Weights weights;  // of exponentials
   LogProbability s_log, t_log;
   // log q - log p = ((s - s_origin) - (t - t_origin)) / T + offset. Origins of 0 keep s - t exact
   // for close logits; a large shift between the models would cost digits, so it goes first.
   float s_origin, t_origin, inverse_temperature, offset;
 
  private:
-  Points(const Softmax& student, const Softmax& teacher, double temperature, double per_nat,
-         PointWeights weights, double s_lse, double t_lse)
-      : s_scale((float)(weights.q * student.scale())),
-        t_scale((float)(weights.p * teacher.scale())),
-        s_log(s_lse, temperature, per_nat),
-        t_log(t_lse, temperature, per_nat) {
+  Points(const Softmax& student, const Softmax& teacher, double temperature, double s_lse,
+         double t_lse)
+      : weights{(float)teacher.scale(), (float)student.scale()},
+        s_log(s_lse, temperature, kFar ? kBitsPerNat : 1),
+        t_log(t_lse, temperature, kFar ? kBitsPerNat : 1) {
     const bool shifted = ::fabs(s_lse - t_lse) > 4;
     s_origin = shifted ? (float)s_lse : 0;
     t_origin = shifted ? (float)t_lse : 0;

@@ -9,7 +9,7 @@ namespace kd::cuda {
 template <int n>
 struct Place {
   static constexpr int kCount = n;
-  int slot;  // which of a thread's vectors
+  int slot;  // where the row is held, see held_row.h
   int begin, step;
 
   KD_DEVICE int column(int i) const { return begin + i * step; }
@@ -54,8 +54,10 @@ struct Columns {
       edge = end + first - head;
   }
 
+  // From one of a thread's places to the next.
+  KD_DEVICE int pace() const { return kCount * stride; }
   KD_DEVICE Place<kCount> place(int slot) const {
-    return {slot, begin + slot * kCount * stride, aligned ? 1 : stride};
+    return {slot, begin + slot * pace(), aligned ? 1 : stride};
   }
 
   KD_DEVICE Place<1> edge_place() const { return {0, edge, 1}; }
@@ -63,21 +65,26 @@ struct Columns {
   KD_DEVICE bool holds(const Place<kCount>& place) const { return place.begin < end; }
 };
 
-// Columns [begin, end) of a row of the gradient become `value`, 16 bytes at a time.
-KD_DEVICE void fill(const Team& team, char* row, DType dtype, int64_t begin, int64_t end,
-                    float value) {
+// Not inlined: rows without a softmax and padding are rare, and no register has to wait for them.
+KD_DEVICE_CALL void fill_share(int64_t first, int stride, char* row, DType dtype, int64_t begin,
+                               int64_t end, float value) {
   const int shift = dtype == DType::kFloat32 ? 2 : 3;  // 1 << shift of them are 16 bytes
-  const int64_t first = team.first();
   const int64_t misaligned = -(uintptr_t)(row + begin * (16 >> shift)) % 16 >> (4 - shift);
   const int64_t head = begin + misaligned < end ? begin + misaligned : end;
   const int64_t vectors = (end - head) >> shift, tail = head + (vectors << shift);
-  for (int64_t i = begin + first; i < head; i += team.stride) store_1(row, i, dtype, value);
-  for (int64_t i = tail + first; i < end; i += team.stride) store_1(row, i, dtype, value);
+  for (int64_t i = begin + first; i < head; i += stride) store_1(row, i, dtype, value);
+  for (int64_t i = tail + first; i < end; i += stride) store_1(row, i, dtype, value);
   const uint32_t word = dtype == DType::kFloat32    ? bits_as<uint32_t>(value)
                         : dtype == DType::kBFloat16 ? pack_bfloat16x2(value, value)
                                                     : pack_float16x2(value, value);
-  for (int64_t i = first; i < vectors; i += team.stride)
+  for (int64_t i = first; i < vectors; i += stride)
     store_16(row + (head << (4 - shift)) + i * 16, {word, word, word, word});
+}
+
+// Columns [begin, end) of a row of the gradient become `value`, 16 bytes at a time.
+KD_DEVICE void fill(const Team& team, char* row, DType dtype, int64_t begin, int64_t end,
+                    float value) {
+  fill_share(team.first(), team.stride, row, dtype, begin, end, value);
 }
 
 }  // namespace kd::cuda

@@ -90,6 +90,20 @@ KD_DEVICE T opaque(T x) {
   return __shfl_sync(~0u, x, 0);
 }
 
+// A copy of what shared memory holds, likewise not known to be what it was.
+template <class T>
+KD_DEVICE T read_anew(const T& shared) {
+  constexpr int kWords = sizeof(T) / 4;
+  static_assert(sizeof(T) == 4 * kWords);
+  uint32_t words[kWords];
+#pragma unroll
+  for (int i = 0; i < kWords; ++i)
+    words[i] = reinterpret_cast<const volatile uint32_t*>(&shared)[i];
+  T copy;
+  memcpy(&copy, words, sizeof copy);
+  return copy;
+}
+
 // 1 / x with one rounding to float.
 KD_DEVICE float reciprocal(double x) {
   const double y = 1.0f / (float)x;

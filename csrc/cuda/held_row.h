@@ -26,8 +26,8 @@ class Registers {
   KD_DEVICE uint4& student(int slot) { return student_[slot]; }
   KD_DEVICE uint4& teacher(int slot) { return teacher_[slot]; }
 
-  KD_DEVICE static void fetch(uint4& to, const char* from) { to = load_16(from); }
-  KD_DEVICE static void wait_for_fetched() {}
+  KD_DEVICE static void load(uint4& vector, const char* from) { vector = load_16(from); }
+  KD_DEVICE static void wait() {}
 
  private:
   uint4 student_[kVectors], teacher_[kVectors];
@@ -48,20 +48,26 @@ class Shared {
   static constexpr bool kKeeps = kKeepsSlopes;
 
   KD_DEVICE explicit Shared(const Team& team)
-      : mine_(reinterpret_cast<uint4*>(shared_memory<WarpSlot>() + team.size * team.warps + 1) +
-              threadIdx.x),
-        threads_(blockDim.x) {}
+      : mine_(reinterpret_cast<char*>(shared_memory<WarpSlot>() + team.size * team.warps + 1) +
+              16 * threadIdx.x),
+        pace_(16 * blockDim.x) {}
 
   template <class Columns, class Step>
   KD_DEVICE void for_each_place(const Columns& columns, Step step) const {
-    for (int slot = 0; columns.holds(columns.place(slot)); ++slot) step(columns.place(slot));
+    // Counted up, as a product for every address costs more.
+    for (auto place = columns.place(0); columns.holds(place); place.slot += kVectors * pace_) {
+      step(place);
+      place.begin += columns.pace();
+    }
   }
 
+  // A slot is the offset of its first vector.
   KD_DEVICE uint4& student(int slot) { return vector(slot, 0); }
   KD_DEVICE uint4& teacher(int slot) { return vector(slot, 1); }
 
-  KD_DEVICE static void fetch(uint4& to, const char* from) { copy_16(&to, from); }
-  KD_DEVICE static void wait_for_fetched() { wait_for_copies(); }
+  // All vectors are on their way at once; there after wait().
+  KD_DEVICE static void load(uint4& vector, const char* from) { copy_16(&vector, from); }
+  KD_DEVICE static void wait() { wait_for_copies(); }
 
   KD_DEVICE void keep(int slot, const float (&slopes)[kLanes<kItem>]) {
 #pragma unroll
@@ -80,10 +86,12 @@ class Shared {
   }
 
  private:
-  KD_DEVICE uint4& vector(int slot, int i) { return mine_[(slot * kVectors + i) * threads_]; }
+  KD_DEVICE uint4& vector(int slot, int i) {
+    return *reinterpret_cast<uint4*>(mine_ + slot + i * pace_);
+  }
 
-  uint4* const mine_;
-  const int threads_;
+  char* const mine_;
+  const int pace_;  // bytes that the CTA's threads hold of one vector each
 };
 
 template <int kItem, class Storage>
@@ -107,16 +115,15 @@ class HeldRow {
                  gradient),
         storage_(team) {}
 
-  // Also brings back the teacher's logits after something else took their place.
   KD_DEVICE void load() {
     if (columns_.aligned) {
       storage_.for_each_place(columns_, [&](const Place<kCount>& place) {
         const int64_t offset = place.begin * (int64_t)kItem;
-        storage_.fetch(storage_.student(place.slot), student + offset);
+        storage_.load(storage_.student(place.slot), student + offset);
         if (reads_teacher)
-          storage_.fetch(storage_.teacher(place.slot), teacher_ + offset);
+          storage_.load(storage_.teacher(place.slot), teacher_ + offset);
         else
-          storage_.teacher(place.slot) = {};
+          storage_.teacher(place.slot) = uint4{};
       });
     } else {
       storage_.for_each_place(columns_, [&](const Place<kCount>& place) {
@@ -124,12 +131,21 @@ class HeldRow {
         storage_.teacher(place.slot) = reads_teacher ? gather(teacher_, place) : uint4{};
       });
     }
-    if (columns_.edge >= 0) {
-      student_edge_[0] = load_1(student, columns_.edge, dtype());
-      if (reads_teacher) teacher_edge_[0] = load_1(teacher_, columns_.edge, dtype());
-    }
+    if (columns_.edge < 0) return;
+    student_edge_[0] = load_1(student, columns_.edge, dtype());
+    if (reads_teacher) teacher_edge_[0] = load_1(teacher_, columns_.edge, dtype());
   }
-  KD_DEVICE void wait_until_loaded() { storage_.wait_for_fetched(); }
+  KD_DEVICE void wait_until_loaded() { storage_.wait(); }
+
+  // After something else took their place.
+  KD_DEVICE void reload_teacher() {
+    storage_.for_each_place(columns_, [&](const Place<kCount>& place) {
+      storage_.teacher(place.slot) = columns_.aligned
+                                         ? load_16(teacher_ + place.begin * (int64_t)kItem)
+                                         : gather(teacher_, place);
+    });
+    if (columns_.edge >= 0) teacher_edge_[0] = load_1(teacher_, columns_.edge, dtype());
+  }
 
   // Makes the next sweep unpack again, rather than keep every logit in a register of its own.
   KD_DEVICE void refresh() { bfloat16_ = opaque((int)bfloat16_); }
@@ -184,13 +200,26 @@ class HeldRow {
     if (columns_.edge >= 0) step(columns_.edge_place(), s, slopes);
   }
 
-  // Takes the place of the student's logits.
+  // Stores it, or, in the registers of the student's logits, keeps it for store_gradient(): where
+  // slopes are kept, no thread is left to wait for what others have stored.
   KD_DEVICE void put_gradient(const Place<kCount>& place, const float (&x)[kCount]) {
-    storage_.student(place.slot) = pack<kItem>(x, bfloat16_);
+    const uint4 packed = pack<kItem>(x, bfloat16_);
+    if (!kKeeps)
+      storage_.student(place.slot) = packed;
+    else if (columns_.aligned)
+      store_16(gradient + place.begin * (int64_t)kItem, packed);
+    else
+      scatter(packed, place);
   }
-  KD_DEVICE void put_gradient(const Place<1>&, const float (&x)[1]) { student_edge_[0] = x[0]; }
+  KD_DEVICE void put_gradient(const Place<1>&, const float (&x)[1]) {
+    if (kKeeps)
+      store_1(gradient, columns_.edge, dtype(), x[0]);
+    else
+      student_edge_[0] = x[0];
+  }
 
   KD_DEVICE void store_gradient() {
+    if (kKeeps) return;
     if (columns_.aligned) {
       storage_.for_each_place(columns_, [&](const Place<kCount>& place) {
         store_16(gradient + place.begin * (int64_t)kItem, storage_.student(place.slot));

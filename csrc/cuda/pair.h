@@ -13,7 +13,7 @@ struct KLSums {
   double entropy = 0;               // e_t x_t
 };
 
-struct PairState {
+struct alignas(16) PairState {
   State student, teacher;
   KLSums sums;
 

@@ -60,35 +60,56 @@ struct Probabilities {
   }
 };
 
-// The same for a far row: weighted, and with logarithms to base 2.
+// The same for a far row: exponentials, and logarithms to base 2.
 struct FarProbabilities {
-  float c, s_shift, t_shift, s_inverse, s_weight, t_weight, s_log, t_log, offset;
+  float c, s_shift, t_shift, s_log, t_log, offset;
+  Weights weights;
 
-  KD_DEVICE FarProbabilities(float c, const PairState& pair, const KL& kl, PointWeights weights)
+  FarProbabilities() = default;
+  KD_DEVICE FarProbabilities(float c, const PairState& pair, const KL& kl)
       : c(c),
         s_shift(pair.student.shift(c)),
         t_shift(pair.teacher.shift(c)),
-        s_inverse(reciprocal(pair.student.sum)),
-        s_weight(weights.q * s_inverse),
-        t_weight(weights.p * reciprocal(pair.teacher.sum)),
         s_log(kl.s_log),
         t_log(kl.t_log),
-        offset((float)kl.offset) {}
+        offset((float)kl.offset),
+        weights{reciprocal(pair.teacher.sum), reciprocal(pair.student.sum)} {}
 
   KD_DEVICE Point<float> operator()(float s, float t) const {
     const float s_x = fmaf(s, c, -s_shift), t_x = fmaf(t, c, -t_shift);
-    return {exp2_approx(t_x) * t_weight, exp2_approx(s_x) * s_weight, t_x - t_log, s_x - s_log,
-            s_x - t_x + offset};
+    return {exp2_approx(t_x), exp2_approx(s_x), t_x - t_log, s_x - s_log, s_x - t_x + offset};
   }
 
-  KD_DEVICE float q(float s) const { return exp2_approx(fmaf(s, c, -s_shift)) * s_inverse; }
+  KD_DEVICE float q(float s) const { return exp2_approx(fmaf(s, c, -s_shift)); }
+};
 
-  KD_DEVICE FarProbabilities again() const {
-    FarProbabilities x = *this;
-    x.c = opaque(c), x.s_shift = opaque(s_shift), x.t_shift = opaque(t_shift);
-    x.s_inverse = opaque(s_inverse), x.s_weight = opaque(s_weight), x.t_weight = opaque(t_weight);
-    x.s_log = opaque(s_log), x.t_log = opaque(t_log), x.offset = opaque(offset);
-    return x;
+// The gradient of a far row by a KL divergence, up to a factor:
+// forward (q - p) + reverse q (log q - log p - KL(q || p)).
+struct KLGradient {
+  float c, s_shift, t_shift, of_p, of_q, of_gap;
+  float reverse_kl;  // times reverse, in nats
+
+  KLGradient() = default;
+  KD_DEVICE KLGradient(float c, const PairState& pair, const KL& kl, float forward, float reverse)
+      : c(c),
+        s_shift(pair.student.shift(c)),
+        t_shift(pair.teacher.shift(c)),
+        of_p(forward * reciprocal(pair.teacher.sum)),
+        of_gap((float)kNatsPerBit * reverse),
+        reverse_kl((float)(kl.reverse * kNatsPerBit) * reverse) {
+    const float s_inverse = reciprocal(pair.student.sum);
+    of_gap *= s_inverse;
+    of_q = forward * s_inverse + (float)(kl.offset - kl.reverse) * of_gap;
+  }
+
+  KD_DEVICE void scale(float factor) { of_p *= factor, of_q *= factor, of_gap *= factor; }
+
+  template <class Divergence>
+  KD_DEVICE float operator()(const Divergence&, float s, float t) const {
+    const float s_x = fmaf(s, c, -s_shift), t_x = fmaf(t, c, -t_shift);
+    const float of_q_here = Divergence::kReverse ? fmaf(s_x - t_x, of_gap, of_q) : of_q;
+    const float gradient = exp2_approx(s_x) * of_q_here;
+    return Divergence::kForward ? fmaf(-exp2_approx(t_x), of_p, gradient) : gradient;
   }
 };
 

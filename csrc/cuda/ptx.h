@@ -7,7 +7,13 @@
 
 #define KD_DEVICE __device__ __forceinline__
 
-#if !defined(KD_EMULATE)
+#if defined(KD_EMULATE)
+
+#define KD_DEVICE_CALL static __attribute__((noinline))
+
+#else
+
+#define KD_DEVICE_CALL static __device__ __noinline__
 
 namespace kd::cuda {
 
@@ -44,10 +50,10 @@ KD_DEVICE uint4 load_16(const void* from) {
 
 // Starts a copy of 16 bytes to shared memory, past the first-level cache and registers: all of a
 // thread's copies are on their way at once. It may read them after wait_for_copies().
-KD_DEVICE void copy_16(void* shared, const void* from) {
+KD_DEVICE void copy_16(void* shared, const void* global) {
   asm volatile(
       "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32_t)__cvta_generic_to_shared(shared)),
-      "l"(from)
+      "l"(global)
       : "memory");
 }
 
@@ -122,6 +128,14 @@ KD_DEVICE unsigned cluster_size() {
   return size;
 }
 
+KD_DEVICE unsigned cluster_index() {
+  unsigned index = blockIdx.x;
+#if __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%clusterid.x;" : "=r"(index));
+#endif
+  return index;
+}
+
 // What a thread wrote before it arrives, in any CTA's shared memory, all see after they waited.
 // All threads of a CTA call these; the relaxed one promises nothing about memory, and so does not
 // wait for what is on its way.
@@ -147,19 +161,22 @@ KD_DEVICE void cluster_wait() {
 
 // Stores where `mine` lies, in the shared memory of CTA `rank` of the cluster.
 template <class T>
-KD_DEVICE void store_remote(T* mine, T value, unsigned rank) {
-  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+KD_DEVICE void store_remote(T* mine, const T& value, unsigned rank) {
 #if __CUDA_ARCH__ >= 900
   uint32_t address = (uint32_t)__cvta_generic_to_shared(mine);
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(address), "r"(rank));
-  if constexpr (sizeof(T) == 4) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(address), "r"(bits) : "memory");
-  } else {
-    uint64_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(address), "l"(bits) : "memory");
+  constexpr int kWord = sizeof(T) % 16 == 0 ? 16 : sizeof(T);
+  static_assert(kWord == 8 || kWord == 16);
+#pragma unroll
+  for (unsigned i = 0; i < sizeof(T); i += kWord) {
+    uint64_t bits[kWord / 8];
+    memcpy(bits, (const char*)&value + i, kWord);
+    if constexpr (kWord == 16)
+      asm volatile("st.shared::cluster.v2.u64 [%0], {%1, %2};" ::"r"(address + i), "l"(bits[0]),
+                   "l"(bits[1])
+                   : "memory");
+    else
+      asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(address + i), "l"(bits[0]) : "memory");
   }
 #else
   *mine = value;

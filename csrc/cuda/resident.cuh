@@ -16,10 +16,10 @@ constexpr bool kKeepsSlopes = !Divergence::kSlopeSumsToZero && !Divergence::kChe
 // 16-byte vectors of each tensor that a thread holds in registers: as many as the compiler can
 // place, beside what it computes with, in the 128 registers that let 512 threads share an SM.
 template <class Divergence>
-constexpr int kRegisterVectors = kKeepsSlopes<Divergence>                ? 0
-                                 : std::is_same_v<Divergence, ForwardKL> ? 10
-                                 : std::is_same_v<Divergence, TVD>       ? 8
-                                                                         : 9;
+constexpr int kRegisterVectors = kKeepsSlopes<Divergence>                       ? 0
+                                 : std::is_same_v<Divergence, TVD>              ? 8
+                                 : std::is_same_v<Divergence, SoftCrossEntropy> ? 9
+                                                                                : 10;
 
 // In registers: the fewest instructions, for calls without options.
 template <class Divergence, int kItem>
@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kMaxRegisterThreads)
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   const Team team(cluster_size());
   run_row<HeldRow<kItem, Registers<kRegisterVectors<Divergence>>>, false>(
-      params, team, params.first_row + blockIdx.x / team.size);
+      params, team, params.first_row + cluster_index());
 #endif
 }
 
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kMaxSharedThreads, kCtasOfAnSm<Divergence>)
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   const Team team(cluster_size());
   run_row<HeldRow<kItem, Shared<kItem, kKeepsSlopes<Divergence>>>, kOptions>(
-      params, team, params.first_row + blockIdx.x / team.size);
+      params, team, params.first_row + cluster_index());
 #endif
 }
 

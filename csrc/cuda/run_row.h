@@ -23,7 +23,7 @@ KD_DEVICE void run_row(const RowsParams<Divergence>& params, const Team& team, i
   Row row(params, team, index);  // while the weight is on its way
   if (weight == 0) return write_masked_row(params, team, index);
   team.enter();
-  RowPair<Divergence, Row, kOptions>(params, team, row, index).run(weight);
+  RowPair<Divergence, Row, kOptions>(params, team, row, index).run();
 }
 
 }  // namespace kd::cuda

@@ -21,7 +21,7 @@ KD_DEVICE float shift_of(float x, float c) { return fmaf(x, c, kRound) - kRound;
 // The sum of 2^(x c - shift) over logits x, where c = log2(e) / T and the shift is max c, rounded.
 // An exponent is one multiply-add with one rounding; and since shifts are whole numbers, states
 // merge without rounding, which the ratio of two sums, a part of every log q - log p, would feel.
-struct State {
+struct alignas(16) State {
   float max = kLowestLogit;
   double sum = 0;
 
@@ -145,6 +145,19 @@ KD_DEVICE Top warp_top(Top top) {
     top.push(Top{logit, __shfl_xor_sync(~0u, top.column, bits)});
   }
   return top;
+}
+
+struct alignas(16) Tops {
+  Top student, teacher;
+
+  KD_DEVICE void merge(const Tops& other) {
+    student.push(other.student);
+    teacher.push(other.teacher);
+  }
+};
+
+KD_DEVICE Tops warp_tops(const Tops& mine) {
+  return {warp_top(mine.student), warp_top(mine.teacher)};
 }
 
 }  // namespace kd::cuda

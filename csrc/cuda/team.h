@@ -5,12 +5,22 @@
 
 namespace kd::cuda {
 
+// Sums over the row of a second sweep, see row_pair.h.
+struct alignas(16) TermSums {
+  double value = 0, slope = 0, shift = 0;
+};
+
+struct alignas(16) Entropies {
+  double student = 0, teacher = 0;
+};
+
 // What one warp tells the others.
 struct alignas(16) WarpSlot {
   PairState pair;
   State student_at_1;
-  Top student_top, teacher_top;
-  double sums[2][3], entropies[2];  // sums of near and of far terms: a row may need both
+  Tops tops;
+  TermSums sums[2];  // of near and of far terms: a row may need both
+  Entropies entropies;
 };
 
 // Every warp writes its slot in every CTA, all wait, and then one warp, or every warp, reads all
@@ -52,28 +62,12 @@ class Team {
 
   // Writes `value`, the same in every lane, at `place` of mine() in every CTA.
   template <class T>
-  KD_DEVICE void tell(T& place, T value) const {
+  KD_DEVICE void tell(T& place, const T& value) const {
     if (size == 1) {
       if (lane == 0) place = value;
     } else if (lane < size) {
       store_remote(&place, value, lane);
     }
-  }
-  KD_DEVICE void tell(State& place, const State& state) const {
-    tell(place.max, state.max);
-    tell(place.sum, state.sum);
-  }
-  template <class Divergence>
-  KD_DEVICE void tell(PairState& place, const PairState& pair) const {
-    tell(place.student, pair.student);
-    tell(place.teacher, pair.teacher);
-    if constexpr (Divergence::kForward) tell(place.sums.forward, pair.sums.forward);
-    if constexpr (Divergence::kReverse) tell(place.sums.reverse, pair.sums.reverse);
-    if constexpr (Divergence::kAddsEntropy) tell(place.sums.entropy, pair.sums.entropy);
-  }
-  KD_DEVICE void tell(Top& place, const Top& top) const {
-    tell(place.logit, top.logit);
-    tell(place.column, top.column);
   }
 
   // Calls read(slot) for this lane's share of all warps' slots.
@@ -83,9 +77,13 @@ class Team {
     for (unsigned i = lane; i < size * warps; i += 32) read(slots_[i]);
   }
 
-  // A slot in each CTA that its first warp fills for all.
+  // What each CTA's first warp fills for the others, in the place of one more slot.
   KD_DEVICE bool in_first_warp() const { return threadIdx.x < 32; }
-  KD_DEVICE WarpSlot& all() const { return slots_[size * warps]; }
+  template <class T>
+  KD_DEVICE T& summary() const {
+    static_assert(sizeof(T) <= sizeof(WarpSlot));
+    return *reinterpret_cast<T*>(slots_ + size * warps);
+  }
 
   const unsigned size;         // CTAs
   const unsigned lane, warps;  // of this CTA

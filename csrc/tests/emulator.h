@@ -334,6 +334,7 @@ T* shared_memory() {
 
 inline unsigned cluster_rank() { return emulator::cluster_rank(); }
 inline unsigned cluster_size() { return emulator::cluster_size(); }
+inline unsigned cluster_index() { return blockIdx.x / emulator::cluster_size(); }
 inline void cluster_arrive(KD_HERE) { emulator::cluster_arrive(true, where); }
 // Orders no memory accesses.
 inline void cluster_arrive_relaxed(KD_HERE) { emulator::cluster_arrive(false, where); }
@@ -344,7 +345,7 @@ T load_remote(const T* mine, unsigned rank, KD_HERE) {
   return *static_cast<const T*>(emulator::remote(mine, sizeof(T), rank, where));
 }
 template <class T>
-void store_remote(T* mine, T value, unsigned rank, KD_HERE) {
+void store_remote(T* mine, const T& value, unsigned rank, KD_HERE) {
   *static_cast<T*>(emulator::remote(mine, sizeof(T), rank, where)) = value;
 }
 

@@ -1,0 +1,159 @@
+// The first sweep over a row pair: softmax states of student and teacher (and at T = 1 for the
+// hard-label term) and how far the row is from its teacher, merged over the team. One warp of a CTA
+// merges, and computes for the others what depends on the row alone.
+#pragma once
+
+#include <type_traits>
+
+#include "columns.h"
+#include "probabilities.h"
+#include "rows_params.h"
+
+namespace kd::cuda {
+
+template <class Divergence>
+using FarPoints = std::conditional_t<Divergence::kIsKL, KLGradient, FarProbabilities>;
+
+template <class Divergence>
+struct alignas(16) RowSummary {
+  State student, teacher, student_at_1;
+  FarPoints<Divergence> far_points;
+  float scale = 0;  // what the gradient of a term of weight 1 is multiplied by
+  // Words, as a copy of padding would go through memory.
+  int agree = 0;          // on the top token
+  int far = 0;            // see csrc/core/divergences.h
+  double divergence = 0;  // by a KL divergence
+};
+
+template <class Divergence, class Row, bool kOptions>
+class RowStates {
+ public:
+  KD_DEVICE RowStates(const RowsParams<Divergence>& params, const Team& team, Row& row,
+                      int64_t index)
+      : params_(params), team_(team), row_(row), index_(index) {}
+
+ protected:
+  KD_DEVICE float weight() const {
+    return params_.token_weight ? params_.token_weight[index_] : 1.0f;
+  }
+  KD_DEVICE float inverse_normalizer() const {
+    return reciprocal((params_.normalizer ? *params_.normalizer : 1.0) * params_.divisor);
+  }
+
+  KD_DEVICE bool uses_divergence() const {
+    return !kOptions || params_.kd_weight != 0 || params_.metrics;
+  }
+  KD_DEVICE bool uses_cross_entropy() const {
+    return kOptions && params_.labels && (params_.ce_weight != 0 || params_.metrics);
+  }
+  // Whether the hard-label term needs a state of its own.
+  KD_DEVICE bool apart() const { return uses_cross_entropy() && params_.temperature != 1; }
+
+  KD_DEVICE bool is_far(double divergence) const {
+    return divergence > params_.term.far_from() && divergence <= FLT_MAX;
+  }
+
+  KD_DEVICE const RowSummary<Divergence>& summary() const {
+    return team_.template summary<RowSummary<Divergence>>();
+  }
+  KD_DEVICE const State& student() const { return summary().student; }
+  KD_DEVICE const State& teacher() const { return summary().teacher; }
+
+  KD_DEVICE void read_states() {
+    RunningPair<Divergence, typename Row::Total> pair(params_.c);
+    Running<Sum> at_1(kLog2E);
+    Tops tops;
+    constexpr bool kMaxFirst = Row::kHeld && !kOptions;
+    if constexpr (kMaxFirst) {
+      pair.student.rise(row_.max_of_student());
+      pair.teacher.rise(row_.max_of_teacher());
+      row_.for_each([&](const auto&, auto& s, auto& t) { pair.add(s, t); });
+    } else {
+      const auto read_student = [&](const auto& place, auto& s) {
+        if constexpr (kOptions) {
+          if (params_.metrics) tops.student.push(s, place);
+          apply(params_.student_transform, s);
+          if (apart()) at_1.push(s);
+        }
+      };
+      if (uses_divergence())
+        row_.for_each([&](const auto& place, auto& s, auto& t) {
+          read_student(place, s);
+          if constexpr (kOptions) {
+            if (params_.metrics) tops.teacher.push(t, place);
+            apply(params_.teacher_transform, t);
+          }
+          pair.push(s, t);
+        });
+      else
+        row_.for_each_of_student([&](const auto& place, auto& s) {
+          read_student(place, s);
+          pair.student.push(s);
+        });
+    }
+
+    team_.wait_until_all_entered();
+    team_.tell(team_.mine().pair, warp_merge<Divergence>(pair.state(), params_.c));
+    if constexpr (kOptions) {
+      if (apart()) team_.tell(team_.mine().student_at_1, warp_merge(at_1.state(), kLog2E));
+      if (params_.metrics) team_.tell(team_.mine().tops, warp_tops(tops));
+    }
+    team_.arrive();
+    float scale = 0;
+    if (team_.in_first_warp())  // from memory, while others are waited for
+      scale = params_.row_scale ? params_.gradient_scale : weight() * inverse_normalizer();
+    team_.wait();
+    if (team_.in_first_warp()) summarize(scale);
+    __syncthreads();
+  }
+
+ private:
+  // For all warps of the CTA.
+  KD_DEVICE void summarize(float scale) {
+    PairState pair;
+    State at_1;
+    Tops tops;
+    team_.for_slots([&](const WarpSlot& slot) {
+      pair.merge(slot.pair, params_.c);
+      if constexpr (kOptions) {
+        if (apart()) at_1.merge(slot.student_at_1, kLog2E);
+        if (params_.metrics) tops.merge(slot.tops);
+      }
+    });
+    pair = warp_merge<Divergence>(pair, params_.c);
+    RowSummary<Divergence> all;
+    all.student = pair.student, all.teacher = pair.teacher;
+    if constexpr (kOptions) {
+      all.student_at_1 = apart() ? warp_merge(at_1, kLog2E) : all.student;
+      if (params_.metrics) {
+        tops = warp_tops(tops);
+        all.agree = tops.student.column == tops.teacher.column;
+      }
+    }
+    all.scale = scale;
+
+    const KL kl(pair, params_.c);
+    if constexpr (Divergence::kIsKL) {
+      const float forward = params_.term.forward(), reverse = params_.term.reverse();
+      all.divergence = ((Divergence::kForward ? forward * kl.forward : 0) +
+                        (Divergence::kReverse ? reverse * kl.reverse : 0)) *
+                       kNatsPerBit;
+      all.far = is_far(all.divergence);
+      if constexpr (Divergence::kAddsEntropy) all.divergence += kl.entropy * kNatsPerBit;
+      all.far_points = KLGradient(params_.c, pair, kl, forward, reverse);
+    } else {
+      const double forward = kl.forward * kNatsPerBit;
+      all.far = params_.term.has_far() && forward > params_.term.kl_from() && forward <= FLT_MAX;
+      all.far_points = FarProbabilities(params_.c, pair, kl);
+    }
+    if (team_.lane == 0) team_.template summary<RowSummary<Divergence>>() = all;
+  }
+
+ protected:
+  const RowsParams<Divergence>& params_;
+  const Team& team_;
+  Row& row_;
+  const int64_t index_;
+};
+
+}  // namespace kd::cuda
