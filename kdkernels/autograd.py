@@ -10,7 +10,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 from . import ops
 from .options import LinearOptions, LogitsOptions
-from .watchers import goes_straight
+from .watchers import goes_straight, transforms_active
 
 _ops = torch.ops.kdkernels
 
@@ -41,6 +41,12 @@ def _check_no_tangent(name: str, *tensors: Tensor | None) -> None:
             raise RuntimeError(
                 f"{name}: it has no forward-mode derivative (jvp); use backend='reference'"
             )
+
+
+def _check_no_transform(name: str) -> None:
+    """Raises where torch.func would ask a Function for what it does not have."""
+    if not torch.compiler.is_compiling() and transforms_active():
+        raise RuntimeError(f"{name}: torch.func cannot transform it; use backend='reference'")
 
 
 class LogitsLoss(torch.autograd.Function):
@@ -94,6 +100,8 @@ def logits_loss(
     """Loss, and the stacked metrics where asked for, through a compiled backend."""
     straight = goes_straight(student, *constants)
     if student.requires_grad and torch.is_grad_enabled():
+        if not straight:
+            _check_no_transform("kd_loss")
         apply = _apply_logits_loss if straight else LogitsLoss.apply
         outputs = apply(student, (constants, backend, inplace, options, straight))
         return outputs if options.metrics else (outputs, None)
@@ -145,6 +153,9 @@ class LinearLossPerToken(torch.autograd.Function):
     def forward(ctx, count, linear, options, *tensors):
         no_gradient = linear._replace(needs_grad=[False] * len(linear.needs_grad))
         loss, metrics, _ = _linear_loss(count, no_gradient, options, tensors)
+        ctx.unsaved = ()
+        if not torch.compiler.is_compiling():
+            tensors, ctx.unsaved = _without_inference_tensors(tensors)
         ctx.save_for_backward(*tensors)
         ctx.mark_non_differentiable(metrics)
         ctx.set_materialize_grads(False)
@@ -155,6 +166,8 @@ class LinearLossPerToken(torch.autograd.Function):
     def backward(ctx, grad_output, _):
         count, linear, options = ctx.arguments
         tensors = list(ctx.saved_tensors)
+        for i, tensor in ctx.unsaved:
+            tensors[i] = tensor
         _check_backward(ctx, "linear_kd_loss", consumes=False)
         results = [None] * len(tensors)
         if grad_output is None:
@@ -169,6 +182,15 @@ class LinearLossPerToken(torch.autograd.Function):
         for i, (gradient, needed) in enumerate(zip(gradients, linear.needs_grad, strict=True)):
             results[i] = gradient.to(tensors[i].dtype) if needed else None
         return None, None, None, *results
+
+
+def _without_inference_tensors(tensors):
+    """Tensors that can be saved; and the others, such as a teacher's, with their positions."""
+    others = [(i, x) for i, x in enumerate(tensors) if x is not None and x.is_inference()]
+    tensors = list(tensors)
+    for i, _ in others:
+        tensors[i] = None
+    return tensors, others
 
 
 #: Where token_weight stands among the tensors after the student's.
@@ -202,5 +224,6 @@ def linear_loss(
     if not any(linear.needs_grad):
         _check_no_tangent("linear_kd_loss", *student, *teacher)
         return _linear_loss(*arguments, tensors)[:2]
+    _check_no_transform("linear_kd_loss")
     function = LinearLossPerToken if options.reduction == "none" else LinearLoss
     return function.apply(*arguments, *tensors)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import numbers
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -190,6 +191,18 @@ def float_tensor(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{name} is {tensor.dtype}, expected float32, bfloat16, float16 or float64")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} is {tensor.layout}, expected torch.strided")
+    if type(tensor) is not Tensor and isinstance(tensor, _distributed_tensor()):
+        raise TypeError(
+            f"{name} is a DTensor, expected a plain tensor: gather it with full_tensor(), and "
+            "reach a head that FSDP shards through LinearKDHead"
+        )
+
+
+def _distributed_tensor() -> Any:
+    """torch's class, which exists only once something has imported it, or no class."""
+    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
 
 
 def logits_tensor(name: str, logits: Tensor) -> None:

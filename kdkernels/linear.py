@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Sequence
 
@@ -346,11 +345,6 @@ def _check_payload(name: str, tensor: Tensor, lead: torch.Size, device: torch.de
 def _check_head(model: str, hidden: Tensor, weight: Tensor) -> None:
     for name, tensor in ((f"{model}_hidden", hidden), (f"{model}_weight", weight)):
         checks.float_tensor(name, tensor)
-        if isinstance(tensor, getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())):
-            raise TypeError(
-                f"{name} is a DTensor, expected a plain tensor: reach a head that FSDP shards "
-                "through LinearKDHead, or gather it with full_tensor()"
-            )
     if hidden.dim() == 0:
         raise ValueError(f"{model}_hidden has shape (), expected (..., hidden)")
     if weight.dim() != 2:

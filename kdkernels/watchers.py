@@ -29,6 +29,15 @@ except (AttributeError, ImportError, TypeError):
     _THREAD_KEYS = 0
 
 
+try:  # a private name too: without it, torch's own errors have to do
+    from torch._C import _are_functorch_transforms_active as transforms_active
+except ImportError:
+
+    def transforms_active() -> bool:
+        """Whether torch.func transforms what runs."""
+        return False
+
+
 def goes_straight(*tensors: Tensor | None) -> bool:
     """Whether calling an operator would only run its implementation on plain CPU tensors.
 

@@ -101,6 +101,17 @@ def test_forward_mode_raises(kernel):
     assert derivative(lambda x: kdkernels.kd_loss(x, teacher, backend="reference")) != 0
 
 
+def test_function_transforms_say_what_to_use(kernel):
+    student, teacher = (x.to(kernel.device) for x in correlated_pair(2, VOCAB))
+
+    def gradient(backend):
+        return torch.func.grad(lambda x: kdkernels.kd_loss(x, teacher, backend=backend))(student)
+
+    with pytest.raises(RuntimeError, match=r"kd_loss: torch.func.*reference"):
+        gradient(kernel.backend)
+    assert gradient("reference").abs().sum() > 0
+
+
 def test_reference_can_be_differentiated_twice():
     student, teacher = correlated_pair(3, VOCAB)
     student.requires_grad_()

@@ -43,6 +43,7 @@ LOGITS = [
     (STRIDED, T, ValueError, "student_logits has stride 2 in its last dimension, expected 1"),
     (S, STRIDED, ValueError, "teacher_logits has stride 2 in its last dimension, expected 1"),
     (S, T[..., :1].expand(2, 3, 8), ValueError, "teacher_logits has stride 0 in its last dim"),
+    (S.to_sparse(), T, TypeError, "student_logits is torch.sparse_coo, expected torch.strided"),
     (S, META, ValueError, "teacher_logits is on meta, expected the device of student_logits, cpu"),
     (META, T, ValueError, "teacher_logits is on cpu, expected the device of student_logits, meta"),
     (S, T.clone().requires_grad_(), ValueError, r"teacher_logits requires grad, .*detach\(\)"),

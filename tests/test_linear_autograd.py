@@ -93,8 +93,33 @@ def test_second_backward_and_create_graph(linear_kernel, reduction):
         torch.autograd.grad(twice, leaf)
 
 
+def test_function_transforms_say_what_to_use(linear_kernel):
+    case = make_case().to(linear_kernel.device)
+
+    def loss(weight):
+        return fused(case._replace(student_weight=weight), linear_kernel.backend)
+
+    with pytest.raises(RuntimeError, match=r"linear_kd_loss: torch.func.*reference"):
+        torch.func.grad(loss)(case.student_weight)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_a_teacher_of_inference_mode(linear_kernel, reduction):
+    """Its tensors cannot be saved for the backward."""
+    case = make_case().to(linear_kernel.device)
+    weight = case.student_weight.clone().requires_grad_()
+    with torch.inference_mode():
+        hidden = case.teacher_hidden.clone()
+    gradients = []
+    for teacher_hidden in (hidden, case.teacher_hidden):
+        changed = case._replace(student_weight=weight, teacher_hidden=teacher_hidden)
+        loss = fused(changed, linear_kernel.backend, reduction=reduction)
+        gradients += torch.autograd.grad(loss.sum(), weight)
+    assert torch.equal(*gradients)
+
+
 def test_forward_mode_raises(linear_kernel):
-    case = make_case()
+    case = make_case().to(linear_kernel.device)
 
     def loss(weight):
         return fused(case._replace(student_weight=weight), linear_kernel.backend)
