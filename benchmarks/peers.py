@@ -176,7 +176,7 @@ def _trl_chunked(divergence: str) -> Loss:
     return loss
 
 
-def _torchtune_losses() -> ModuleType:
+def torchtune_losses() -> ModuleType:
     """Its file of losses alone: the package needs torchao and torchvision to be imported."""
     path = metadata.distribution("torchtune").locate_file("torchtune/modules/loss/kd_losses.py")
     spec = importlib.util.spec_from_file_location("torchtune_kd_losses", str(path))
@@ -186,7 +186,7 @@ def _torchtune_losses() -> ModuleType:
 
 
 def _torchtune(divergence: str) -> Loss:
-    losses = _torchtune_losses()
+    losses = torchtune_losses()
     kinds = {
         "soft_cross_entropy": losses.ForwardKLWithChunkedOutputLoss,
         "reverse_kl": losses.ReverseKLWithChunkedOutputLoss,
