@@ -21,6 +21,11 @@ namespace kd::KD_NAMESPACE {
 // A row is far where its divergence exceeds this (in nats) and no logit is infinite.
 constexpr double kFarFrom = 1.0 / 32;
 
+// Infinite logits make it infinite or NaN.
+KD_INLINE bool is_far(double divergence, double from) {
+  return divergence > from && divergence <= FLT_MAX;
+}
+
 // Of a mixture's parts for its row to be far: the logarithm of a smaller one loses digits.
 constexpr float kLeastShare = 1.0f / 16;
 

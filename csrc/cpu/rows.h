@@ -146,10 +146,6 @@ class RowPair : RowBlocks {
     if constexpr (Divergence::kAddsEntropy) kl.entropy += entropy.value();
   }
 
-  bool is_far(double divergence) const {
-    return divergence > divergence_.far_from() && divergence <= FLT_MAX;
-  }
-
   // Sweep 2, and 3 where the divergence needs one; returns the divergence.
   template <bool kGradient>
   double sweep() {
@@ -157,13 +153,13 @@ class RowPair : RowBlocks {
       const double forward = divergence_.forward(), reverse = divergence_.reverse();
       const double kl = (Divergence::kForward ? forward * kl_.forward : 0) +
                         (Divergence::kReverse ? reverse * kl_.reverse : 0);
-      if (is_far(kl)) {
+      if (is_far(kl, divergence_.far_from())) {
         if constexpr (kGradient) kl_gradient(forward, reverse);
         return Divergence::kAddsEntropy ? kl + kl_.entropy : kl;
       }
-    } else if (may_be_far() && kl_.forward > divergence_.kl_from() && kl_.forward <= FLT_MAX) {
+    } else if (may_be_far() && is_far(kl_.forward, divergence_.kl_from())) {
       const Sums sums = term_sweep<kGradient, true>();
-      if (is_far(sums.value)) {
+      if (is_far(sums.value, divergence_.far_from())) {
         if constexpr (kGradient) gradient_sweep(sums);
         return sums.value;
       }

@@ -18,7 +18,6 @@ template <class Divergence, class Row, bool kOptions>
 class RowPair : RowStates<Divergence, Row, kOptions> {
   using Base = RowStates<Divergence, Row, kOptions>;
   using Base::index_;
-  using Base::is_far;
   using Base::params_;
   using Base::row_;
   using Base::student;
@@ -135,7 +134,7 @@ class RowPair : RowStates<Divergence, Row, kOptions> {
         return;
       } else {
         const double slope_sum = term_sweep(read_anew(summary().far_points), false);
-        if (is_far(divergence_)) {
+        if (is_far(divergence_, params_.term.far_from())) {
           if (with_gradient) gradient_sweep(read_anew(summary().far_points), slope_sum);
           return;
         }

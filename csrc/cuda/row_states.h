@@ -49,10 +49,6 @@ class RowStates {
   // Whether the hard-label term needs a state of its own.
   KD_DEVICE bool apart() const { return uses_cross_entropy() && params_.temperature != 1; }
 
-  KD_DEVICE bool is_far(double divergence) const {
-    return divergence > params_.term.far_from() && divergence <= FLT_MAX;
-  }
-
   KD_DEVICE const RowSummary<Divergence>& summary() const {
     return team_.template summary<RowSummary<Divergence>>();
   }
@@ -138,12 +134,11 @@ class RowStates {
       all.divergence = ((Divergence::kForward ? forward * kl.forward : 0) +
                         (Divergence::kReverse ? reverse * kl.reverse : 0)) *
                        kNatsPerBit;
-      all.far = is_far(all.divergence);
+      all.far = is_far(all.divergence, params_.term.far_from());
       if constexpr (Divergence::kAddsEntropy) all.divergence += kl.entropy * kNatsPerBit;
       all.far_points = KLGradient(params_.c, pair, kl, forward, reverse);
     } else {
-      const double forward = kl.forward * kNatsPerBit;
-      all.far = params_.term.has_far() && forward > params_.term.kl_from() && forward <= FLT_MAX;
+      all.far = params_.term.has_far() && is_far(kl.forward * kNatsPerBit, params_.term.kl_from());
       all.far_points = FarProbabilities(params_.c, pair, kl);
     }
     if (team_.lane == 0) team_.template summary<RowSummary<Divergence>>() = all;
