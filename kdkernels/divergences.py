@@ -186,8 +186,8 @@ class AlphaBeta(Divergence):
     """-1/(ab) sum [p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)], a = alpha, b = beta.
 
     Its limits are taken at a = 0, b = 0 and a + b = 0; (1, 0) is forward KL and (0, 1) reverse KL.
-    Finite on -inf logits for positive parameters. ABKD, Wang et al. 2025, arXiv:2505.04560;
-    Cichocki et al. 2011.
+    A parameter within 2^-15 of 0 counts as 0: it would divide powers that cancel. Finite on -inf
+    logits for positive parameters. ABKD, Wang et al. 2025, arXiv:2505.04560; Cichocki et al. 2011.
     """
 
     name: ClassVar[str] = "alpha_beta"
@@ -201,7 +201,7 @@ class AlphaBeta(Divergence):
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a finite number")
 
     def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        a, b = self.alpha, self.beta
+        a, b = self._powers()
         empty = (log_p == -math.inf) & (log_q == -math.inf)
         log_p, log_q = torch.where(empty, 0.0, log_p), torch.where(empty, 0.0, log_q)
 
@@ -225,8 +225,12 @@ class AlphaBeta(Divergence):
 
     def kernel(self) -> tuple[str, float, float]:
         limits: dict[tuple[float, float], Divergence] = {(1, 0): ForwardKL(), (0, 1): ReverseKL()}
-        limit = limits.get((self.alpha, self.beta))
-        return limit.kernel() if limit else super().kernel()
+        powers = self._powers()
+        return limits[powers].kernel() if powers in limits else (self.name, *powers)
+
+    def _powers(self) -> tuple[float, float]:
+        a, b = (0.0 if abs(x) <= 2.0**-15 else float(x) for x in (self.alpha, self.beta))
+        return a, b
 
 
 @dataclass(frozen=True)

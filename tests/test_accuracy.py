@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import kdkernels
+from kdkernels import AlphaBeta
 
 from . import tolerances
 from .cases import ALL, ONE_OF_EACH, close_pair, correlated_pair, labels_for, without_ties
-from .harness import assert_close, assert_matches, loss_of, oracle, run
+from .harness import assert_close, assert_gradient, assert_matches, loss_of, oracle, run
 
 TEMPERATURES = (0.5, 1.0, 2.5, 100.0)
 
@@ -69,6 +70,36 @@ def test_16_bits(backend, divergence, close, dtype):
         student, teacher, options, expected = case
         actual = run(backend, student, teacher, **options)
         assert_matches(actual, expected, divergence.name, dtype, close=close)
+
+
+@pytest.mark.parametrize("powers", [(-0.3, 0.0), (-0.5, 0.0), (-0.5, 0.5), (-0.2, -0.2)], ids=str)
+@pytest.mark.parametrize("order", ["shifted", "reversed"])
+def test_float16_gradient_of_slopes_that_cancel(kernel, powers, order):
+    # Their sum is near 0 and tells nothing of their size, which float16 has to hold.
+    if kernel.backend != "cpu":
+        pytest.skip(f"{kernel.name}: fits a float16 gradient to the sum of slopes alone")
+    student = torch.linspace(-8, 8, 200).expand(3, 200)
+    teacher = student.roll(60, -1) if order == "shifted" else -student
+    options = {"divergence": AlphaBeta(*powers), "reduction": "none"}
+    options |= {"labels": labels_for(3, vocab=200), "ce_weight": 0.5}
+    expected = oracle(student.half(), teacher, **options)
+    actual = run(kernel, student.half(), teacher, **options)
+    assert_matches(actual, expected, "alpha_beta", torch.float16)
+
+
+@pytest.mark.parametrize("other", [-0.3, 0.0, 0.7, 1.0])
+def test_powers_of_nearly_0_count_as_0(backend, other):
+    student, teacher = correlated_pair(4, 517)
+
+    def of(*powers):
+        return run(backend, student, teacher, divergence=AlphaBeta(*powers), reduction="none")
+
+    for limit, tiny in (((0, other), (1e-7, other)), ((other, 0), (other, -(2.0**-15)))):
+        assert torch.equal(of(*tiny).loss, of(*limit).loss)
+        assert torch.equal(of(*tiny).gradient, of(*limit).gradient)
+    beyond, limit = of(other, 2.0**-14), of(other, 0)  # so that nothing jumps
+    assert_close(beyond.loss, limit.loss, tolerances.TINY_POWER)
+    assert_gradient(beyond.gradient, limit.gradient, tolerances.TINY_POWER[0])
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

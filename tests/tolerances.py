@@ -11,6 +11,9 @@ PLAIN_LOSS = (2e-6, 2e-7)
 #: The others take logarithms of mixtures or powers, which rounds a few times more.
 OTHER_LOSS = (5e-6, 5e-7)
 
+#: What alpha-beta changes by from a parameter of 0 to one of 2**-14, relatively.
+TINY_POWER = (2e-3, 5e-7)
+
 #: float32 gradient, relative L2, student close to teacher: r = log q - log p loses digits there.
 CLOSE_GRADIENT = 4e-5
 

@@ -63,6 +63,8 @@ struct Defaults {
   // Whether one rounding error common to all log q changes the divergence at first order, so that
   // the kernel has to take it back.
   static constexpr bool kFeelsShift = false;
+  // Whether slopes have either sign and no bound: their sum tells nothing of their size.
+  static constexpr bool kSlopesCancel = false;
   // Whether computing the slopes a second time costs less than keeping them.
   static constexpr bool kCheapSlope = false;
 };
@@ -317,6 +319,7 @@ struct TVD : Defaults {
 // parameters never overflow. K keeps one shape in the limits at a = 0, b = 0 and a + b = 0.
 struct AlphaBeta : Defaults {
   static constexpr bool kFeelsShift = true;
+  static constexpr bool kSlopesCancel = true;
 
   // With x = first d:
   // K = sum_phi phi((a+b) d) + first_phi phi(x) + first_product (x (exp(x) - 1) - phi(x))

@@ -35,11 +35,11 @@ class RowBlocks {
 
   int64_t label() const { return params_.labels[row_]; }
 
-  // The slopes of reverse KL are as large as its value, which has no bound: a float16 row takes
-  // another power of two then. Returns the factor for kd_scale_ and applies it to the rest.
-  float fit_float16_range(float slope_sum) {
-    if (!params_.row_scale || ::fabsf(slope_sum) < 1) return 1;
-    const float factor = ::exp2f((float)-::ilogbf(slope_sum));
+  // Slopes, or their sum, may be of any size (reverse KL, alpha-beta): a float16 row takes another
+  // power of two then. Returns the factor for kd_scale_ and applies it to the rest.
+  float fit_float16_range(float size) {
+    if (!params_.row_scale || !(::fabsf(size) >= 1)) return 1;
+    const float factor = ::exp2f((float)-::ilogbf(size));
     ce_scale_ *= factor;
     params_.row_scale[row_] /= factor;
     return factor;

@@ -174,6 +174,7 @@ class RowPair : RowBlocks {
     double value;  // the divergence
     double slope;  // the sum of slopes
     double unit;   // of a slope, in nats
+    double size;   // of their sum or the largest, whichever is larger
   };
 
   // Value and slope of every term, and the gradient too where the slopes are known to sum to 0.
@@ -181,9 +182,11 @@ class RowPair : RowBlocks {
   Sums term_sweep() {
     constexpr bool kStoresGradient = kGradient && Divergence::kSlopeSumsToZero;
     constexpr bool kFeelsShift = Divergence::kFeelsShift && !kFar;
+    constexpr bool kSizes = kGradient && Divergence::kSlopesCancel;
     const Points<kFar> points(student_softmax_, teacher_softmax_,
                               kFar ? exact_temperature_ : params_.temperature);
     double value_sum = 0, slope_sum = 0, shift_sum = 0;
+    Vec sizes = {};
     const Upcoming next_student(params_.student, next_), next_teacher(params_.teacher, next_);
     for_blocks(params_.vocab, [&](int64_t begin, int n) {
       view_pair<kStoresGradient>(begin, n, [&](auto s, auto t, auto g) {
@@ -211,6 +214,7 @@ class RowPair : RowBlocks {
             values += term.value;
             slopes += term.slope;
             slope[k] = term.slope;
+            if constexpr (kSizes) sizes = max(sizes, abs(term.slope));
             if constexpr (kFeelsShift) {
               const Vec difference = bregman(v.p, v.q, v.r).difference;
               shifts += difference;
@@ -228,11 +232,13 @@ class RowPair : RowBlocks {
     // sum q - p is 0; what it comes to is how far rounding of the softmax sums moved all log q.
     if (kFeelsShift && ::fabs(slope_sum) <= FLT_MAX) value_sum -= shift_sum * slope_sum;
     if (value_sum < 0) value_sum = 0;  // rounding of what nearly cancels
+    double size = ::fabs(slope_sum);
+    if constexpr (kSizes) size = larger(size, (double)largest(sizes));
     if constexpr (kFar)
       return {divergence_.far_value(value_sum, slope_sum, points.weights), slope_sum,
-              divergence_.far_unit(points.weights)};
+              divergence_.far_unit(points.weights), size};
     else
-      return {value_sum, slope_sum, 1};
+      return {value_sum, slope_sum, 1, size};
   }
 
   // Of a far row by a KL divergence: forward (q - p) + reverse q (log q - log p - KL(q || p)).
@@ -275,7 +281,8 @@ class RowPair : RowBlocks {
     const float slope_sum = (float)(sums.slope * sums.unit);
     // Covers NaN and both infinities: an infinite divergence of q has no gradient.
     if (!(::fabsf(slope_sum) <= FLT_MAX)) return gradient_.fill(0, params_.vocab, NAN);
-    const float scale = kd_scale_ * (float)sums.unit * fit_float16_range(slope_sum);
+    const float factor = fit_float16_range((float)(sums.size * sums.unit));
+    const float scale = kd_scale_ * (float)sums.unit * factor;
     const float of_exponential = (float)(sums.slope * student_softmax_.scale());
     for_blocks(params_.vocab, [&](int64_t begin, int n) {
       view_pair<true, false>(begin, n, [&](auto, auto, auto g) {
