@@ -1,0 +1,168 @@
+// The divergences from a mixture of teacher and student: JSD and the skew divergences.
+#pragma once
+
+#include "point.h"
+
+namespace kd::KD_NAMESPACE {
+
+// The mixture m = share p + rest q of JSD and the skew divergences, share + rest = 1.
+//
+// Near the teacher, where q - p has few digits, everything is a power series in r, that of
+// L = log(m / p) = log(share + rest exp(r)), or follows from it:
+//   value / p = (a + b r) exp(r) + (c + d exp(r)) L + constant
+//   slope / q = e log(q / m) + f rest share (q - p) / m = e (r - L) + f (L' - rest)
+struct Mixture : Defaults {
+  static constexpr int kTerms = 9;
+  float share, rest;
+  float of_slope[kTerms - 1];  // slope / q, from r on
+  float of_value[kTerms - 1];  // value / p, from r^2 on
+
+  Mixture(float share, double a, double b, double c, double d, double e, double f)
+      : share(share), rest(1 - share) {
+    double exponential[kTerms + 1] = {1}, log[kTerms + 1];
+    for (int n = 1; n <= kTerms; ++n) {
+      exponential[n] = exponential[n - 1] / n;
+      // From L' m / p = (m / p)'.
+      log[n] = rest * exponential[n];
+      for (int k = 1; k < n; ++k) log[n] -= k * log[k] * rest * exponential[n - k] / n;
+      if (n > 1) of_slope[n - 2] = (float)(e * ((n == 2) - log[n - 1]) + f * n * log[n]);
+      double product = log[n];  // of exp(r) and L
+      for (int k = 1; k < n; ++k) product += log[k] * exponential[n - k];
+      if (n > 1)
+        of_value[n - 2] =
+            (float)(a * exponential[n] + b * exponential[n - 1] + c * log[n] + d * product);
+    }
+  }
+
+  // Whether its rows may be far.
+  KD_INLINE bool has_far() const { return share >= kLeastShare && rest >= kLeastShare; }
+
+  // m, never 0: what divides by it is 0 where p and q are.
+  template <class F>
+  KD_INLINE F of(const Point<F>& x) const {
+    return share * x.p + (rest * x.q + FLT_MIN);
+  }
+
+  template <class F>
+  KD_INLINE F far_of(const Point<F>& x, Weights weights) const {
+    return (share * weights.p) * x.p + ((rest * weights.q) * x.q + FLT_MIN);
+  }
+
+  // log(m / p) and log(m / q) away from the teacher, given (q - p) / m.
+  template <class F>
+  struct Logs {
+    F over_p, over_q;
+  };
+
+  template <class F>
+  KD_INLINE Logs<F> far_logs(F r, F difference_over_m) const {
+    // From the larger of p and q, so that nothing overflows.
+    const auto p_is_larger = r <= 0.0f;
+    const F weight = select(p_is_larger, splat<F>(rest), splat<F>(share));
+    const F fall = log1p(weight * abs(difference_over_m));
+    return {select(p_is_larger, -fall, r - fall), select(p_is_larger, -fall - r, -fall)};
+  }
+
+  template <class F>
+  KD_INLINE F value(const Point<F>& x, F far) const {
+    return select(abs(x.r) < kSeriesRadius, power_series(of_value, x.r) * x.r * (x.p * x.r), far);
+  }
+
+  // Given slope / q away from the teacher.
+  template <class F>
+  KD_INLINE F slope(const Point<F>& x, F far_over_q) const {
+    const F series = power_series(of_slope, x.r) * x.r;
+    return times_or_zero(x.q, select(abs(x.r) < kSeriesRadius, series, far_over_q));
+  }
+
+ private:
+  template <class F>
+  static KD_INLINE F power_series(const float (&coefficients)[kTerms - 1], F r) {
+    F sum = splat<F>(coefficients[kTerms - 2]);
+    for (int n = kTerms - 3; n >= 0; --n) sum = sum * r + coefficients[n];
+    return sum;
+  }
+};
+
+// beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q. Agarwal et al. 2023 (GKD).
+struct JSD : Mixture {
+  JSD(float beta, float) : Mixture(beta, 0, 1 - beta, -beta, beta - 1, 1 - beta, 0) {}
+
+  template <class F>
+  KD_INLINE Term<F> operator()(const Point<F>& x) const {
+    const auto logs = far_logs(x.r, quotient(x.q - x.p, of(x)));
+    const F slope = this->slope(x, -rest * logs.over_q);
+    return {value(x, slope - share * times_or_zero(x.p, logs.over_p)), slope};
+  }
+
+  KD_INLINE double kl_from() const { return kFarFrom / (share * rest); }
+
+  template <class F>
+  KD_INLINE Term<F> far(const Point<F>& x, Weights weights) const {
+    const F log_m = log2(far_of(x, weights));
+    return {x.p * (x.log_p - log_m), x.q * (x.log_q - log_m)};
+  }
+
+  KD_INLINE double far_value(double value, double slope, Weights weights) const {
+    return kNatsPerBit * (share * weights.p * value + rest * weights.q * slope);
+  }
+  KD_INLINE double far_unit(Weights weights) const { return kNatsPerBit * rest * weights.q; }
+};
+
+// KL(p || alpha p + (1 - alpha) q). Ko et al. 2024 (DistiLLM).
+struct SkewForwardKL : Mixture {
+  SkewForwardKL(float alpha, float) : Mixture(alpha, 1 - alpha, 0, -1, 0, 0, 0) {}
+
+  template <class F>
+  KD_INLINE Term<F> operator()(const Point<F>& x) const {
+    const F ratio = quotient(bregman(x.p, x.q, x.r).difference, of(x));
+    const F p_log = times_or_zero(x.p, far_logs(x.r, ratio).over_p);
+    return {value(x, rest * (x.q - x.p) - p_log), rest * rest * times_or_zero(x.q, ratio)};
+  }
+
+  KD_INLINE double kl_from() const { return kFarFrom / (rest * rest); }
+
+  template <class F>
+  KD_INLINE Term<F> far(const Point<F>& x, Weights weights) const {
+    const F m = far_of(x, weights);
+    return {x.p * (x.log_p - log2(m)), x.p * quotient(x.q, m)};
+  }
+
+  KD_INLINE double far_value(double value, double, Weights weights) const {
+    return kNatsPerBit * weights.p * value;
+  }
+  KD_INLINE double far_unit(Weights weights) const { return -(double)rest * weights.p * weights.q; }
+};
+
+// KL(q || alpha q + (1 - alpha) p). Ko et al. 2024 (DistiLLM).
+struct SkewReverseKL : Mixture {
+  SkewReverseKL(float alpha, float) : Mixture(1 - alpha, alpha - 1, 1, 0, -1, 1, -1) {}
+
+  template <class F>
+  KD_INLINE Term<F> operator()(const Point<F>& x) const {
+    // The two parts of the slope nearly cancel where the student's share is large, so its logarithm
+    // is taken of what is close to 1.
+    const F m = of(x), difference = x.q - x.p;
+    const auto p_is_larger = x.r <= 0.0f;
+    const F smaller = select(p_is_larger, x.q + FLT_MIN, m);
+    const F growth = log1p(quotient(share * abs(difference), smaller));
+    const F log = select(p_is_larger, -growth, growth);  // log(q / m)
+    return {value(x, times_or_zero(x.q, log) - share * difference),
+            slope(x, log - rest * share * quotient(difference, m))};
+  }
+
+  KD_INLINE double kl_from() const { return kFarFrom / (share * share); }
+
+  template <class F>
+  KD_INLINE Term<F> far(const Point<F>& x, Weights weights) const {
+    const F m = far_of(x, weights), value = x.q * (x.log_q - log2(m));
+    return {value, value - (kBitsPerNat * rest * weights.q) * x.q * quotient(x.q, m)};
+  }
+
+  KD_INLINE double far_value(double value, double, Weights weights) const {
+    return kNatsPerBit * weights.q * value;
+  }
+  KD_INLINE double far_unit(Weights weights) const { return kNatsPerBit * weights.q; }
+};
+
+}  // namespace kd::KD_NAMESPACE
