@@ -223,7 +223,7 @@ def test_opcheck_of_scale_gradient(dtype):
 def test_every_operator_is_checked():
     library = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("kdkernels::")]
     assert sorted(library) == [
-        "kdkernels::linear_loss",  # in test_linear_autograd.py
+        "kdkernels::linear_loss",  # in test_linear_compile.py
         "kdkernels::logits_loss",
         "kdkernels::logits_loss_and_grad",
         "kdkernels::logits_loss_and_grad_",

@@ -183,3 +183,22 @@ def test_default_plan_against_dense(rows, vocab, hidden, dtype):
     taken += accumulator if split.chunk < rows else 0
     assert taken < 0.15 * 7 * rows * row
     assert split.block >= 128
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("rows", [1, 63, 256, 1000, 8192])
+@pytest.mark.parametrize("accumulator", [0, 2**20, 2**30])
+@pytest.mark.parametrize("chunk_bytes", [0, 1, 2**20, 2**30])
+def test_plan(device, rows, accumulator, chunk_bytes):
+    for student, teacher in ((4000, 4000), (256512, 512), (256512, 0), (64000, 256512)):
+        for gradient in (0, 2**24):
+            split = plan(rows, student, teacher, gradient, accumulator, chunk_bytes, device)
+            assert 1 <= split.block <= split.chunk <= rows
+            assert split.chunk % split.block == 0 or split.chunk == rows
+            limit = chunk_bytes or 2**30
+            taken = split.chunk * student + (0 if split.lend else split.block * teacher)
+            if split.chunk > 1:
+                assert taken <= limit + (accumulator if split.chunk == rows else 0)
+            if split.lend:
+                assert split.block * teacher <= gradient
+                assert split.chunk == rows

@@ -1,0 +1,78 @@
+"""The fused-linear level under torch.compile, and its operator's schema and fake."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kdkernels.options import LinearOptions
+
+from .cases import normal
+from .linear_cases import (
+    LEAD,
+    VOCAB,
+    Case,
+    fused,
+    make_case,
+    some_labels,
+)
+from .test_compile import COMPILER, options
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=COMPILER)])
+@pytest.mark.parametrize(
+    "changes", [{}, {"reduction": "none"}, {"autocast": torch.bfloat16}], ids=str
+)
+def test_compiles_into_one_graph(compiler, changes):
+    changes = dict(changes)
+    autocast = changes.pop("autocast", None)
+
+    def step(hidden, weight, bias, case, labels):
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            inner = Case(hidden.tanh(), weight, bias, *case[3:])
+            loss = fused(inner, labels=labels, divergence="jsd", ce_weight=0.5, **changes)
+        return (loss * 2).sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend=compiler)
+    for rows in (5, 6, 9):
+        case, labels = make_case(lead=(rows,)), some_labels().view(-1)[:rows]
+        results = []
+        for function in (step, compiled):
+            student = [x.clone().requires_grad_() for x in case[:3]]
+            function(*student, case, labels).backward()
+            results.append([x.grad for x in student])
+        for actual, expected in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck(dtype):
+    case = make_case(dtype)
+    labels, weight, count = some_labels(), normal(*LEAD).abs(), torch.tensor(3.0)
+    for needs in ([True, True, True], [False, True, False], [False, False, False]):
+        linear = LinearOptions(needs, dtype, dtype, False, 0, "cpu")
+        for choice in (options(), options("forward_kl", "none", metrics=False)):
+            torch.library.opcheck(
+                torch.ops.kdkernels.linear_loss.default,
+                (
+                    [case.student_hidden],
+                    [case.student_weight],
+                    case.student_bias,
+                    *(case.teacher_hidden, case.teacher_weight, case.teacher_bias, None),
+                    *(labels, weight, count, None),
+                    *linear,
+                    *choice._replace(vocab=VOCAB),
+                ),
+            )
