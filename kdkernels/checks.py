@@ -6,8 +6,10 @@ import functools
 import math
 import numbers
 import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -114,14 +116,13 @@ def _options(
     return_metrics: bool,
 ) -> LogitsOptions:
     """Checks the arguments that are no tensors."""
-    temperature = number("temperature", temperature, positive=True)
-    kd_weight = number("kd_weight", kd_weight)
-    ce_weight = number("ce_weight", ce_weight)
+    temperature = option("temperature", temperature)
+    kd_weight = option("kd_weight", kd_weight)
+    ce_weight = option("ce_weight", ce_weight)
+    reduction = option("reduction", reduction)
     if ce_weight != 0 and not with_labels:
         raise ValueError(f"ce_weight is {ce_weight}, which needs labels, and labels is None")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction is {reduction!r}, expected one of {', '.join(REDUCTIONS)}")
-    if temperature_squared:
+    if option("temperature_squared", temperature_squared):
         kd_weight *= temperature * temperature
     if normalizer is not None and reduction == "mean":
         normalizer = number("normalizer", normalizer, positive=True)
@@ -131,14 +132,14 @@ def _options(
         temperature,
         kd_weight,
         ce_weight,
-        integer("ignore_index", ignore_index),
+        option("ignore_index", ignore_index),
         reduction,
         _vocab_size(vocab_size, student_width, teacher_width),
-        number("student_scale", student_scale, positive=True),
-        _softcap("student_softcap", student_softcap),
-        number("teacher_scale", teacher_scale, positive=True),
-        _softcap("teacher_softcap", teacher_softcap),
-        bool(return_metrics),
+        option("student_scale", student_scale),
+        option("student_softcap", student_softcap),
+        option("teacher_scale", teacher_scale),
+        option("teacher_softcap", teacher_softcap),
+        option("return_metrics", return_metrics),
     )
 
 
@@ -181,8 +182,64 @@ def integer(name: str, value: int, *, positive: bool = False) -> int:
     return int(value)
 
 
+def _positive(name: str, value: float) -> float:
+    return number(name, value, positive=True)
+
+
 def _softcap(name: str, value: float | None) -> float:
-    return 0.0 if value is None else number(name, value, positive=True)
+    return 0.0 if value is None else _positive(name, value)
+
+
+def _flag(name: str, value: bool) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} is a {type(value).__name__}, expected a bool")
+    return bool(value)
+
+
+def _reduction(name: str, value: str) -> str:
+    if value not in REDUCTIONS:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(REDUCTIONS)}")
+    return value
+
+
+def _size(name: str, value: int | None) -> int | None:
+    return None if value is None else integer(name, value, positive=True)
+
+
+def _chunk_bytes(name: str, value: int | None) -> int:
+    return _size(name, value) or 0
+
+
+def _logits_dtype(name: str, value: torch.dtype | None) -> torch.dtype | None:
+    if value not in (None, torch.float32):
+        raise ValueError(f"{name} is {value}, expected None or torch.float32")
+    return value
+
+
+_OPTIONS: dict[str, Callable[[str, Any], Any]] = {
+    "divergence": lambda _, value: as_divergence(value),
+    "temperature": _positive,
+    "kd_weight": number,
+    "ce_weight": number,
+    "ignore_index": integer,
+    "reduction": _reduction,
+    "temperature_squared": _flag,
+    "vocab_size": _size,
+    "student_scale": _positive,
+    "teacher_scale": _positive,
+    "student_softcap": _softcap,
+    "teacher_softcap": _softcap,
+    "inplace_grad": _flag,
+    "return_metrics": _flag,
+    "backend": lambda _, value: backends.check_name(value),
+    "chunk_bytes": _chunk_bytes,
+    "logits_dtype": _logits_dtype,
+}
+
+
+def option(name: str, value: Any) -> Any:
+    """An option's value as calls use it, or what is wrong with it whatever the tensors are."""
+    return _OPTIONS[name](name, value)
 
 
 def float_tensor(name: str, tensor: Tensor) -> None:

@@ -102,7 +102,7 @@ def kd_loss(
         (0.3986, [0.3986, -0.3986, 0.0])
     """
     lead = checks.logits(student_logits, teacher_logits)
-    if inplace_grad:
+    if checks.option("inplace_grad", inplace_grad):
         _check_inplace(student_logits)
     call = checks.call(
         student_logits,

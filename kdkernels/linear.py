@@ -124,12 +124,9 @@ def linear_kd_loss(
     teacher = teacher_hidden, teacher_weight, teacher_bias, teacher_logits
     teacher_dtype, teacher_vocab = _check_teacher(*teacher, lead, device)
     _check_row_index(row_index, lead)
-    chunk_bytes = (
-        0 if chunk_bytes is None else checks.integer("chunk_bytes", chunk_bytes, positive=True)
-    )
+    chunk_bytes = checks.option("chunk_bytes", chunk_bytes)
     student_dtype = _product_dtype(weight[0])
-    if logits_dtype not in (None, torch.float32):
-        raise ValueError(f"logits_dtype is {logits_dtype}, expected None or torch.float32")
+    checks.option("logits_dtype", logits_dtype)
     if logits_dtype is not None and student_dtype == torch.float16:
         raise ValueError(
             "logits_dtype is torch.float32, expected None where the student is float16: its "

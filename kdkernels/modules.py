@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from . import checks
 from .divergences import as_divergence
 from .functional import Metrics, kd_loss
 from .linear import linear_kd_loss
@@ -37,10 +38,11 @@ OPTIONS, LINEAR_OPTIONS = _options_of(kd_loss), _options_of(linear_kd_loss)
 
 
 def check_options(options: dict[str, Any], known: list[str]) -> dict[str, Any]:
-    """The options with their divergence resolved; unknown names raise."""
-    for name in options:
+    """The options with their divergence resolved; unknown names and wrong values raise."""
+    for name, value in options.items():
         if name not in known:
             raise TypeError(f"{name} is not an option; expected {', '.join(known)}")
+        checks.option(name, value)
     if "divergence" in options:
         options["divergence"] = as_divergence(options["divergence"])
     return options

@@ -14,10 +14,14 @@ from kdkernels import (
     JSD,
     AlphaBeta,
     KDLoss,
+    LinearKDHead,
+    LinearKDLoss,
     SkewForwardKL,
     SkewReverseKL,
     SymmetricKL,
+    checks,
     kd_loss,
+    modules,
 )
 
 S, T = torch.zeros(2, 3, 8), torch.zeros(2, 3, 8)
@@ -129,6 +133,9 @@ OPTIONS = [
         "backend is 'metal', expected 'auto', 'cpu', 'cuda', .*'reference'",
     ),
     ("backend", None, ValueError, "backend is None, expected 'auto', 'cpu', 'cuda', .*'reference'"),
+    ("temperature_squared", 2.0, TypeError, "temperature_squared is a float, expected a bool"),
+    ("return_metrics", "no", TypeError, "return_metrics is a str, expected a bool"),
+    ("inplace_grad", None, TypeError, "inplace_grad is a NoneType, expected a bool"),
 ]
 
 
@@ -140,9 +147,40 @@ def test_option(name, value, error, match, backend):
         kd_loss(S, T, **options)
 
 
+def linear_head(**options):
+    return LinearKDHead(torch.nn.Linear(4, 8), **options)
+
+
+@pytest.mark.parametrize("make", [KDLoss, LinearKDLoss, linear_head])
+def test_modules_check_their_options_when_made(make):
+    known = modules.OPTIONS if make is KDLoss else modules.LINEAR_OPTIONS
+    for name, value, error, match in OPTIONS:
+        if name not in known or "needs labels" in match or name == "vocab_size":
+            continue
+        with pytest.raises(error, match=match):
+            make(**{name: value})
+    assert make(ce_weight=0.5, vocab_size=9, student_softcap=None)
+    for size, error, match in (
+        (0, ValueError, "vocab_size is 0, expected at least 1"),
+        (4.0, TypeError, "vocab_size is a float, expected an int"),
+    ):
+        with pytest.raises(error, match=match):
+            make(vocab_size=size)
+    if make is not KDLoss:
+        with pytest.raises(ValueError, match="chunk_bytes is 0, expected at least 1"):
+            make(chunk_bytes=0)
+        with pytest.raises(ValueError, match=r"logits_dtype is torch\.float16, expected None or"):
+            make(logits_dtype=torch.float16)
+
+
+def test_every_option_has_a_check():
+    assert {*modules.OPTIONS, *modules.LINEAR_OPTIONS} <= checks._OPTIONS.keys()
+
+
 def test_numbers_of_numpy():
     options = {"vocab_size": 4, "ignore_index": -1, "temperature": 2.0, "normalizer": 3.0}
     of_numpy = {name: np.array(value)[()] for name, value in options.items()}
+    of_numpy["temperature_squared"] = np.array(True)[()]
     student = torch.arange(48.0).view(2, 3, 8).sin()
     expected = kd_loss(student, T, labels=LABELS, **options)
     assert torch.equal(kd_loss(student, T, labels=LABELS, **of_numpy), expected)

@@ -28,14 +28,19 @@ def why_not(
     return []
 
 
-def choose(
-    backend: str, student: Tensor, teacher: Tensor, divergence: Divergence, inplace_grad: bool
-) -> str:
-    """The backend that serves a call, or a ValueError with every refusal."""
+def check_name(backend: str) -> None:
+    """Raises for what is no backend's name, nor ``"auto"``."""
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(
             f"backend is {backend!r}, expected 'auto', {', '.join(map(repr, BACKENDS))}"
         )
+
+
+def choose(
+    backend: str, student: Tensor, teacher: Tensor, divergence: Divergence, inplace_grad: bool
+) -> str:
+    """The backend that serves a call, or a ValueError with every refusal."""
+    check_name(backend)
     refusals = []
     for name in BACKENDS if backend == "auto" else (backend,):
         reasons = why_not(name, student, teacher, divergence, inplace_grad)
