@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,12 @@ from torch import Tensor, nn
 from .functional import Metrics
 from .linear import linear_kd_loss
 from .modules import LINEAR_OPTIONS, check_options
+
+#: What a model's config calls a change of logits after the head, or of hidden states before it. The
+#: same name divides in one model and multiplies in another: docs/linear.md has a table.
+_CHANGE = re.compile(
+    r"(final_)?logits?_(soft_?cap|scal|mup)|lm_head_multiplier|output_multiplier|dim_model_base"
+)
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
@@ -27,12 +34,16 @@ class LinearKDHead(nn.Module):
     Args:
         lm_head: an ``nn.Linear``, parametrized or with hooks as it may be; or a LoRA layer like
             those of PEFT, whose frozen weight gets no gradient work. A weight tied to embeddings
-            gets the sum of both gradients, as always.
+            gets the sum of both gradients, as always. Or a Hugging Face model, whose head it is.
         teacher_head: the frozen teacher's ``nn.Linear``, where its weight too must be gathered
-            by a call. It does not become a submodule. Or pass ``teacher_weight`` to the call.
+            by a call, or the model. It does not become a submodule. Or pass ``teacher_weight`` to
+            the call.
         **options: any keyword of :func:`kdkernels.linear_kd_loss` but the per-call tensors.
 
     Raises:
+        ValueError: a model whose config speaks of a scale or cap of its logits, without the options
+            ``student_scale`` or ``student_softcap`` (of the teacher's, ``teacher_scale`` or
+            ``teacher_softcap``).
         TypeError: a head it cannot take: whose forward is not that of ``nn.Linear`` (its logits
             may be more than the product), such as quantized heads, DoRA, a LoRA layer with a bias,
             FSDP1's wrapper (wrap this module instead) or a head sharded over the vocabulary.
@@ -55,9 +66,11 @@ class LinearKDHead(nn.Module):
     ) -> None:
         super().__init__()
         self.options = check_options(options, LINEAR_OPTIONS)
+        lm_head = _head_of("student", lm_head, options)
         self.lm_head = lm_head
         _check_layer("lm_head", getattr(lm_head, "base_layer", lm_head))
         if teacher_head is not None:
+            teacher_head = _head_of("teacher", teacher_head, options)
             _check_layer("teacher_head", teacher_head)
         self._teacher_head = (teacher_head,)  # in a tuple: no submodule
 
@@ -129,6 +142,26 @@ class LinearKDHead(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+def _head_of(side: str, model: Any, options: dict[str, Any]) -> nn.Module:
+    """The head of a model, or the head itself; raises where its logits may be more than its own."""
+    if not hasattr(model, "get_output_embeddings"):
+        return model
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config(decoder=True)
+    none = (None, 0, 1, getattr(config, "hidden_size", None))
+    changes = {name: getattr(config, name) for name in dir(config) if _CHANGE.match(name)}
+    changes = {name: value for name, value in changes.items() if value not in none}
+    if changes and not {f"{side}_scale", f"{side}_softcap"} & options.keys():
+        found = ", ".join(f"{name}={value!r}" for name, value in changes.items())
+        raise ValueError(
+            f"{side}_scale and {side}_softcap are not given, expected one of them for "
+            f"{type(model).__name__}, whose config has {found}: its logits are not those of its "
+            f"head. docs/linear.md says what to pass; {side}_scale=1.0 where nothing changes them"
+        )
+    return model.get_output_embeddings()
 
 
 def _call(module: nn.Module, forward: Callable, *inputs: Tensor) -> Any:
