@@ -178,6 +178,21 @@ def test_metrics_with_hard_labels(kernel, inplace):
         assert not metric[SOME_IGNORED == -100].any()
 
 
+@pytest.mark.parametrize("vocab", [1, 2, 7, 300])
+def test_a_certain_row_has_no_negative_entropy(backend, vocab):
+    if backend.backend == "cuda":
+        pytest.skip(f"{backend.name}: rounding may leave less than 0")
+    student = 10 * normal(40, vocab)
+    student[:, 0] += 40
+    options = {"labels": torch.zeros(40, dtype=torch.int64), "return_metrics": True}
+    for temperature in (0.7, 1.0, 2.0):
+        options |= {"temperature": temperature, "ce_weight": 1.0, "reduction": "none"}
+        loss, metrics = loss_of(backend, student, student + 1, **options)
+        assert (loss >= 0).all()
+        for name in ("cross_entropy", "student_entropy", "teacher_entropy"):
+            assert (metrics[name] >= 0).all(), name
+
+
 def test_metrics_without_gradient_or_divergence(backend):
     student, teacher = correlated_pair(2, 4, VOCAB)
     for options in ({"kd_weight": 0, "ce_weight": 1.0}, {"ce_weight": 0}, {"temperature": 2.0}):

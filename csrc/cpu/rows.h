@@ -102,7 +102,7 @@ class RowPair : RowBlocks {
 
   double cross_entropy() const {
     if (!softmax_at_1_.valid()) return NAN;
-    return softmax_at_1_.log_sum_exp(1) - student_.at(label());
+    return not_negative(softmax_at_1_.log_sum_exp(1) - student_.at(label()));
   }
 
   bool may_be_far() const {
@@ -319,8 +319,11 @@ class RowPair : RowBlocks {
     for_blocks(params_.vocab, [&](int64_t begin, int n) {
       total += entropy_block(reader.block(begin, n, buffer), n, log_p);
     });
-    return (float)total;
+    return (float)not_negative(total);
   }
+
+  // Of a row that is certain, rounding of its exponentials may leave less than 0.
+  static double not_negative(double x) { return x < 0 ? 0 : x; }
 
   const Divergence& divergence_;
   const int64_t next_;
