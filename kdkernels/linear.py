@@ -117,21 +117,16 @@ def linear_kd_loss(
         >>> round(loss.item(), 4), student_head.grad.shape
         (0.3986, torch.Size([3, 2]))
     """
-    hidden, weight = _terms(student_hidden), _terms(student_weight)
-    lead, device = _check_student(hidden, weight, student_bias)
+    hidden, weight = terms(student_hidden), terms(student_weight)
+    lead, device = check_student(hidden, weight, student_bias)
     teacher_hidden = _as_tensor("teacher_hidden", teacher_hidden)
     teacher_logits = _as_tensor("teacher_logits", teacher_logits)
     teacher = teacher_hidden, teacher_weight, teacher_bias, teacher_logits
     teacher_dtype, teacher_vocab = _check_teacher(*teacher, lead, device)
     _check_row_index(row_index, lead)
     chunk_bytes = checks.option("chunk_bytes", chunk_bytes)
-    student_dtype = _product_dtype(weight[0])
-    checks.option("logits_dtype", logits_dtype)
-    if logits_dtype is not None and student_dtype == torch.float16:
-        raise ValueError(
-            "logits_dtype is torch.float32, expected None where the student is float16: its "
-            "gradients need the scale that float16 logits carry"
-        )
+    student_dtype = product_dtype(weight[0])
+    check_logits_dtype(logits_dtype, student_dtype)
     # Logits without rows: their dtype, device and width are checked.
     student_like = weight[0].new_empty(0, weight[0].shape[0], dtype=logits_dtype or student_dtype)
     teacher_like = student_like.new_empty(
@@ -164,7 +159,7 @@ def linear_kd_loss(
     )
     if call.backend == "reference":
         token_weight = _only(row_index, call.token_weight, lead, device)
-        s = _logits(hidden, weight, student_bias, logits_dtype)
+        s = logits_of(hidden, weight, student_bias, logits_dtype)
         t = _teacher_logits(*teacher, logits_dtype, device)
         loss, stacked = reference.kd_loss(
             s, t, labels, token_weight, call.normalizer, call.divergence, call.options
@@ -186,7 +181,17 @@ def linear_kd_loss(
     return with_metrics(loss, stacked, labels) if return_metrics else loss
 
 
-def _logits(
+def check_logits_dtype(logits_dtype: torch.dtype | None, student_dtype: torch.dtype) -> None:
+    """Checks it beside the dtype of the products."""
+    checks.option("logits_dtype", logits_dtype)
+    if logits_dtype is not None and student_dtype == torch.float16:
+        raise ValueError(
+            "logits_dtype is torch.float32, expected None where the student is float16: its "
+            "gradients need the scale that float16 logits carry"
+        )
+
+
+def logits_of(
     hidden: list[Tensor], weight: list[Tensor], bias: Tensor | None, dtype: torch.dtype | None
 ) -> Tensor:
     """The sum of products as PyTorch computes it; the definition of what the operator computes."""
@@ -212,7 +217,7 @@ def _teacher_logits(
     assert hidden is not None
     assert weight is not None
     with torch.no_grad():
-        return _logits([hidden.to(device, weight.dtype)], [weight], bias, dtype)
+        return logits_of([hidden.to(device, weight.dtype)], [weight], bias, dtype)
 
 
 def _only(
@@ -226,7 +231,8 @@ def _only(
     return kept if token_weight is None else torch.where(kept, token_weight, 0)
 
 
-def _terms(value: Tensor | Sequence[Tensor]) -> list[Tensor]:
+def terms(value: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """One tensor or several as a list."""
     return list(value) if isinstance(value, Sequence) else [value]
 
 
@@ -245,16 +251,17 @@ def _autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def _product_dtype(weight: Tensor) -> torch.dtype:
+def product_dtype(weight: Tensor) -> torch.dtype:
     """What F.linear would compute in."""
     if weight.dtype != torch.float64 and _autocast(weight.device.type):
         return torch.get_autocast_dtype(weight.device.type)
     return weight.dtype
 
 
-def _check_student(
+def check_student(
     hidden: list[Tensor], weight: list[Tensor], bias: Tensor | None
 ) -> tuple[torch.Size, torch.device]:
+    """Checks hidden states and heads; returns their leading shape and device."""
     if not hidden or len(hidden) != len(weight):
         raise ValueError(
             f"student_weight has {len(weight)} tensors, expected as many as student_hidden, "
@@ -324,7 +331,7 @@ def _check_teacher(
         )
     _check_bias("teacher_bias", bias, weight)
     _check_payload("teacher_hidden", hidden, lead, device)
-    return _product_dtype(weight), weight.shape[0]
+    return product_dtype(weight), weight.shape[0]
 
 
 def _check_payload(name: str, tensor: Tensor, lead: torch.Size, device: torch.device) -> None:

@@ -8,11 +8,31 @@ import torch
 from torch import Tensor
 
 from . import gemm, payload
+from .linear_plan import Plan, plan
 from .memory import empty
 from .options import LinearOptions, LogitsOptions
 
 
-class Rows:
+class SomeRows:
+    """Rows of a flattened leading shape: those of an index, or all."""
+
+    def __init__(self, lead: torch.Size, index: Tensor | None):
+        self.lead, self.index = lead, index
+        self.count = lead.numel() if index is None else index.numel()
+
+    def everywhere(self, values: Tensor, width: int | None = None) -> Tensor:
+        """Values of these rows, (..., rows) or (rows, width), zeros elsewhere."""
+        dim = values.dim() - 1 if width is None else 0
+        if self.index is not None:
+            shape = list(values.shape)
+            shape[dim] = self.lead.numel()
+            values = values.new_zeros(shape).index_copy_(dim, self.index, values)
+        if width is None:
+            return values.reshape([*values.shape[:-1], *self.lead])  # a list, which may be empty
+        return values.reshape(*self.lead, width)
+
+
+class Rows(SomeRows):
     """The rows that take part, their labels and weights, and what their weighted sum is over.
 
     On a CPU, rows of weight 0 are dropped here, before any product. On a GPU finding them would
@@ -29,12 +49,10 @@ class Rows:
         row_index: Tensor | None,
         o: LogitsOptions,
     ):
-        self.lead = lead
+        super().__init__(lead, None if row_index is None else payload.to_device(row_index, device))
         self.host_index = row_index
-        self.index = None if row_index is None else payload.to_device(row_index, device)
         self.labels = self._pick(labels, self.index)
         self.token_weight = self._pick(token_weight, self.index)
-        self.count = lead.numel() if self.index is None else self.index.numel()
 
         weight = self.token_weight
         if self.labels is not None:
@@ -85,17 +103,6 @@ class Rows:
         """Labels and token weights of a block."""
         labels = None if self.labels is None else self.labels[begin:end]
         return labels, None if self.token_weight is None else self.token_weight[begin:end]
-
-    def everywhere(self, values: Tensor, width: int | None = None) -> Tensor:
-        """Values of the rows that take part, (..., rows) or (rows, width), zeros elsewhere."""
-        dim = values.dim() - 1 if width is None else 0
-        if self.index is not None:
-            shape = list(values.shape)
-            shape[dim] = self.lead.numel()
-            values = values.new_zeros(shape).index_copy_(dim, self.index, values)
-        if width is None:
-            return values.reshape([*values.shape[:-1], *self.lead])  # a list, which may be empty
-        return values.reshape(*self.lead, width)
 
 
 class TeacherLogits:
@@ -161,7 +168,7 @@ class Student:
         hidden: list[Tensor],
         weight: list[Tensor],
         bias: Tensor | None,
-        rows: Rows,
+        rows: SomeRows,
         options: LinearOptions,
     ):
         self.dtype = options.student_dtype
@@ -194,6 +201,14 @@ class Student:
         largest = max((n * dtype.itemsize for n, dtype in needed), default=0)
         return largest, sum(4 * n for n, dtype in needed if dtype != torch.float32)
 
+    def plan(self, teacher_row: int, chunk_bytes: int) -> Plan:
+        """How the rows are split beside a teacher whose rows take so many bytes."""
+        # A gradient that is copied to another dtype exists for a block, not for a longer chunk.
+        apart = self.logits_dtype != self.dtype
+        largest, sums = (0, 0) if apart else self.weight_gradient_bytes()
+        device = self.hidden[0].device.type
+        return plan(self.rows, self.row_bytes(), teacher_row, largest, sums, chunk_bytes, device)
+
     def allocate(self, chunk: int) -> None:
         """Memory for logits of ``chunk`` rows and for the gradients."""
         device = self.hidden[0].device
@@ -203,6 +218,7 @@ class Student:
             empty(h.shape, dtype=hidden_dtype, device=device) if needed else None
             for h, needed in zip(self.hidden, self.needs_hidden, strict=True)
         ]
+        self.row_scales: list[Tensor] = []
         once = chunk >= self.rows
         self.weight_gradients = [
             empty(w.shape, dtype=dtype if once else torch.float32, device=device)
@@ -232,7 +248,28 @@ class Student:
             bias = self.bias if i == 0 else None
             gemm.write_logits(out, hidden[begin:end], weight, bias, accumulate=i > 0)
 
-    def take_block(self, gradient: Tensor, row_scale: Tensor | None, begin: int, end: int) -> None:
+    def take(self, split: Plan, begin: int, end: int, row_scale: Tensor | None) -> None:
+        """Gradients of a block of rows, from that of its logits, which stands in their place.
+
+        ``row_scale`` is what rows of a float16 gradient have yet to be multiplied by.
+        """
+        offset = begin % split.chunk
+        logits = self.logits[offset : offset + end - begin]
+        gradient = logits.to(self.dtype)
+        if not self.half:
+            row_scale = None
+        if row_scale is not None:
+            self.row_scales.append(row_scale)
+        self._take_block(gradient, row_scale, begin, end)
+        if offset + end - begin < split.chunk and end < self.rows:
+            return
+        if split.chunk > split.block:
+            gradient = self.logits[: offset + end - begin]
+        scale = torch.cat(self.row_scales) if self.half else None
+        self._take_chunk(gradient, scale, begin - offset, end)
+        self.row_scales = []
+
+    def _take_block(self, gradient: Tensor, row_scale: Tensor | None, begin: int, end: int) -> None:
         """Hidden and bias gradients of a block of rows, from that of its logits."""
         for out, weight in zip(self.hidden_gradients, self.weight, strict=True):
             if out is not None:
@@ -242,7 +279,7 @@ class Student:
         if self.needs_bias:
             gemm.add_bias_gradient(self.bias_gradient, gradient, row_scale)
 
-    def take_chunk(self, gradient: Tensor, row_scale: Tensor | None, begin: int, end: int) -> None:
+    def _take_chunk(self, gradient: Tensor, row_scale: Tensor | None, begin: int, end: int) -> None:
         """Weight gradients of a chunk of rows.
 
         Rows of a float16 gradient have scales of their own, which must be equal before the product
@@ -262,7 +299,7 @@ class Student:
                     out *= before / self.unit
             gemm.add_weight_gradient(out, gradient, part, accumulate=begin > 0)
 
-    def gradients(self, rows: Rows) -> list[Tensor]:
+    def gradients(self, rows: SomeRows) -> list[Tensor]:
         """In the order of needs_grad, empty where not needed."""
         hidden_dtype = torch.float32 if self.half else self.dtype
         hidden = [

@@ -8,7 +8,6 @@ gradient. It carries no autograd formula; :mod:`kdkernels.autograd` wraps it.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,12 +18,6 @@ from .options import METRICS, LinearOptions, LogitsOptions
 
 _ops = torch.ops.kdkernels
 
-#: Fewer rows than this make matrix products slow: the whole weight is read for them.
-_ROWS_WORTH_A_PRODUCT = 128
-
-#: The default of ``chunk_bytes`` on a GPU, and its limit on a CPU.
-_CHUNK_BYTES = 2**30
-
 library.define(
     "linear_loss(Tensor[] student_hidden, Tensor[] student_weight, Tensor? student_bias, "
     "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
@@ -33,59 +26,6 @@ library.define(
     f"bool float32_logits, SymInt chunk_bytes, str backend, {SCALARS}) "
     "-> (Tensor loss, Tensor metrics, Tensor[] gradients)"
 )
-
-
-class Plan(NamedTuple):
-    """How rows are split. Weight gradients are taken once a chunk, all else once a block."""
-
-    chunk: int  # rows of the student's logits held at a time
-    block: int  # rows of the teacher's
-    lend: bool  # the teacher's logits lie in the weight gradient, which is not there yet
-
-
-def plan(
-    rows: int,
-    student_row: int,
-    teacher_row: int,
-    weight_gradient: int,
-    accumulator: int,
-    chunk_bytes: int,
-    device_type: str,
-) -> Plan:
-    """Splits rows, from sizes alone.
-
-    Args:
-        rows: in all.
-        student_row: bytes of a row of the student's logits.
-        teacher_row: the same for the teacher's, 0 where they take no memory here.
-        weight_gradient: bytes of the largest one, 0 where none is needed.
-        accumulator: bytes of float32 memory that more than one chunk takes for them.
-        chunk_bytes: what both models' logits may take, 0 for the default: on a GPU 1 GiB, on a CPU
-            a quarter of all their logits, but at least 128 rows and at most 1 GiB.
-        device_type: such as "cpu".
-    """
-    row = max(1, student_row + teacher_row)
-    if not chunk_bytes:
-        chunk_bytes = _CHUNK_BYTES
-        if device_type == "cpu":
-            chunk_bytes = min(chunk_bytes, max(rows // 4, _ROWS_WORTH_A_PRODUCT) * row)
-    most = max(1, chunk_bytes // row)
-    if most >= rows:
-        return Plan(rows, rows, False)
-    # One chunk needs no accumulator, which makes it the better use of the same memory.
-    lent = weight_gradient // teacher_row if teacher_row else rows
-    one_chunk = weight_gradient and rows * student_row <= chunk_bytes + accumulator
-    if one_chunk and lent >= min(rows, _ROWS_WORTH_A_PRODUCT):
-        return Plan(rows, _even(rows, lent), teacher_row > 0)
-    block = _even(rows, most)
-    return Plan(block, block, False)
-
-
-def _even(rows: int, most: int) -> int:
-    """The size of the fewest parts of at most ``most`` rows, all about as large."""
-    size = -(-rows // -(-rows // most))
-    rounded = -(-size // 64) * 64
-    return min(rows, rounded if rounded <= most else size)
 
 
 def _run(
@@ -98,20 +38,9 @@ def _run(
     """Loss and metrics of the rows that take part; gradients stay with the student."""
     with_gradient = any(linear.needs_grad)
     device = student.hidden[0].device
-    split = plan(
-        rows.count,
-        student.row_bytes(),
-        teacher.row_bytes(),
-        # A gradient that is copied to another dtype exists for a block, not for a longer chunk.
-        *(student.weight_gradient_bytes() if student.logits_dtype == student.dtype else (0, 0)),
-        linear.chunk_bytes,
-        device.type,
-    )
+    split = student.plan(teacher.row_bytes(), linear.chunk_bytes)
     student.allocate(split.chunk)
-    spans = [
-        (begin, min(begin + split.block, rows.count))
-        for begin in range(0, rows.count, split.block or 1)
-    ]
+    spans = split.spans(rows.count)
     lent = student.memory_of_a_weight_gradient() if split.lend else None
 
     # Whatever torch.set_default_dtype says.
@@ -119,7 +48,6 @@ def _run(
     losses = floats(rows.count if o.reduction == "none" else 0)
     total = torch.zeros((), dtype=torch.float64, device=device)
     metrics = floats((len(METRICS), rows.count) if o.metrics else 0)
-    scales = []
     for (begin, end), teacher_logits in zip(spans, teacher.blocks(spans, lent), strict=True):
         offset = begin % split.chunk
         logits = student.logits[offset : offset + end - begin]
@@ -136,18 +64,8 @@ def _run(
             losses[begin:end] = loss
         else:
             total += loss
-        if not with_gradient:
-            continue
-        gradient = logits.to(student.dtype)
-        scales.append(row_scale)
-        half = student.half
-        student.take_block(gradient, row_scale if half else None, begin, end)
-        if offset + end - begin == split.chunk or end == rows.count:
-            if split.chunk > split.block:
-                gradient = student.logits[: offset + end - begin]
-            scale = torch.cat(scales) if half else None
-            student.take_chunk(gradient, scale, begin - offset, end)
-            scales = []
+        if with_gradient:
+            student.take(split, begin, end, row_scale)
     return losses if o.reduction == "none" else total.float(), metrics
 
 
@@ -166,7 +84,13 @@ def _linear_loss(
     *scalars,
 ):
     linear, o = _options(scalars)
-    _check_memory(*student_hidden, *student_weight, teacher_hidden, teacher_weight)
+    memory = *student_hidden, *student_weight, teacher_hidden, teacher_weight
+    check_memory(
+        "linear_kd_loss",
+        "reduction='none' reads heads again; weight tokens by token_weight with reduction='sum' "
+        "instead",
+        *memory,
+    )
     lead, device = student_hidden[0].shape[:-1], student_hidden[0].device
     with torch.autocast(device.type, enabled=False):
         rows = Rows(lead, device, labels, token_weight, normalizer, row_index, o)
@@ -182,13 +106,13 @@ def _linear_loss(
         return loss, rows.everywhere(metrics) if o.metrics else metrics, gradients
 
 
-def _check_memory(*tensors: Tensor | None) -> None:
+def check_memory(name: str, in_a_backward: str, *tensors: Tensor | None) -> None:
+    """Raises where an input has none left."""
     for tensor in tensors:
         if tensor is not None and tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0:
             raise RuntimeError(
-                "linear_kd_loss: the memory of an input was released, as that of a sharded head is "
-                "outside its module's call. In a backward: reduction='none' reads heads again; "
-                "weight tokens by token_weight with reduction='sum' instead"
+                f"{name}: the memory of an input was released, as that of a sharded head is "
+                f"outside its module's call. In a backward: {in_a_backward}"
             )
 
 
@@ -206,8 +130,15 @@ def _(hidden, weight, bias, *rest):
     lead = hidden[0].shape[:-1]
     loss = hidden[0].new_empty(lead if o.reduction == "none" else (), dtype=torch.float32)
     stacked = hidden[0].new_empty((len(METRICS), *lead) if o.metrics else 0, dtype=torch.float32)
+    return loss, stacked, fake_gradients(hidden, weight, bias, linear)
+
+
+def fake_gradients(
+    hidden: list[Tensor], weight: list[Tensor], bias: Tensor | None, linear: LinearOptions
+) -> list[Tensor]:
+    """Tensors like those of :meth:`Student.gradients`."""
     if not any(linear.needs_grad):
-        return loss, stacked, []
+        return []
     half = linear.student_dtype == torch.float16
     dtypes = [
         *(torch.float32 if half else linear.student_dtype for _ in hidden),
@@ -217,4 +148,5 @@ def _(hidden, weight, bias, *rest):
         x.new_empty(x.shape if needed else 0, dtype=dtype)
         for x, needed, dtype in zip((*hidden, *weight), linear.needs_grad, dtypes, strict=False)
     ]
-    return loss, stacked, [*gradients, loss.new_empty(bias.shape if linear.needs_grad[-1] else 0)]
+    shape = bias.shape if bias is not None and linear.needs_grad[-1] else 0
+    return [*gradients, hidden[0].new_empty(shape, dtype=torch.float32)]

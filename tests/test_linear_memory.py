@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kdkernels import payload
-from kdkernels.linear_ops import plan
+from kdkernels.linear_plan import plan
 
 from . import tolerances
 from .cases import normal
