@@ -53,7 +53,7 @@ def some(count: int, of: int, device: torch.device) -> Tensor:
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class Case(ABC):
-    """What the two levels have in common."""
+    """What all levels have in common."""
 
     level: ClassVar[str]
     unit: ClassVar[str]  # what ``work`` counts
@@ -131,11 +131,11 @@ class Case(ABC):
         scale = self.grad_scale * share
         loss.backward(None if scale == 1 else torch.full_like(loss, scale))
 
-    def reference(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def reference(self, student: Tensor, *teacher: Tensor) -> Tensor:
         """Losses of the rows in float64, differentiable."""
         return kd_loss(
             student,
-            teacher,
+            *teacher,
             divergence=self.instance,
             temperature=self.temperature,
             reduction="none",

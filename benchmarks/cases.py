@@ -1,4 +1,4 @@
-"""The cases of both levels."""
+"""The cases of all levels."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kdkernels import sparse_kd_loss
+
 from . import dense
 from .case import Case, Result, Step, relative, some
 from .shapes import Shape
 
+#: Tokens a sparse teacher lists.
+LISTED = 64
 #: Rows whose gradient is compared; all rows take part in the loss that is.
 CHECKED_ROWS = 32
 #: Tokens whose weight gradient is; all rows' hidden gradients are.
@@ -67,16 +71,22 @@ class LogitsCase(Case):
     def floor_work(self) -> int:
         return 3 * self.student.nbytes
 
+    def of_teacher(self, rows: slice | Tensor = slice(None)) -> tuple[Tensor, ...]:
+        """What a loss takes of the teacher, of some rows."""
+        return (self.teacher[rows],)
+
     def step(self, function: Callable[..., Tensor]) -> Step:
+        others = *self.of_teacher(), self.temperature
+
         def run() -> Result:
             student = self.student.detach().requires_grad_()
-            loss = function(student, self.teacher, self.temperature)
+            loss = function(student, *others)
             self.backward(loss)
             return loss.detach(), (student.grad,)
 
         def run_loss() -> Result:
             with torch.no_grad():
-                return function(self.student, self.teacher, self.temperature), ()
+                return function(self.student, *others), ()
 
         return Step(run if self.with_gradient else run_loss)
 
@@ -91,11 +101,12 @@ class LogitsCase(Case):
         losses, gradients = [], []
         block = max(1, BLOCK[self.device.type] // self.vocab)
         with torch.no_grad():
-            for s, t in zip(self.student.split(block), self.teacher.split(block), strict=True):
-                losses.append(self.reference(s.double(), t.double()))
-        for rows in self.checked.split(block):
-            student = self.student[rows].double().requires_grad_()
-            loss = self.reference(student, self.teacher[rows].double()).sum() / self.rows
+            for begin in range(0, self.rows, block):
+                rows = slice(begin, begin + block)
+                losses.append(self.reference(self.student[rows].double(), *self.of_teacher(rows)))
+        for some_rows in self.checked.split(block):
+            student = self.student[some_rows].double().requires_grad_()
+            loss = self.reference(student, *self.of_teacher(some_rows)).sum() / self.rows
             loss.backward()
             gradients.append(student.grad)
         return torch.cat(losses), torch.cat(gradients)
@@ -114,13 +125,62 @@ class LogitsCase(Case):
     def textbook_errors(self) -> tuple[float, float]:
         losses, gradient = self.expected
         student = self.student[self.checked].requires_grad_()
-        teacher = self.teacher[self.checked]
-        loss = dense.logits_loss(self.divergence)(student, teacher, self.temperature)
+        textbook = dense.LOSSES[self.level](self.divergence)
+        loss = textbook(student, *self.of_teacher(self.checked), self.temperature)
         self.backward(loss, len(self.checked) / self.rows)
         return (
             relative(loss.detach(), losses[self.checked].mean()),
             relative(student.grad.double() / self.grad_scale, gradient),
         )
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class SparseCase(LogitsCase):
+    """The same student beside the teacher's most probable tokens alone."""
+
+    level = "sparse"
+
+    indices: Tensor  # (rows, k) int64
+    # teacher: (rows, k) float32, their log-probabilities
+
+    @classmethod
+    def make(cls, shape: Shape, dtype: torch.dtype, device: torch.device, **options) -> SparseCase:
+        case = LogitsCase.make(shape, dtype, device, **options)
+        k = min(LISTED, shape.vocab // 2)
+        block = max(1, BLOCK[device.type] // shape.vocab)
+        tops = [
+            (teacher.float() / case.temperature).log_softmax(-1).topk(k)
+            for teacher in case.teacher.split(block)
+        ]
+        indices = torch.cat([top.indices for top in tops])
+        return cls(
+            **vars(case) | {"teacher": torch.cat([top.values for top in tops])}, indices=indices
+        )
+
+    @property
+    def work(self) -> int:
+        """2U: read the student's logits, write their gradient; U for the loss alone."""
+        return (2 if self.with_gradient else 1) * self.student.nbytes
+
+    @property
+    def floor_work(self) -> int:
+        return 2 * self.student.nbytes
+
+    def of_teacher(self, rows: slice | Tensor = slice(None)) -> tuple[Tensor, ...]:
+        return self.indices[rows], self.teacher[rows]
+
+    def reference(self, student: Tensor, *teacher: Tensor) -> Tensor:
+        return sparse_kd_loss(
+            student,
+            *teacher,
+            divergence=self.instance,
+            temperature=self.temperature,
+            reduction="none",
+            backend="reference",
+        )
+
+    def describe(self) -> dict[str, object]:
+        return super().describe() | {"listed": self.indices.shape[1]}
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -286,6 +346,5 @@ class LinearCase(Case):
 
 
 CASES: dict[str, type[LogitsCase] | type[LinearCase]] = {
-    "logits": LogitsCase,
-    "linear": LinearCase,
+    case.level: case for case in (LogitsCase, SparseCase, LinearCase)
 }

@@ -85,3 +85,22 @@ def linear_loss(divergence: str) -> Callable[..., Tensor]:
         return loss_of_logits(student, teacher, temperature)
 
     return loss
+
+
+def sparse_loss(divergence: str) -> Callable[..., Tensor]:
+    """The same of logits beside the tokens ``(rows, k)`` that a teacher lists; the rest is one."""
+    terms = TERMS[divergence]
+
+    def with_tail(listed: Tensor) -> Tensor:
+        tail = (1 - listed.exp().sum(-1, keepdim=True)).clamp(min=1e-8).log()
+        return torch.cat([listed, tail], -1)
+
+    def loss(student: Tensor, indices: Tensor, logprobs: Tensor, temperature: float) -> Tensor:
+        log_q = F.log_softmax(student.float() / temperature, dim=-1).gather(-1, indices)
+        pair = with_tail(logprobs), with_tail(log_q)
+        return terms(*pair).sum(-1).mean() * temperature**2
+
+    return loss
+
+
+LOSSES = {"logits": logits_loss, "sparse": sparse_loss, "linear": linear_loss}

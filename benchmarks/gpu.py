@@ -24,7 +24,7 @@ from kdkernels import kd_loss
 from kdkernels.divergences import DIVERGENCES
 
 from . import output
-from .case import APPROXIMATE, DTYPES, Case, Step
+from .case import APPROXIMATE, DTYPES, Case, Step, relative
 from .cases import LogitsCase
 from .device import Cpu, Cuda, device_of
 from .environment import environment
@@ -84,6 +84,7 @@ def check(device: Cpu | Cuda) -> int:
                 except ValueError as error:
                     if "cannot hold" not in str(error):  # registers hold KL divergences only
                         raise
+        wrong += check_tails(dtype, vocab, device)
     for tile in SMALL_TILES:
         run_options(device, "" if tile.startswith("registers") else tile)
     device.synchronize()
@@ -104,6 +105,42 @@ def on_device(case: LogitsCase, device: Cpu | Cuda, tile: str) -> Step:
         return loss.cpu(), tuple(gradient.cpu() for gradient in gradients)
 
     return Step(run, step.prepare)
+
+
+def check_tails(dtype: torch.dtype, vocab: int, device: Cpu | Cuda) -> int:
+    """Kernels of a sparse teacher; returns how many of their results are wrong."""
+    generator = torch.Generator().manual_seed(0)
+    student = (3 * torch.randn(3, vocab, generator=generator)).to(dtype)
+    listed = torch.stack([torch.randperm(vocab, generator=generator)[:9] for _ in range(3)])
+    listed = listed.sort(-1).values
+    grad_tails, grad_listed = torch.tensor([[1.0, -0.5, 0.0], [0.3, 0.0, 2.0]]), torch.ones(3, 9)
+    options = 2.0, True, 1.5, 4.0, vocab - 2, BACKEND
+
+    logits = student.double()[:, : vocab - 2].requires_grad_()
+    listed = torch.where(listed < vocab - 2, listed, -1).sort(-1).values
+    capped = 4.0 * torch.tanh(1.5 * logits / 4.0)
+    is_listed = torch.zeros(3, vocab, dtype=torch.bool).scatter_(-1, listed % vocab, listed >= 0)
+    tail = torch.where(is_listed[:, : vocab - 2], -torch.inf, capped)
+    expected = torch.stack([(tail / temperature).logsumexp(-1) for temperature in (2.0, 1.0)])
+    expected.backward(grad_tails.double())
+    exact = torch.where(is_listed[:, : vocab - 2], 1.0, logits.grad)
+
+    on_device = [x.to(device.torch_device) for x in (student, listed, grad_tails, grad_listed)]
+    tails = torch.ops.kdkernels.tails(*on_device[:2], None, *options)
+    gradients = tails, *on_device[2:]
+    got = torch.ops.kdkernels.tails_gradient(*on_device[:2], *gradients, *options).cpu().double()
+    base, *log_sums = tails.cpu().double()
+    log_sum_exps = torch.stack([base / 2.0 + log_sums[0], base + log_sums[1]])
+    errors = {
+        "log-sum-exp": relative(log_sum_exps, expected.detach()),
+        "gradient": relative(got[:, : vocab - 2], exact),
+        "padding": float(got[:, vocab - 2 :].abs().max()),
+    }
+    allowed = max(APPROXIMATE, torch.finfo(dtype).eps)
+    wrong = {name: error for name, error in errors.items() if not error <= allowed}
+    if wrong:
+        print("tails", dtype, vocab, wrong)
+    return len(wrong)
 
 
 def run_options(device: Cpu | Cuda, tile: str) -> None:

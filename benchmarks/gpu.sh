@@ -141,6 +141,8 @@ run_stages() {
     --rounds 7 --providers "${ours[@]}" eager peers
   timed gpu_linear 25 --level linear --dtype bfloat16 --shapes llama3 qwen3 gemma3 --rounds 5 \
     --providers kdkernels eager peers
+  timed gpu_sparse 12 --level sparse --dtype bfloat16 --shapes 128256 32000 --rounds 7 \
+    --providers kdkernels-cuda kdkernels-triton kdkernels-cuda-in-place eager torch.compile
   stage tune 40 python3 -m benchmarks.gpu tune --budget 28 --output "$out/tune.json"
 }
 export -f build  # for the shell that timeout runs
@@ -149,7 +151,7 @@ run_stages
 
 echo
 results=()
-for name in gpu gpu_divergences gpu_linear; do
+for name in gpu gpu_divergences gpu_linear gpu_sparse; do
   [ -s "$out/$name.json" ] && results+=("$out/$name.json")
 done
 [ ${#results[@]} -gt 0 ] && timeout 15 python3 -m benchmarks.gpu table "${results[@]}" | tee "$out/table.txt"

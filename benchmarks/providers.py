@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kdkernels import backends, kd_loss, linear_kd_loss
+from kdkernels import backends, kd_loss, linear_kd_loss, sparse_kd_loss
 
 from . import dense, peers
 from .case import Case, Result, Step
-from .cases import LinearCase, LogitsCase
+from .cases import LinearCase, LogitsCase, SparseCase
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,9 @@ class _Produce(torch.autograd.Function):
         return gradient.new_zeros(()), None
 
 
+OURS = {"logits": kd_loss, "sparse": sparse_kd_loss, "linear": linear_kd_loss}
+
+
 def in_place(case: LogitsCase, backend: str) -> Step:
     """The gradient overwrites the logits, which are fresh in every run."""
     buffer = torch.empty_like(case.student)
@@ -59,9 +62,9 @@ def in_place(case: LogitsCase, backend: str) -> Step:
         student = _Produce.apply(anchor, buffer)
 
     def run() -> Result:
-        loss = kd_loss(
+        loss = OURS[case.level](
             student,
-            case.teacher,
+            *case.of_teacher(),
             divergence=case.instance,
             temperature=case.temperature,
             inplace_grad=True,
@@ -74,20 +77,12 @@ def in_place(case: LogitsCase, backend: str) -> Step:
 
 
 def kdkernels(case: Case, backend: str) -> Step:
-    if isinstance(case, LogitsCase):
-
-        def loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-            options = {"divergence": case.instance, "backend": backend}
-            return kd_loss(student, teacher, temperature=temperature, **options)
-
-        return case.step(loss)
-
-    def linear_loss(*tensors_and_temperature) -> Tensor:
+    def loss(*tensors_and_temperature) -> Tensor:
         *tensors, temperature = tensors_and_temperature
         options = {"divergence": case.instance, "backend": backend}
-        return linear_kd_loss(*tensors, temperature=temperature, **options)
+        return OURS[case.level](*tensors, temperature=temperature, **options)
 
-    return case.step(linear_loss)
+    return case.step(loss)
 
 
 def kdkernels_why_not(case: Case, backend: str, in_place: bool) -> str | None:
@@ -100,8 +95,7 @@ def kdkernels_why_not(case: Case, backend: str, in_place: bool) -> str | None:
 
 
 def textbook(case: Case) -> Callable[..., Tensor]:
-    losses = {"logits": dense.logits_loss, "linear": dense.linear_loss}
-    return losses[case.level](case.divergence)
+    return dense.LOSSES[case.level](case.divergence)
 
 
 def compiled(case: Case) -> Step:
@@ -111,7 +105,7 @@ def compiled(case: Case) -> Step:
 
 
 def of_kdkernels(level: str) -> list[Provider]:
-    """kdkernels with the backend it chooses, and with each; in place where logits are given."""
+    """kdkernels with the backend it chooses, and with each; in place where there are logits."""
     providers = []
     for backend in ("auto", *backends.BACKENDS):
         name = "kdkernels" if backend == "auto" else f"kdkernels {backend}"
@@ -123,7 +117,7 @@ def of_kdkernels(level: str) -> list[Provider]:
                 functools.partial(why_not, in_place=False),
             )
         )
-        if level == "logits" and backend != "reference":
+        if level != "linear" and backend != "reference":
             providers.append(
                 Provider(
                     f"{name} in place",
@@ -176,7 +170,10 @@ def choose(names: list[str], level: str) -> list[Provider]:
 
 
 def floors(case: Case) -> dict[str, Step]:
-    """What bounds a case from below: ``floor`` at both levels, ``copy`` for logits."""
+    """What bounds a case from below: ``floor`` at every level, ``copy`` for logits."""
+    if isinstance(case, SparseCase):
+        out = torch.empty_like(case.student)
+        return {"floor": Step(lambda: (torch.neg(case.student, out=out), ()))}
     return floors_of_logits(case) if isinstance(case, LogitsCase) else floors_of_linear(case)
 
 

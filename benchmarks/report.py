@@ -17,11 +17,26 @@ from pathlib import Path
 
 from .compiled_tables import cpu_flops, cpu_instructions, cuda_instructions, triton_resources
 from .numerics_report import behaviour_table, numerics_table
-from .tables import error, machine, milliseconds, name_of, reason, table, worst_gradient_error
+from .tables import (
+    FLOOR_NAMES,
+    error,
+    machine,
+    milliseconds,
+    name_of,
+    reason,
+    table,
+    worst_gradient_error,
+)
 from .training import training_table
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "docs/linear.md", "docs/numerics.md", "docs/performance.md")
+DOCUMENTS = (
+    "README.md",
+    "docs/linear.md",
+    "docs/numerics.md",
+    "docs/performance.md",
+    "docs/sparse.md",
+)
 MARKED = re.compile(r"(<!-- table (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -47,7 +62,10 @@ def _source(report: dict, file: str) -> str:
     return f"\n\n{machine(e)}: [`{file}`]({{root}}{file}), `{e['command']}`.\n"
 
 
-def forward_kl(report: dict, file: str) -> str:
+def beside_eager(report: dict, file: str) -> str:
+    """Forward KL of logits: times, and peak memory in tensors of their size."""
+    level = report["cases"][0]["level"]
+    ours = {"logits": "kd_loss", "sparse": "sparse_kd_loss"}[level]
     rows = []
     for case in report["cases"]:
         if case["divergence"] != "forward_kl" or "eager" not in case["results"]:
@@ -65,10 +83,10 @@ def forward_kl(report: dict, file: str) -> str:
         "logits",
         "eager",
         "torch.compile",
-        "kd_loss",
-        "kd_loss in place",
-        "add(s, t, out=g)",
-        "eager / kd_loss",
+        ours,
+        f"{ours} in place",
+        FLOOR_NAMES[level]["floor"],
+        f"eager / {ours}",
         "in place",
     ]
     return table(header, rows) + _source(report, file)
@@ -146,7 +164,7 @@ def _shape_cell(case: dict, name: str, ceiling: str) -> str:
         return reason(result)
     parts = [milliseconds(result["ms"]), f"{result.get(f'speed_of_{ceiling}', 1):.0%}"]
     if "peak_mib" in result:
-        logits = case["level"] == "logits"
+        logits = case["level"] != "linear"
         parts.append(f"{_memory(result, case)} U" if logits else f"{result['peak_mib']:.0f} MiB")
     if (worst := worst_gradient_error(result)) is not None:
         parts.append(error(worst))
@@ -175,7 +193,8 @@ def small_call(report: dict, file: str) -> str:
 
 
 TABLES: dict[str, Callable[[dict, str], str]] = {
-    "forward_kl": forward_kl,
+    "forward_kl": beside_eager,
+    "sparse": beside_eager,
     "divergences": divergences,
     "linear": linear,
     "shapes": shapes,

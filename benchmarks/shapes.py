@@ -27,12 +27,15 @@ MODELS: dict[str, tuple[int, int, int]] = {
 #: What is timed where no shapes are given: sizes at which a CPU repeats a step many times.
 DEFAULT = {
     "logits": ("32000", "128256"),
+    "sparse": ("32000", "128256"),
     "linear": ("1024x32000x256x512", "256x128256x512x1024"),
 }
 DEFAULT_ROWS = {
     ("logits", "cpu"): 512,
+    ("sparse", "cpu"): 512,
     ("linear", "cpu"): 128,
     ("logits", "cuda"): 8192,
+    ("sparse", "cuda"): 8192,
     ("linear", "cuda"): 8192,
 }
 

@@ -7,6 +7,7 @@ REASONS = ("refused", "wrong", "failed", "left_out")
 FLOORS = ("floor", "copy")
 FLOOR_NAMES = {
     "logits": {"floor": "add(s, t, out=g)", "copy": "copy"},
+    "sparse": {"floor": "neg(s, out=g)"},
     "linear": {"floor": "bare products"},
 }
 
@@ -49,7 +50,8 @@ def case_title(case: dict) -> str:
 
 def case_table(case: dict) -> str:
     """Everything measured of one case, a provider a row; below it who refused."""
-    unit, rate = ("GB/s", "gb_per_s") if case["level"] == "logits" else ("GFLOP/s", "gflop_per_s")
+    linear = case["level"] == "linear"
+    unit, rate = ("GFLOP/s", "gflop_per_s") if linear else ("GB/s", "gb_per_s")
     others = [name for name in FLOORS if "ms" in case["results"].get(name, {})]
     header = ["", "ms", "quartiles", unit, *(f"of {name_of(case, name)}" for name in others)]
     header += ["peak MiB", "loss error", "gradient error"]

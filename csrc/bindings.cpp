@@ -67,6 +67,39 @@ void logits_cpu(int64_t rows, int64_t vocab, const RowsArgs& student, const Rows
   cpu::logits(params, threads);
 }
 
+TailParams to_tail_params(int64_t rows, int64_t vocab, const RowsArgs& student,
+                          const std::optional<RowsArgs>& gradient, float temperature, bool at_1,
+                          float scale, float softcap, uintptr_t listed, int64_t listed_size,
+                          uintptr_t kept, uintptr_t tails, uintptr_t grad_tails,
+                          uintptr_t grad_listed) {
+  TailParams params;
+  params.rows = rows;
+  params.vocab = vocab;
+  params.student = to_rows(student);
+  if (gradient) params.gradient = to_rows(*gradient);
+  params.temperature = temperature;
+  params.at_1 = at_1;
+  params.transform = {scale, softcap};
+  params.listed = pointer<int64_t>(listed);
+  params.listed_size = listed_size;
+  params.kept = pointer<bool>(kept);
+  params.tails = pointer<float>(tails);
+  params.grad_tails = pointer<float>(grad_tails);
+  params.grad_listed = pointer<float>(grad_listed);
+  return params;
+}
+
+void tail_cpu(int64_t rows, int64_t vocab, const RowsArgs& student,
+              const std::optional<RowsArgs>& gradient, float temperature, bool at_1, float scale,
+              float softcap, uintptr_t listed, int64_t listed_size, uintptr_t kept, uintptr_t tails,
+              uintptr_t grad_tails, uintptr_t grad_listed, int threads) {
+  const TailParams params =
+      to_tail_params(rows, vocab, student, gradient, temperature, at_1, scale, softcap, listed,
+                     listed_size, kept, tails, grad_tails, grad_listed);
+  py::gil_scoped_release release;
+  cpu::tail(params, threads);
+}
+
 void scale_cpu(int64_t rows, const RowsArgs& gradient, uintptr_t grad_output,
                int64_t grad_output_stride, uintptr_t row_scale, int threads) {
   ScaleParams params;
@@ -115,6 +148,18 @@ void logits_cuda(int64_t rows, int64_t vocab, const RowsArgs& student, const Row
   cuda::logits(params, device, pointer<void>(stream));
 }
 
+void tail_cuda(int64_t rows, int64_t vocab, const RowsArgs& student,
+               const std::optional<RowsArgs>& gradient, float temperature, bool at_1, float scale,
+               float softcap, uintptr_t listed, int64_t listed_size, uintptr_t kept,
+               uintptr_t tails, uintptr_t grad_tails, uintptr_t grad_listed, int device,
+               uintptr_t stream) {
+  const TailParams params =
+      to_tail_params(rows, vocab, student, gradient, temperature, at_1, scale, softcap, listed,
+                     listed_size, kept, tails, grad_tails, grad_listed);
+  py::gil_scoped_release release;
+  cuda::tail(params, device, pointer<void>(stream));
+}
+
 void scale_cuda(int64_t rows, const RowsArgs& gradient, uintptr_t grad_output,
                 int64_t grad_output_stride, uintptr_t row_scale, int device, uintptr_t stream) {
   ScaleParams params;
@@ -145,11 +190,15 @@ PYBIND11_MODULE(_C, module) {
       });
   module.def("release_kept_memory", kd::cpu::release_kept_memory,
              "Gives memory that is kept for the next call back to the system; returns its bytes.");
+  module.def("tail_cpu", kd::tail_cpu,
+             "Log-sum-exps of the columns that are not listed, or their gradient.");
   module.def("scale_cpu", kd::scale_cpu, "gradient *= grad_output * row_scale, row by row.");
 #if defined(KD_WITH_CUDA)
   module.def("cuda_why_not", kd::cuda::why_not,
              "Why a CUDA device cannot be served, or an empty string.");
   module.def("logits_cuda", kd::logits_cuda, "Launches loss, and gradient where one is given.");
+  module.def("tail_cuda", kd::tail_cuda,
+             "Launches log-sum-exps of the columns that are not listed, or their gradient.");
   module.def("scale_cuda", kd::scale_cuda, "Launches gradient *= grad_output * row_scale.");
 #endif
 }

@@ -15,7 +15,7 @@ from .watchers import goes_straight, transforms_active
 _ops = torch.ops.kdkernels
 
 
-def _check_backward(ctx: Any, name: str, consumes: bool = True) -> None:
+def check_backward(ctx: Any, name: str, consumes: bool = True) -> None:
     """Raises where a gradient that was computed once would be wrong."""
     if torch.compiler.is_compiling():
         return
@@ -43,7 +43,7 @@ def _check_no_tangent(name: str, *tensors: Tensor | None) -> None:
             )
 
 
-def _check_no_transform(name: str) -> None:
+def check_no_transform(name: str) -> None:
     """Raises where torch.func would ask a Function for what it does not have."""
     if not torch.compiler.is_compiling() and transforms_active():
         raise RuntimeError(f"{name}: torch.func cannot transform it; use backend='reference'")
@@ -70,7 +70,7 @@ class LogitsLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output, *_):
-        _check_backward(ctx, "kd_loss")
+        check_backward(ctx, "kd_loss")
         if grad_output is None:
             return None, None
         gradient, row_scale = ctx.saved_tensors
@@ -101,7 +101,7 @@ def logits_loss(
     straight = goes_straight(student, *constants)
     if student.requires_grad and torch.is_grad_enabled():
         if not straight:
-            _check_no_transform("kd_loss")
+            check_no_transform("kd_loss")
         apply = _apply_logits_loss if straight else LogitsLoss.apply
         outputs = apply(student, (constants, backend, inplace, options, straight))
         return outputs if options.metrics else (outputs, None)
@@ -127,7 +127,7 @@ class LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output, _):
-        _check_backward(ctx, "linear_kd_loss")
+        check_backward(ctx, "linear_kd_loss")
         if grad_output is None:
             return (None,) * (3 + len(ctx.dtypes) + ctx.rest)
         scale = _as_scale(grad_output)
@@ -168,7 +168,7 @@ class LinearLossPerToken(torch.autograd.Function):
         tensors = list(ctx.saved_tensors)
         for i, tensor in ctx.unsaved:
             tensors[i] = tensor
-        _check_backward(ctx, "linear_kd_loss", consumes=False)
+        check_backward(ctx, "linear_kd_loss", consumes=False)
         results = [None] * len(tensors)
         if grad_output is None:
             return None, None, None, *results
@@ -224,6 +224,6 @@ def linear_loss(
     if not any(linear.needs_grad):
         _check_no_tangent("linear_kd_loss", *student, *teacher)
         return _linear_loss(*arguments, tensors)[:2]
-    _check_no_transform("linear_kd_loss")
+    check_no_transform("linear_kd_loss")
     function = LinearLossPerToken if options.reduction == "none" else LinearLoss
     return function.apply(*arguments, *tensors)

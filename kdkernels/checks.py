@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import backends
 from .divergences import Divergence, as_divergence
-from .options import REDUCTIONS, LogitsOptions
+from .options import REDUCTIONS, TAILS, LogitsOptions
 
 _FLOAT32 = torch.finfo(torch.float32)  # what kernels compute in
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -196,10 +196,13 @@ def _flag(name: str, value: bool) -> bool:
     return bool(value)
 
 
-def _reduction(name: str, value: str) -> str:
-    if value not in REDUCTIONS:
-        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(REDUCTIONS)}")
-    return value
+def _one_of(known: tuple[str, ...]) -> Callable[[str, str], str]:
+    def check(name: str, value: str) -> str:
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
+        return value
+
+    return check
 
 
 def _size(name: str, value: int | None) -> int | None:
@@ -222,7 +225,7 @@ _OPTIONS: dict[str, Callable[[str, Any], Any]] = {
     "kd_weight": number,
     "ce_weight": number,
     "ignore_index": integer,
-    "reduction": _reduction,
+    "reduction": _one_of(REDUCTIONS),
     "temperature_squared": _flag,
     "vocab_size": _size,
     "student_scale": _positive,
@@ -234,6 +237,7 @@ _OPTIONS: dict[str, Callable[[str, Any], Any]] = {
     "backend": lambda _, value: backends.check_name(value),
     "chunk_bytes": _chunk_bytes,
     "logits_dtype": _logits_dtype,
+    "tail": _one_of(TAILS),
 }
 
 

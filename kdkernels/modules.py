@@ -10,9 +10,11 @@ import numpy as np
 from torch import Tensor, nn
 
 from . import checks
-from .divergences import as_divergence
+from .divergences import ForwardKL, as_divergence
 from .functional import Metrics, kd_loss
 from .linear import linear_kd_loss
+from .linear_sparse import linear_sparse_kd_loss
+from .sparse import check_tail, sparse_kd_loss
 
 _PER_CALL = (
     "student_logits",
@@ -23,6 +25,8 @@ _PER_CALL = (
     "teacher_hidden",
     "teacher_weight",
     "teacher_bias",
+    "teacher_indices",
+    "teacher_logprobs",
     "labels",
     "token_weight",
     "normalizer",
@@ -144,5 +148,97 @@ class LinearKDLoss(_Loss):
             token_weight=token_weight,
             normalizer=normalizer,
             row_index=row_index,
+            **self.options,
+        )
+
+
+class _SparseLoss(_Loss):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        divergence = self.options.get("divergence", ForwardKL())
+        check_tail(self.options.get("tail", "bucket"), divergence)
+
+
+class SparseKDLoss(_SparseLoss):
+    """:func:`kdkernels.sparse_kd_loss` with its options fixed.
+
+    Args:
+        **options: any keyword of :func:`kdkernels.sparse_kd_loss` but the per-call tensors
+            ``labels``, ``token_weight`` and ``normalizer``.
+
+    Example:
+        >>> import torch
+        >>> from kdkernels import SparseKDLoss
+        >>> criterion = SparseKDLoss(tail="bucket", temperature=2.0)
+        >>> logits = torch.randn(4, 50)
+        >>> logprobs, indices = (logits / 2.0).log_softmax(-1).topk(8)
+        >>> criterion(logits, indices, logprobs).item() < 1e-6
+        True
+    """
+
+    known = _options_of(sparse_kd_loss)
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_indices: Tensor,
+        teacher_logprobs: Tensor,
+        *,
+        labels: Tensor | None = None,
+        token_weight: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Metrics]:
+        """See :func:`kdkernels.sparse_kd_loss`."""
+        return sparse_kd_loss(
+            student_logits,
+            teacher_indices,
+            teacher_logprobs,
+            labels=labels,
+            token_weight=token_weight,
+            normalizer=normalizer,
+            **self.options,
+        )
+
+
+class LinearSparseKDLoss(_SparseLoss):
+    """:func:`kdkernels.linear_sparse_kd_loss` with its options fixed.
+
+    Args:
+        **options: any keyword of :func:`kdkernels.linear_sparse_kd_loss` but the tensors of a call.
+
+    Example:
+        >>> import torch
+        >>> from kdkernels import LinearSparseKDLoss
+        >>> criterion = LinearSparseKDLoss(tail="renormalize")
+        >>> hidden, head = torch.randn(4, 8), torch.randn(50, 8)
+        >>> logprobs, indices = (hidden @ head.T).log_softmax(-1).topk(8)
+        >>> criterion(hidden, head, indices, logprobs).item() < 1e-6
+        True
+    """
+
+    known = _options_of(linear_sparse_kd_loss)
+
+    def forward(
+        self,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher_indices: Tensor,
+        teacher_logprobs: Tensor,
+        *,
+        student_bias: Tensor | None = None,
+        labels: Tensor | None = None,
+        token_weight: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Metrics]:
+        """See :func:`kdkernels.linear_sparse_kd_loss`."""
+        return linear_sparse_kd_loss(
+            student_hidden,
+            student_weight,
+            teacher_indices,
+            teacher_logprobs,
+            student_bias=student_bias,
+            labels=labels,
+            token_weight=token_weight,
+            normalizer=normalizer,
             **self.options,
         )

@@ -11,6 +11,9 @@ METRICS = ("divergence", "cross_entropy", "teacher_entropy", "student_entropy", 
 
 REDUCTIONS = ("none", "sum", "mean")
 
+#: What the tokens are that a sparse teacher does not list.
+TAILS = ("bucket", "renormalize", "drop", "sampled")
+
 
 class LogitsOptions(NamedTuple):
     """Scalars of the logits level; the fields are the tail of every operator's schema."""
@@ -40,3 +43,22 @@ class LinearOptions(NamedTuple):
     float32_logits: bool  # wider than the products' operands
     chunk_bytes: int  # 0: the default
     backend: str
+
+
+class TailOptions(NamedTuple):
+    """Scalars of the operators behind a sparse teacher, in the order of their schemas."""
+
+    temperature: float
+    at_1: bool  # log-sum-exps also at temperature 1
+    scale: float
+    softcap: float  # 0: none
+    vocab: int
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        return (self.temperature, 1.0) if self.at_1 else (self.temperature,)
+
+    @property
+    def results(self) -> int:
+        """Numbers a row: a reference, and a log-sum-exp for each temperature."""
+        return 2 if not self.at_1 else 3

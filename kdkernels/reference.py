@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,23 +53,10 @@ def _kd_loss(
     divergence: Divergence,
     o: LogitsOptions,
 ) -> tuple[Tensor, Tensor | None]:
-    compute = torch.float32 if student.device.type == "mps" else torch.float64
+    compute = compute_dtype(student.device)
     out = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
-
-    weight = torch.ones(student.shape[:-1], dtype=compute, device=student.device)
-    if token_weight is not None:
-        weight = token_weight.to(compute)
-    if labels is not None:
-        weight = torch.where(labels == o.ignore_index, 0.0, weight)
-    kept = weight != 0
-    outside = torch.zeros_like(kept)
-    if labels is not None:
-        outside = kept & ((labels < 0) | (labels >= o.vocab))
-        if labels.device.type == "cpu" and not torch.compiler.is_compiling() and outside.any():
-            raise ValueError(
-                f"labels: got {int(labels[outside][0])}, expected 0 to {o.vocab - 1} or "
-                f"ignore_index ({o.ignore_index})"
-            )
+    rows = rows_that_take_part(student, labels, token_weight, o)
+    kept, outside = rows.kept, rows.outside
 
     # Masked before the softmax: 0 * NaN in its backward would be NaN.
     s = torch.where(kept.unsqueeze(-1), student[..., : o.vocab].to(compute), 0.0)
@@ -90,32 +78,79 @@ def _kd_loss(
         if o.kd_weight != 0:
             loss = loss + o.kd_weight * values["divergence"]
         if o.metrics:
-            values["teacher_entropy"] = _entropy(log_p)
-            values["student_entropy"] = _entropy(log_q)
+            values["teacher_entropy"] = entropy(log_p)
+            values["student_entropy"] = entropy(log_q)
             values["agreement"] = _agreement(s, t, log_p.sum(-1) + log_q.sum(-1))
     if labels is not None and (o.ce_weight != 0 or o.metrics):
         values["cross_entropy"] = _cross_entropy(s_logits, labels, kept, outside)
         if o.ce_weight != 0:
             loss = loss + o.ce_weight * values["cross_entropy"]
 
-    loss = torch.where(kept, loss * torch.where(outside, math.nan, 1.0), 0.0) * weight
-    metrics = None
-    if o.metrics:
-        zero = torch.zeros_like(weight)
-        stacked = torch.stack([values.get(name, zero) for name in METRICS])
-        metrics = torch.where(kept, stacked, 0.0).detach().to(torch.float32)
+    metrics = stacked_metrics(values, rows) if o.metrics else None
+    return reduced(loss, rows, normalizer, o).to(out), metrics
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+class RowsThatTakePart(NamedTuple):
+    """What labels and weights say of the rows, each ``(...)``."""
+
+    weight: Tensor
+    kept: Tensor  # bool
+    outside: Tensor  # bool, kept and with a label outside the vocabulary: NaN
+
+
+def rows_that_take_part(
+    student: Tensor, labels: Tensor | None, token_weight: Tensor | None, o: LogitsOptions
+) -> RowsThatTakePart:
+    """Weights of the rows; on the CPU raises for a label outside the vocabulary."""
+    compute = compute_dtype(student.device)
+    weight = torch.ones(student.shape[:-1], dtype=compute, device=student.device)
+    if token_weight is not None:
+        weight = token_weight.to(compute)
+    if labels is not None:
+        weight = torch.where(labels == o.ignore_index, 0.0, weight)
+    kept = weight != 0
+    outside = torch.zeros_like(kept)
+    if labels is not None:
+        outside = kept & ((labels < 0) | (labels >= o.vocab))
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling() and outside.any():
+            raise ValueError(
+                f"labels: got {int(labels[outside][0])}, expected 0 to {o.vocab - 1} or "
+                f"ignore_index ({o.ignore_index})"
+            )
+    return RowsThatTakePart(weight, kept, outside)
+
+
+def reduced(
+    loss: Tensor, rows: RowsThatTakePart, normalizer: Tensor | None, o: LogitsOptions
+) -> Tensor:
+    """Weighted losses ``(...)``, their sum or mean."""
+    loss = torch.where(rows.kept, loss * torch.where(rows.outside, math.nan, 1.0), 0.0)
+    loss = loss * rows.weight
     if o.reduction == "none":
-        return loss.to(out), metrics
+        return loss
     loss = loss.sum()
     if o.reduction == "mean":
         if normalizer is None:
-            total = weight.sum()
+            total = rows.weight.sum()
             normalizer = torch.where(total <= 0, 1.0, total)
-        loss = loss / normalizer.to(compute)
-    return loss.to(out), metrics
+        loss = loss / normalizer.to(loss.dtype)
+    return loss
 
 
-def _entropy(log_p: Tensor) -> Tensor:
+def stacked_metrics(values: dict[str, Tensor], rows: RowsThatTakePart) -> Tensor:
+    """Metrics ``(5, ...)`` as kernels write them, 0 where not among the values."""
+    zero = torch.zeros_like(rows.weight)
+    stacked = torch.stack([values.get(name, zero) for name in METRICS])
+    return torch.where(rows.kept, stacked, 0.0).detach().to(torch.float32)
+
+
+def entropy(log_p: Tensor) -> Tensor:
+    """-sum p log p, ``(...)``."""
     p = log_p.exp()
     return -torch.where(p == 0, 0.0, p * log_p).sum(-1)
 

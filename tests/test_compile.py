@@ -224,8 +224,13 @@ def test_every_operator_is_checked():
     library = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("kdkernels::")]
     assert sorted(library) == [
         "kdkernels::linear_loss",  # in test_linear_compile.py
+        "kdkernels::linear_tails",  # in test_linear_sparse.py
+        "kdkernels::linear_tails_gradient",
         "kdkernels::logits_loss",
         "kdkernels::logits_loss_and_grad",
         "kdkernels::logits_loss_and_grad_",
         "kdkernels::scale_gradient_",
+        "kdkernels::tails",  # in test_sparse_calls.py
+        "kdkernels::tails_gradient",
+        "kdkernels::tails_gradient_",
     ]

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from kdkernels import kd_loss, linear_kd_loss
+from kdkernels import kd_loss, linear_kd_loss, linear_sparse_kd_loss, sparse_kd_loss
 
 from . import tolerances
 from .cases import ONE_OF_EACH, correlated_pair, labels_for, normal
@@ -27,6 +27,8 @@ from .harness import (
 )
 from .linear_cases import Case, make_case, some_labels
 from .linear_cases import oracle as linear_oracle
+from .test_sparse import oracle as sparse_oracle
+from .test_sparse import top
 
 VOCAB = 2051
 ROWS = 7
@@ -252,3 +254,81 @@ def test_matches_on_rows_of_several_clusters(gpu):
         student, teacher = (x.bfloat16() for x in correlated_pair(5, vocab))
         expected, actual = oracle(student, teacher), run(gpu, student, teacher)
         assert_matches(actual, expected, "forward_kl", torch.bfloat16)
+
+
+#: Of a sparse teacher: every tail, a second temperature for the labels, a softcap.
+SPARSE_CALLS = {
+    "bucket": {"labels": LABELS, "ce_weight": 0.5, "temperature": 2.0},
+    "renormalize": {"tail": "renormalize", "divergence": "jsd"},
+    "sampled": {"tail": "sampled", "student_softcap": 5.0, "token_weight": normal(ROWS).abs()},
+}
+
+
+def sparse_step(gpu: Backend, student, entries, options, inplace: bool = False):
+    leaf = student.detach().requires_grad_()
+    logits = leaf * 1 if inplace else leaf
+    options = options | {"backend": gpu.backend, "inplace_grad": inplace}
+    loss = sparse_kd_loss(logits, *entries, **options)
+    return loss.detach(), *torch.autograd.grad(3 * loss, leaf)
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
+@pytest.mark.parametrize("name", SPARSE_CALLS)
+def test_a_sparse_teacher_waits_for_nothing_and_repeats(gpu, name, inplace):
+    student, teacher = pair()
+    options = {key: to_device(value) for key, value in SPARSE_CALLS[name].items()}
+    temperature = options.get("temperature", 1.0)
+    entries = [x.cuda() for x in top(teacher.cpu(), 9, temperature)]
+    with no_waiting():
+        sparse_step(gpu, student, entries, options, inplace)
+    graph, (loss, gradient) = captured(lambda: sparse_step(gpu, student, entries, options, inplace))
+    student.mul_(1.5)
+    graph.replay()
+    again = sparse_step(gpu, student, entries, options, inplace)
+    assert torch.equal(loss, again[0])
+    assert torch.equal(gradient, again[1])
+    expected = sparse_oracle(
+        student.cpu(),
+        *(x.cpu() for x in entries),
+        **SPARSE_CALLS[name],
+        grad_output=torch.tensor(3.0),
+    )
+    assert_close(loss.cpu(), expected.loss, tolerances.OTHER_LOSS)
+    assert_gradient(gradient.cpu(), expected.gradient, tolerances.OTHER_LOSS[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_sparse_teacher_of_a_head_waits_for_nothing(gpu, dtype):
+    hidden, weight = normal(ROWS, 64).to(dtype).cuda(), normal(VOCAB, 64, seed=1).to(dtype).cuda()
+    entries = [x.cuda() for x in top(correlated_pair(ROWS, VOCAB)[1], 9)]
+    options = {"labels": LABELS.cuda(), "ce_weight": 0.5, "backend": gpu.backend}
+
+    def head_step():
+        leaves = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+        loss = linear_sparse_kd_loss(*leaves, *entries, chunk_bytes=3 * VOCAB * 4, **options)
+        return loss.detach(), *torch.autograd.grad(3 * loss, leaves)
+
+    first = head_step()  # libraries load
+    with no_waiting():
+        second = head_step()
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.xdist_group("large")
+def test_a_sparse_teacher_of_more_than_2_to_the_31_elements(gpu):
+    vocab, rows = 2**17 + 3, 2**14 + 2
+    needed = 2 * 2 * rows * vocab + 2**30
+    free, _ = torch.cuda.mem_get_info()
+    if free < needed:
+        pytest.skip(f"needs {needed >> 30} GiB of free memory, {free >> 30} GiB are")
+    few, teacher = correlated_pair(2, vocab)
+    few, entries = few.bfloat16(), top(teacher, 9)
+    student = few.cuda().repeat(rows // 2, 1).requires_grad_()
+    repeated = [x.cuda().repeat(rows // 2, 1) for x in entries]
+    loss = sparse_kd_loss(student, *repeated, normalizer=2, backend=gpu.backend)
+    loss.backward()
+    expected = sparse_oracle(few, *entries)
+    assert_close(loss.detach().cpu() / (rows // 2), expected.loss, tolerances.PLAIN_LOSS)
+    for i in (0, rows // 4 * 2, rows - 2):
+        gradient = student.grad[i : i + 2].cpu()
+        assert_gradient(gradient, expected.gradient, tolerances.BFLOAT16_GRADIENT)

@@ -64,6 +64,27 @@ struct LogitsParams {
   float* metrics = nullptr;  // (kMetrics, rows)
 };
 
+// Log-sum-exps of a row's columns that are not listed, or their gradient where one is given.
+struct TailParams {
+  int64_t rows = 0;
+  int64_t vocab = 0;  // the columns that take part
+  Rows student;       // (rows, width)
+  Rows gradient;      // (rows, student.width), may be the student itself; null data: the tails
+  Transform transform;
+  float temperature = 1;
+  bool at_1 = false;  // also at temperature 1
+
+  // (rows, listed_size), ascending: -1, then different columns below vocab.
+  const int64_t* listed = nullptr;
+  int64_t listed_size = 0;
+  const bool* kept = nullptr;  // (rows,), rows whose tails are asked for; null: all
+
+  // (2 + at_1, rows): a reference, and log sum exp((x - reference) / T) at the temperatures.
+  float* tails = nullptr;
+  const float* grad_tails = nullptr;   // (1 + at_1, rows), of the log-sum-exps
+  const float* grad_listed = nullptr;  // (rows, listed_size), goes into the gradient as it is
+};
+
 enum Metric { kDivergence, kCrossEntropy, kTeacherEntropy, kStudentEntropy, kAgreement, kMetrics };
 
 // gradient *= grad_output * row_scale, row by row; both optional strides of 0 mean one for all.

@@ -287,6 +287,27 @@ class Writer {
     }
   }
 
+  // values[i] goes to columns[i].
+  void scatter(const int64_t* columns, const float* values, int64_t n) const {
+    constexpr int kMost = 64;
+    const int64_t size = item_size(dtype_);
+    float some[kMost + kLanes];  // read by whole vectors
+    char stored[kMost * sizeof(float)];
+    const Writer staged(Rows{stored, dtype_, kMost}, 0);
+    for (; n > 0; n -= kMost, columns += kMost, values += kMost) {
+      const int count = n < kMost ? (int)n : kMost;
+      std::memcpy(some, values, count * sizeof(float));
+      for (int i = count; i % kLanes != 0; ++i) some[i] = 0;
+      staged.write(0, count, some);
+      for (int i = 0; i < count; ++i) {
+        if (size == 4)
+          std::memcpy(data_ + columns[i] * 4, stored + i * 4, 4);
+        else
+          std::memcpy(data_ + columns[i] * 2, stored + i * 2, 2);
+      }
+    }
+  }
+
   // Columns [begin, end) become `value`, in blocks.
   void fill(int64_t begin, int64_t end, float value) const {
     alignas(64) float block[256];

@@ -162,6 +162,12 @@ void logits(const LogitsParams& params, int threads) {
   if (params.reduction != Reduction::kNone) *params.loss = (float)(total / normalizer);
 }
 
+void tail(const TailParams& params, int threads) {
+  const TailFunction rows = active().tail;
+  for_rows(params.rows, params.vocab, 0, threads,
+           [&](int64_t begin, int64_t end, int64_t, float*) { rows(params, begin, end); });
+}
+
 void scale(const ScaleParams& params, int threads) {
   if (params.rows == 0) return;
   if (!params.row_scale && params.grad_output_stride == 0 && *params.grad_output == 1) return;

@@ -17,6 +17,9 @@ std::vector<std::string> divergences();
 // Throws std::invalid_argument, before anything is written, for a label outside the vocabulary.
 void logits(const LogitsParams& params, int threads);
 
+// The caller has checked what is listed.
+void tail(const TailParams& params, int threads);
+
 void scale(const ScaleParams& params, int threads);
 
 }  // namespace kd::cpu

@@ -19,6 +19,7 @@ struct RowPlan {
 // scratch holds 2 x scratch_row(vocab) floats, 64-byte aligned.
 using RowsFunction = void (*)(const LogitsParams&, const RowPlan&, int64_t begin, int64_t end,
                               int64_t next, float* scratch);
+using TailFunction = void (*)(const TailParams&, int64_t begin, int64_t end);
 using ScaleFunction = void (*)(const ScaleParams&, int64_t begin, int64_t end);
 
 KD_INLINE constexpr int64_t scratch_row(int64_t vocab) { return (vocab + 31) / 32 * 32; }
@@ -28,6 +29,7 @@ struct InstructionSet {
   RowsFunction loss[kDivergences];
   RowsFunction loss_and_gradient[kDivergences];
   ScaleFunction scale;
+  TailFunction tail;
 };
 
 extern const InstructionSet kBaseline;

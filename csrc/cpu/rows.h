@@ -17,6 +17,7 @@
 
 #include "row_blocks.h"
 #include "scale.h"
+#include "tail.h"
 
 namespace kd::KD_NAMESPACE {
 
@@ -367,7 +368,11 @@ void run_rows(const LogitsParams& params, const RowPlan& plan, int64_t begin, in
 constexpr InstructionSet instruction_set(const char* name) {
 #define KD_LOSS(name, Divergence) run_rows<Divergence, false>,
 #define KD_LOSS_AND_GRADIENT(name, Divergence) run_rows<Divergence, true>,
-  return {name, {KD_DIVERGENCES(KD_LOSS)}, {KD_DIVERGENCES(KD_LOSS_AND_GRADIENT)}, scale_rows};
+  return {name,
+          {KD_DIVERGENCES(KD_LOSS)},
+          {KD_DIVERGENCES(KD_LOSS_AND_GRADIENT)},
+          scale_rows,
+          tail_rows};
 #undef KD_LOSS
 #undef KD_LOSS_AND_GRADIENT
 }

@@ -93,6 +93,7 @@ class Softmax {
 
   // False for a row that is all -inf or holds NaN or +inf: it has no softmax.
   bool valid() const { return state_.valid(); }
+  bool empty() const { return state_.sum == 0; }
 
   // What exponentials are relative to.
   float reference() const { return state_.max; }
@@ -101,9 +102,12 @@ class Softmax {
   double scale() const { return exponent_.correction() / state_.sum; }
   const Exponent& exponent() const { return exponent_; }
 
+  // log(sum exp((x - reference) / T)).
+  double log_sum() const { return ::log(state_.sum); }
+
   // T log(sum exp(x / T)).
   double log_sum_exp(double temperature) const {
-    return (double)state_.max + temperature * ::log(state_.sum);
+    return (double)state_.max + temperature * log_sum();
   }
 
  private:

@@ -1,4 +1,5 @@
 #include "scale.cuh"
+#include "tail.cuh"
 
 #include "../core/divergences.h"
 
@@ -74,6 +75,17 @@ void logits(const LogitsParams& params, int device, void* stream) {
   Tile tile;
   const bool wanted = tile_override(tile);
   kRows[params.divergence](params, device_of(device), wanted ? &tile : nullptr, stream);
+}
+
+void tail(const TailParams& call, int device, void* stream) {
+  check_rows(call.rows);
+  const Capturable capturable;
+  use_device(device);
+  TailLaunch params(call);
+  const auto kernel = call.gradient.data ? tails_gradient_kernel : tails_kernel;
+  launch_in_parts(params, call.rows, [&](int64_t rows) {
+    launch(kernel, Grid{(unsigned)rows, kTailThreads, 1, kTailSharedBytes}, stream, params);
+  });
 }
 
 void scale(const ScaleParams& call, int device, void* stream) {

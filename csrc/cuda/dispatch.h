@@ -15,6 +15,8 @@ std::string why_not(int device);
 // with ignore_index, a null normalizer is 1, reduction is none.
 void logits(const LogitsParams& params, int device, void* stream);
 
+void tail(const TailParams& params, int device, void* stream);
+
 void scale(const ScaleParams& params, int device, void* stream);
 
 }  // namespace kd::cuda

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..divergences import DIVERGENCES, Divergence
-from ..options import METRICS, REDUCTIONS, LogitsOptions
-from .rows import DTYPES, address, check_in_place, gradient_scale, in_rows, rows_of
+from ..options import METRICS, REDUCTIONS, LogitsOptions, TailOptions
+from .rows import DTYPES, address, check_in_place, gradient_scale, in_rows, rows_of, tail_call
 
 try:
     from .. import _C
@@ -98,6 +98,30 @@ def _floats(shape: tuple[int, ...]) -> Tensor:
 def _float() -> Tensor:
     """Likewise for one number, sooner."""
     return torch.empty_strided((), (), dtype=torch.float32, device=_CPU)
+
+
+def tails(student: Tensor, listed: Tensor, kept: Tensor | None, o: TailOptions) -> Tensor:
+    """References and log-sum-exps ``(o.results, ...)`` of the columns that are not listed."""
+    result = _floats((o.results, *student.shape[:-1]))
+    _C.tail_cpu(*tail_call(in_rows(student), listed, kept, o, result, torch.get_num_threads()))
+    return result
+
+
+def tails_gradient(
+    student: Tensor,
+    listed: Tensor,
+    tails: Tensor,
+    grad_tails: Tensor,
+    grad_listed: Tensor,
+    o: TailOptions,
+    gradient: Tensor,
+) -> None:
+    """The gradient of the log-sum-exps and of the listed logits, written into ``gradient``."""
+    if gradient is student:
+        check_in_place(student)
+    gradients = gradient, grad_tails, grad_listed
+    threads = torch.get_num_threads()
+    _C.tail_cpu(*tail_call(in_rows(student), listed, None, o, tails, threads, gradients=gradients))
 
 
 def scale_gradient(gradient: Tensor, grad_output: Tensor, row_scale: Tensor | None) -> None:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..divergences import DIVERGENCES, Divergence
-from ..options import METRICS, LogitsOptions
+from ..options import METRICS, LogitsOptions, TailOptions
 from .device import row_plan
-from .rows import DTYPES, address, check_in_place, gradient_scale, in_rows, rows_of
+from .rows import DTYPES, address, check_in_place, gradient_scale, in_rows, rows_of, tail_call
 
 try:
     from .. import _C
@@ -127,6 +127,34 @@ def logits_loss(
         return loss, metrics, row_scale
     total = loss.sum() / plan.divisor
     return total if plan.normalizer is None else total / plan.normalizer, metrics, row_scale
+
+
+def tails(student: Tensor, listed: Tensor, kept: Tensor | None, o: TailOptions) -> Tensor:
+    """References and log-sum-exps ``(o.results, ...)`` of the columns that are not listed."""
+    shape = o.results, *student.shape[:-1]
+    result = torch.empty(shape, dtype=torch.float32, device=student.device)
+    call = tail_call(in_rows(student), listed, kept, o, result)
+    if result.numel() > 0:
+        _launch(_C.tail_cuda, student, *call)
+    return result
+
+
+def tails_gradient(
+    student: Tensor,
+    listed: Tensor,
+    tails: Tensor,
+    grad_tails: Tensor,
+    grad_listed: Tensor,
+    o: TailOptions,
+    gradient: Tensor,
+) -> None:
+    """The gradient of the log-sum-exps and of the listed logits, written into ``gradient``."""
+    if gradient is student:
+        check_in_place(student)
+    gradients = gradient, grad_tails, grad_listed
+    call = tail_call(in_rows(student), listed, None, o, tails, gradients=gradients)
+    if gradient.numel() > 0:
+        _launch(_C.tail_cuda, student, *call)
 
 
 def scale_gradient(gradient: Tensor, grad_output: Tensor, row_scale: Tensor) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..memory import dense_strides
-from ..options import LogitsOptions
+from ..options import LogitsOptions, TailOptions
 
 #: Dtypes that compiled backends take, as numbered by csrc/core/params.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -104,3 +105,33 @@ def gradient_scale(o: LogitsOptions) -> float:
     """
     bound = (2 * abs(o.kd_weight) / o.temperature + abs(o.ce_weight)) * o.student_scale
     return math.ldexp(1.0, max(-100, min(100, 12 - math.frexp(bound)[1]))) if bound else 1.0
+
+
+def tail_call(
+    student: Tensor,  # (..., vocab), in rows
+    listed: Tensor,  # (..., m) int64, contiguous
+    kept: Tensor | None,  # (...) bool
+    o: TailOptions,
+    tails: Tensor,  # (o.results, ...)
+    *where: int,  # threads, or device and stream
+    gradients: tuple[Tensor, Tensor, Tensor] | None = None,  # out, of tails, of what is listed
+) -> tuple[Any, ...]:
+    """The arguments of ``tail_cpu`` and ``tail_cuda``, see csrc/core/params.h."""
+    gradient, grad_tails, grad_listed = gradients or (None, None, None)
+    return (
+        math.prod(student.shape[:-1]),
+        o.vocab,
+        rows_of(student),
+        None if gradient is None else rows_of(gradient),
+        o.temperature,
+        o.at_1,
+        o.scale,
+        o.softcap,
+        address(listed),
+        listed.shape[-1],
+        address(kept),
+        address(tails),
+        address(grad_tails),
+        address(grad_listed),
+        *where,
+    )

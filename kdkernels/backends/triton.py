@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..divergences import DIVERGENCES, REGISTERED, Divergence
-from ..options import METRICS, LogitsOptions
+from ..options import METRICS, LogitsOptions, TailOptions
 from .rows import DTYPES, address, check_in_place, in_rows
 
 
@@ -74,6 +74,32 @@ def logits_loss(
         )
     )
     return row_loss if o.reduction == "none" else row_loss.sum(), metrics, row_scale
+
+
+def tails(student: Tensor, listed: Tensor, kept: Tensor | None, o: TailOptions) -> Tensor:
+    """References and log-sum-exps ``(o.results, ...)`` of the columns that are not listed."""
+    from ..triton import launch
+
+    result = student.new_empty((o.results, *student.shape[:-1]), dtype=torch.float32)
+    launch.tails(in_rows(student), listed, kept, o, result)
+    return result
+
+
+def tails_gradient(
+    student: Tensor,
+    listed: Tensor,
+    tails: Tensor,
+    grad_tails: Tensor,
+    grad_listed: Tensor,
+    o: TailOptions,
+    gradient: Tensor,
+) -> None:
+    """The gradient of the log-sum-exps and of the listed logits, written into ``gradient``."""
+    from ..triton import launch
+
+    if gradient is student:
+        check_in_place(student)
+    launch.tails_gradient(in_rows(student), gradient, listed, tails, grad_tails, grad_listed, o)
 
 
 def scale_gradient(gradient: Tensor, grad_output: Tensor, row_scale: Tensor | None) -> None:

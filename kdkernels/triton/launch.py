@@ -13,12 +13,13 @@ from torch import Tensor
 from ..backends.device import row_plan
 from ..backends.rows import gradient_scale, row_strides
 from ..divergences import REGISTERED
-from ..options import LogitsOptions
+from ..options import LogitsOptions, TailOptions
 from . import schedule
 from .divergences import FUNCTIONS, Functions
 from .rows import PerRow, Weights, loss_kernel, scale_kernel
 from .split import FIELDS, split_kernel
 from .sweeps import AS_IS, SCALED, SOFTCAPPED, Divergence, Far, Logits, Rows, Wanted
+from .tail import Listed, tails_gradient_kernel, tails_kernel
 
 
 def _rows(tensor: Tensor) -> Rows:
@@ -209,4 +210,63 @@ def scale(gradient: Tensor, grad_output: Tensor, row_scale: Tensor | None) -> No
     with _on(gradient):
         scale_kernel[(min(rows, schedule.SCALING_PROGRAMS),)](
             *arguments_of_scaling(gradient, grad_output, row_scale), **options_of(chosen)
+        )
+
+
+def schedule_of_tails(
+    student: Tensor, o: TailOptions, device: schedule.Device
+) -> schedule.Schedule:
+    """How the rows of a sparse teacher's student are cut into programs."""
+    return schedule.choose(o.vocab, o.vocab * student.element_size(), True, device)
+
+
+def tails(
+    student: Tensor, listed: Tensor, kept: Tensor | None, o: TailOptions, result: Tensor
+) -> None:
+    """Log-sum-exps of the columns that are not listed, into ``result``, (o.results, ...)."""
+    rows = math.prod(student.shape[:-1])
+    if rows == 0:
+        return
+    chosen = schedule_of_tails(student, o, schedule.device_of(student.device))
+    with _on(student):
+        tails_kernel[(rows,)](
+            _logits(student, o.scale, o.softcap),
+            Listed(listed, listed.shape[-1]),
+            kept,
+            result,
+            rows,
+            o.vocab,
+            o.temperature,
+            tl.constexpr(o.at_1),
+            **options_of(chosen),
+        )
+
+
+def tails_gradient(
+    student: Tensor,
+    gradient: Tensor,
+    listed: Tensor,
+    tails: Tensor,
+    grad_tails: Tensor,
+    grad_listed: Tensor,
+    o: TailOptions,
+) -> None:
+    """Their gradient, and that of the listed columns, into ``gradient``."""
+    rows = math.prod(student.shape[:-1])
+    if rows == 0:
+        return
+    chosen = schedule_of_tails(student, o, schedule.device_of(student.device))
+    with _on(student):
+        tails_gradient_kernel[(rows,)](
+            _logits(student, o.scale, o.softcap),
+            _rows(gradient),
+            Listed(listed, listed.shape[-1]),
+            tails,
+            grad_tails,
+            grad_listed,
+            rows,
+            o.vocab,
+            o.temperature,
+            tl.constexpr(o.at_1),
+            **options_of(chosen),
         )

@@ -1,0 +1,140 @@
+"""Distillation of hidden states and an LM head from a sparse teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import checks, linear
+from .divergences import Divergence, ForwardKL, as_divergence
+from .functional import Metrics
+from .linear_tail import Head
+from .options import LinearOptions
+from .sparse import check_entries, check_tail, loss_of
+from .tail import Student
+
+
+def linear_sparse_kd_loss(
+    student_hidden: Tensor | Sequence[Tensor],
+    student_weight: Tensor | Sequence[Tensor],
+    teacher_indices: Tensor,
+    teacher_logprobs: Tensor,
+    *,
+    student_bias: Tensor | None = None,
+    chunk_bytes: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    tail: str = "bucket",
+    divergence: str | Divergence = "forward_kl",
+    temperature: float = 1.0,
+    labels: Tensor | None = None,
+    kd_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    ignore_index: int = -100,
+    token_weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    temperature_squared: bool = True,
+    vocab_size: int | None = None,
+    student_scale: float = 1.0,
+    student_softcap: float | None = None,
+    return_metrics: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Metrics]:
+    """:func:`kdkernels.sparse_kd_loss` of an LM head, whose logits never exist beyond some rows.
+
+    Means ``sparse_kd_loss(F.linear(student_hidden, student_weight, student_bias),
+    teacher_indices, teacher_logprobs, ...)``. Logits are computed by blocks of rows, in the forward
+    and once more in the backward: four matrix products in all, one in the forward alone. Between
+    them nothing is kept but what is as large as the teacher's lists.
+
+    Args:
+        student_hidden: ``(..., hidden)``, float32, bfloat16 or float16 (float64 runs on the
+            reference backend).
+        student_weight: ``(vocab, hidden)``; no work is done for a gradient that is not needed.
+            Sequences of hidden states and weights mean the sum of their products. The backward
+            reads it again: not for heads that are sharded outside their module's call.
+        teacher_indices: ``(..., k)``, see :func:`kdkernels.sparse_kd_loss`.
+        teacher_logprobs: ``(..., k)``, see there.
+        student_bias: ``(vocab,)``.
+        chunk_bytes: see :func:`kdkernels.linear_kd_loss`.
+        logits_dtype: see there.
+        tail: this and the options below as in :func:`kdkernels.sparse_kd_loss`.
+        divergence: see there.
+        temperature: see there.
+        labels: see there.
+        kd_weight: see there.
+        ce_weight: see there.
+        ignore_index: see there.
+        token_weight: see there. On a CPU rows of weight 0 and ignored ones cost nothing; on a GPU
+            finding them would wait for it: leave them out of what is passed instead.
+        reduction: see there.
+        normalizer: see there.
+        temperature_squared: see there.
+        vocab_size: see there.
+        student_scale: see there.
+        student_softcap: see there.
+        return_metrics: see there.
+        backend: see there; ``"reference"`` computes all logits at once.
+
+    Returns:
+        As :func:`kdkernels.sparse_kd_loss`.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: an argument out of its range, or a backend that cannot serve the call.
+        RuntimeError: with ``create_graph``.
+
+    Example:
+        >>> import torch
+        >>> from kdkernels import linear_sparse_kd_loss
+        >>> head = torch.eye(3, 2).requires_grad_()
+        >>> hidden = torch.tensor([[2.0, 1.0]])
+        >>> indices, logprobs = torch.tensor([[1]]), torch.tensor([[0.665]]).log()
+        >>> loss = linear_sparse_kd_loss(hidden, head, indices, logprobs)
+        >>> loss.backward()
+        >>> round(loss.item(), 4), head.grad.shape
+        (0.3924, torch.Size([3, 2]))
+    """
+    hidden, weight = linear.terms(student_hidden), linear.terms(student_weight)
+    lead, _ = linear.check_student(hidden, weight, student_bias)
+    check_entries("student_hidden", hidden[0], teacher_indices, teacher_logprobs)
+    divergence = as_divergence(divergence)
+    check_tail(tail, divergence)
+    chunk_bytes = checks.option("chunk_bytes", chunk_bytes)
+    dtype = linear.product_dtype(weight[0])
+    linear.check_logits_dtype(logits_dtype, dtype)
+    like = weight[0].new_empty(0, weight[0].shape[0], dtype=logits_dtype or dtype)
+    call = checks.call(
+        like,
+        like,
+        lead,
+        divergence=ForwardKL(),  # no kernel of this level knows the divergence
+        temperature=temperature,
+        labels=labels,
+        kd_weight=kd_weight,
+        ce_weight=ce_weight,
+        ignore_index=ignore_index,
+        token_weight=token_weight,
+        reduction=reduction,
+        normalizer=normalizer,
+        temperature_squared=temperature_squared,
+        vocab_size=vocab_size,
+        student_scale=student_scale,
+        teacher_scale=1.0,
+        student_softcap=student_softcap,
+        teacher_softcap=None,
+        inplace_grad=False,
+        return_metrics=return_metrics,
+        backend=backend,
+    )
+    student: Student | Head
+    if call.backend == "reference":
+        logits = linear.logits_of(hidden, weight, student_bias, logits_dtype)
+        student = Student(logits, False, "reference")
+    else:
+        wide = logits_dtype is not None
+        options = LinearOptions([], dtype, dtype, wide, chunk_bytes, call.backend)
+        student = Head(hidden, weight, student_bias, options)
+    return loss_of(student, teacher_indices, teacher_logprobs, labels, call, divergence, tail)

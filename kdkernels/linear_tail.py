@@ -1,0 +1,210 @@
+"""A student of hidden states and a head beside a sparse teacher.
+
+Logits exist by blocks of rows only: in the forward until their log-sum-exps are known, and again in
+the backward, in place of which their gradient is written. What is between is as small as the
+teacher's lists.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .autograd import check_backward, check_no_transform
+from .linear_models import SomeRows, Student
+from .linear_ops import check_memory, fake_gradients
+from .ops import library
+from .options import LinearOptions, TailOptions
+from .tail import IMPLEMENTATIONS, SCALARS, log_sum_exps
+
+_HEAD = "Tensor[] hidden, Tensor[] weight, Tensor? bias, Tensor listed, Tensor kept"
+_LINEAR = (
+    "bool[] needs_grad, ScalarType student_dtype, ScalarType teacher_dtype, bool float32_logits, "
+    "SymInt chunk_bytes, str backend"
+)
+
+library.define(
+    f"linear_tails({_HEAD}, bool with_top, {_LINEAR}, {SCALARS})"
+    " -> (Tensor listed_logits, Tensor tails, Tensor top)"
+)
+library.define(
+    f"linear_tails_gradient({_HEAD}, Tensor tails, Tensor grad_tails, Tensor grad_listed, "
+    f"{_LINEAR}, {SCALARS}) -> Tensor[]"
+)
+
+
+def _options(scalars: tuple) -> tuple[LinearOptions, TailOptions]:
+    count = len(LinearOptions._fields)
+    return LinearOptions(*scalars[:count]), TailOptions(*scalars[count:])
+
+
+def _rows(kept: Tensor) -> SomeRows:
+    """On a CPU those that are kept; on a GPU finding them would wait for it."""
+    index = None
+    if kept.device.type == "cpu" and not bool(kept.all()):
+        index = kept.reshape(-1).nonzero().squeeze(1)
+    return SomeRows(kept.shape, index)
+
+
+def _pick(rows: SomeRows, values: Tensor, width: int | None = None) -> Tensor:
+    """(rows, width) or (n, rows) of values of all rows, contiguous."""
+    if width is not None:
+        values = values.reshape(-1, width)
+        return values.contiguous() if rows.index is None else values[rows.index]
+    values = values.flatten(1)
+    return values.contiguous() if rows.index is None else values[:, rows.index]
+
+
+def _linear_tails(hidden, weight, bias, listed, kept, with_top, *scalars):
+    linear, o = _options(scalars)
+    _check_memory(hidden, weight)
+    run = IMPLEMENTATIONS[linear.backend].tails
+    rows, width = _rows(kept), listed.shape[-1]
+    with torch.autocast(listed.device.type, enabled=False):
+        student = Student(hidden, weight, bias, rows, linear)
+        listed = _pick(rows, listed, width)
+        split = student.plan(0, linear.chunk_bytes)
+        student.allocate(split.block)
+        logits_of = student.logits.new_empty((rows.count, width))
+        tails = logits_of.new_empty((o.results, rows.count), dtype=torch.float32)
+        top = listed.new_empty(rows.count if with_top else 0)
+        for begin, end in split.spans(rows.count):
+            logits, here = student.logits[: end - begin], listed[begin:end]
+            student.write_logits(logits, begin, end)
+            tails[:, begin:end] = run(logits, here, None, o)
+            logits_of[begin:end] = logits.gather(-1, here.clamp(min=0))
+            if with_top:
+                top[begin:end] = logits[:, : o.vocab].argmax(-1)
+        top = rows.everywhere(top) if with_top else top
+        return rows.everywhere(logits_of, width), rows.everywhere(tails), top
+
+
+def _linear_tails_gradient(
+    hidden, weight, bias, listed, kept, tails, grad_tails, grad_listed, *scalars
+):
+    linear, o = _options(scalars)
+    _check_memory(hidden, weight)
+    run = IMPLEMENTATIONS[linear.backend].tails_gradient
+    rows, width = _rows(kept), listed.shape[-1]
+    with torch.autocast(listed.device.type, enabled=False):
+        student = Student(hidden, weight, bias, rows, linear)
+        listed, grad_listed = (_pick(rows, x, width) for x in (listed, grad_listed))
+        tails, grad_tails = (_pick(rows, x) for x in (tails, grad_tails))
+        row_scale = None
+        if student.half:
+            row_scale = _row_scale(grad_tails, grad_listed)
+            grad_tails, grad_listed = grad_tails / row_scale, grad_listed / row_scale.unsqueeze(1)
+        split = student.plan(0, linear.chunk_bytes)
+        student.allocate(split.chunk)
+        for begin, end in split.spans(rows.count):
+            offset, here = begin % split.chunk, slice(begin, end)
+            logits = student.logits[offset : offset + end - begin]
+            student.write_logits(logits, begin, end)
+            of_tails = tails[:, here].contiguous(), grad_tails[:, here].contiguous()
+            run(logits, listed[here], *of_tails, grad_listed[here], o, logits)
+            student.take(split, begin, end, None if row_scale is None else row_scale[here])
+        return student.gradients(rows)
+
+
+def _row_scale(grad_tails: Tensor, grad_listed: Tensor) -> Tensor:
+    """Powers of two ``(rows,)`` over which the largest entries of a gradient are about 2^12."""
+    largest = torch.maximum(grad_tails.abs().amax(0), grad_listed.abs().amax(1))
+    exponent = torch.frexp(torch.where(largest.isfinite(), largest, 0.0)).exponent
+    exponent = torch.where(largest > 0, exponent - 12, 0).clamp(-100, 100)
+    return torch.ldexp(torch.ones_like(largest), exponent)
+
+
+def _check_memory(hidden: list[Tensor], weight: list[Tensor]) -> None:
+    check_memory("linear_sparse_kd_loss", "it reads the head again", *hidden, *weight)
+
+
+library.impl("linear_tails", _linear_tails, "CompositeExplicitAutograd")
+library.impl("linear_tails_gradient", _linear_tails_gradient, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("kdkernels::linear_tails", lib=library)
+def _(hidden, weight, bias, listed, kept, with_top, *scalars):
+    linear, o = _options(scalars)
+    dtype = torch.float32 if linear.float32_logits else linear.student_dtype
+    listed_logits = listed.new_empty(listed.shape, dtype=dtype)
+    tails = listed.new_empty((o.results, *kept.shape), dtype=torch.float32)
+    return listed_logits, tails, listed.new_empty(kept.shape if with_top else 0)
+
+
+@torch.library.register_fake("kdkernels::linear_tails_gradient", lib=library)
+def _(hidden, weight, bias, listed, kept, tails, grad_tails, grad_listed, *scalars):
+    return fake_gradients(hidden, weight, bias, _options(scalars)[0])
+
+
+_ops = torch.ops.kdkernels
+
+
+class _LinearListedAndTails(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, count, linear, options, with_top, listed, kept, *student):
+        hidden, weight, bias = student[:count], student[count:-1], student[-1]
+        head = list(hidden), list(weight), bias
+        stored, tails, top = _ops.linear_tails.default(
+            *head, listed, kept, with_top, *linear, *options
+        )
+        ctx.save_for_backward(listed, kept, tails, *student)
+        ctx.mark_non_differentiable(top)
+        ctx.arguments = count, linear, options
+        ctx.consumed = False
+        return stored.double(), log_sum_exps(tails, options), top
+
+    @staticmethod
+    def backward(ctx, grad_listed, grad_tails, _):
+        check_backward(ctx, "linear_sparse_kd_loss", consumes=False)
+        count, linear, options = ctx.arguments
+        listed, kept, tails, *student = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[6:])
+        gradients = _ops.linear_tails_gradient.default(
+            student[:count],
+            student[count:-1],
+            student[-1],
+            listed,
+            kept,
+            tails,
+            grad_tails.to(torch.float32),
+            grad_listed.to(torch.float32),
+            *linear._replace(needs_grad=needs),
+            *options,
+        )
+        results = [
+            gradient.to(x.dtype) if needed else None
+            for gradient, x, needed in zip(gradients, student, needs, strict=True)
+        ]
+        return *(None,) * 6, *results
+
+
+class Head(NamedTuple):
+    """A student of hidden states and heads, whose logits are the sum of their products."""
+
+    hidden: list[Tensor]  # each (..., hidden)
+    weight: list[Tensor]  # each (vocab, hidden)
+    bias: Tensor | None  # (vocab,)
+    linear: LinearOptions
+
+    @property
+    def like(self) -> Tensor:
+        """Of the same leading shape, device and precision."""
+        return self.hidden[0]
+
+    def listed_and_tails(
+        self,
+        listed: Tensor,
+        kept: Tensor,
+        options: TailOptions,
+        *,
+        with_tails: bool,
+        with_top: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """See :meth:`kdkernels.tail.Student.listed_and_tails`."""
+        check_no_transform("linear_sparse_kd_loss")
+        student = *self.hidden, *self.weight, self.bias
+        no_gradient = self.linear._replace(needs_grad=[False] * len(student))
+        arguments = len(self.hidden), no_gradient, options, with_top, listed, kept
+        return _LinearListedAndTails.apply(*arguments, *student)

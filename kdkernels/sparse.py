@@ -1,0 +1,433 @@
+"""Distillation from a sparse teacher: a few tokens and their log-probabilities per row.
+
+Only log-sum-exps of the student need the whole vocabulary (:mod:`kdkernels.tail`). The rest is a
+function of as many numbers as the teacher lists, in plain PyTorch and float64, so every divergence
+works on every backend.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from . import checks, reference
+from .divergences import Divergence, ForwardKL, SoftCrossEntropy, as_divergence
+from .functional import Metrics, _check_inplace, with_metrics
+from .options import LogitsOptions, TailOptions
+from .tail import Student
+
+#: How far rounding may take a sum of listed probabilities above 1: bfloat16 keeps 3 digits.
+_MOST_PROBABILITY = 1.05
+
+
+def sparse_kd_loss(
+    student_logits: Tensor,
+    teacher_indices: Tensor,
+    teacher_logprobs: Tensor,
+    *,
+    tail: str = "bucket",
+    divergence: str | Divergence = "forward_kl",
+    temperature: float = 1.0,
+    labels: Tensor | None = None,
+    kd_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    ignore_index: int = -100,
+    token_weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    temperature_squared: bool = True,
+    vocab_size: int | None = None,
+    student_scale: float = 1.0,
+    student_softcap: float | None = None,
+    inplace_grad: bool = False,
+    return_metrics: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Metrics]:
+    r"""Distillation loss from the k tokens per row that a teacher's log-probabilities are known of.
+
+    Such as its top k, stored on disk or returned by a server, or k samples. The student's logits
+    are read once in the forward, and once in the backward, which writes their gradient.
+
+    ``tail`` says what the tokens are that the teacher does not list:
+
+    - ``"bucket"``: one token more, of probability 1 - sum p of the teacher and of all that the
+      student gives them. What is compared are two distributions over k + 1 tokens, so the
+      divergence is a lower bound of the full one, and 0 where the student equals the teacher.
+    - ``"renormalize"``: nothing. Both models are renormalised over the listed tokens; the student's
+      other logits get no gradient.
+    - ``"drop"``: terms left out of the sum, with p and q as they are. Not a divergence: a student
+      that equals its teacher gets a gradient towards the listed tokens if sum p < 1.
+    - ``"sampled"``: not needed. The listed tokens were drawn from the teacher, or from a
+      proposal, and ``teacher_logprobs`` are logarithms of their importance weights (0 for all if
+      drawn from p itself), normalised here to sum to 1. A token drawn more than once may be listed
+      as often. The gradient is an unbiased estimate of the full one for equal weights
+      (Anshumann et al. 2025, arXiv:2503.16870); only for ``forward_kl`` and
+      ``soft_cross_entropy``, which are linear in p but for the teacher's entropy.
+
+    Args:
+        student_logits: ``(..., vocab)``, float32, bfloat16 or float16 (float64 runs on the
+            reference backend). Leading dimensions may have any strides, the last one is contiguous.
+        teacher_indices: ``(..., k)`` int64 or int32 token ids, different ones in a row, in any
+            order; -1 marks an empty slot.
+        teacher_logprobs: ``(..., k)``, floating, at ``temperature``: log softmax(teacher / T) at
+            the listed tokens. That of an empty slot may be anything.
+        tail: ``"bucket"``, ``"renormalize"``, ``"drop"`` or ``"sampled"``.
+        divergence: as for :func:`kdkernels.kd_loss`; every one works on every backend.
+        temperature: T > 0, dividing the student's logits in the divergence.
+        labels: see :func:`kdkernels.kd_loss` for this and the other options. The cross-entropy is
+            over the whole vocabulary.
+        kd_weight: weight of the divergence.
+        ce_weight: weight of the cross-entropy against ``labels``.
+        ignore_index: the label of rows to leave out.
+        token_weight: ``(...)``; a row of weight 0 gives exactly 0, whatever it holds.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        normalizer: for ``"mean"``, default the sum of the kept rows' weights.
+        temperature_squared: multiply the divergence by T^2.
+        vocab_size: the number of leading columns that take part, default all.
+        student_scale: multiplies the student's logits before softcap and temperature.
+        student_softcap: cap of ``cap * tanh(x / cap)`` on the scaled logits, None for none.
+        inplace_grad: the backward overwrites ``student_logits`` with its gradient. Not for leaves.
+        return_metrics: also return per-token metrics as :func:`kdkernels.kd_loss` does: divergence
+            and entropies of what ``tail`` compares; ``agreement`` is 1.0 where the student's top
+            token is the teacher's most probable listed one.
+        backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``.
+
+    Returns:
+        The loss, float32 (float64 for float64 logits), a scalar or ``(...)`` for ``"none"``; with
+        ``return_metrics``, the pair of loss and metrics.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: an argument out of its range, a token listed twice, or listed probabilities
+            that sum to more than 1. On a GPU, where looking would wait for the device, the last
+            two, and tokens outside the vocabulary, make their row NaN.
+        RuntimeError: in a second backward with ``inplace_grad``, or with ``create_graph``.
+
+    Example:
+        >>> import torch
+        >>> from kdkernels import sparse_kd_loss
+        >>> student = torch.tensor([[2.0, 1.0, 1.0, 0.0]], requires_grad=True)
+        >>> teacher = torch.tensor([[1.0, 2.0, 0.0, 0.0]])
+        >>> logprobs, indices = teacher.log_softmax(-1).topk(2)
+        >>> loss = sparse_kd_loss(student, indices, logprobs)
+        >>> loss.backward()
+        >>> round(loss.item(), 4), [round(g, 4) for g in student.grad[0].tolist()]
+        (0.4161, [0.3099, -0.4137, 0.0758, 0.0279])
+    """
+    checks.logits_tensor("student_logits", student_logits)
+    lead = student_logits.shape[:-1]
+    check_entries("student_logits", student_logits, teacher_indices, teacher_logprobs)
+    divergence = as_divergence(divergence)
+    check_tail(tail, divergence)
+    if inplace_grad:
+        _check_inplace(student_logits)
+    call = checks.call(
+        student_logits,
+        student_logits,
+        lead,
+        divergence=ForwardKL(),  # no kernel of this level knows the divergence
+        temperature=temperature,
+        labels=labels,
+        kd_weight=kd_weight,
+        ce_weight=ce_weight,
+        ignore_index=ignore_index,
+        token_weight=token_weight,
+        reduction=reduction,
+        normalizer=normalizer,
+        temperature_squared=temperature_squared,
+        vocab_size=vocab_size,
+        student_scale=student_scale,
+        teacher_scale=1.0,
+        student_softcap=student_softcap,
+        teacher_softcap=None,
+        inplace_grad=inplace_grad,
+        return_metrics=return_metrics,
+        backend=backend,
+    )
+    student = Student(student_logits, inplace_grad, call.backend)
+    return loss_of(student, teacher_indices, teacher_logprobs, labels, call, divergence, tail)
+
+
+class AnyStudent(Protocol):
+    """Logits, or hidden states and a head; see :class:`kdkernels.tail.Student`."""
+
+    @property
+    def like(self) -> Tensor: ...
+
+    def listed_and_tails(
+        self,
+        listed: Tensor,
+        kept: Tensor,
+        options: TailOptions,
+        *,
+        with_tails: bool,
+        with_top: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]: ...
+
+
+def loss_of(
+    student: AnyStudent,
+    indices: Tensor,  # (..., k)
+    logprobs: Tensor,  # (..., k)
+    labels: Tensor | None,  # (...)
+    call: checks.Call,
+    divergence: Divergence,
+    tail: str,
+) -> Tensor | tuple[Tensor, Metrics]:
+    """What :func:`sparse_kd_loss` returns."""
+    device = student.like.device.type
+    plain: contextlib.AbstractContextManager = contextlib.nullcontext()
+    if torch.amp.is_autocast_available(device):
+        plain = torch.autocast(device, enabled=False)
+    with plain:
+        loss, stacked = _loss(student, indices, logprobs, labels, call, divergence, tail)
+    return with_metrics(loss, stacked, labels) if call.options.metrics else loss
+
+
+def _loss(
+    student: AnyStudent,
+    indices: Tensor,
+    logprobs: Tensor,
+    labels: Tensor | None,
+    call: checks.Call,
+    divergence: Divergence,
+    tail: str,
+) -> tuple[Tensor, Tensor | None]:
+    """The loss and, with ``options.metrics``, the stacked metrics ``(5, ...)``."""
+    o = call.options
+    rows = reference.rows_that_take_part(student.like, labels, call.token_weight, o)
+    indices, log_p, bad = _entries(indices, logprobs, rows.kept, tail, o.vocab)
+    with_divergence = o.kd_weight != 0 or o.metrics
+    if o.ce_weight == 0 and not o.metrics:
+        labels = None  # they have said which rows take part
+    logits = _Logits(
+        student,
+        indices,
+        None if labels is None else torch.where(rows.kept & ~rows.outside, labels, -1),
+        rows.kept,
+        with_tails=labels is not None or (with_divergence and tail != "renormalize"),
+        options=o,
+    )
+    bad = bad | logits.listed_twice
+    values: dict[str, Tensor] = {}
+    loss = logits.no_loss()
+    if with_divergence:
+        log_p, log_q = _compared(log_p, (indices < 0).all(-1), logits, tail)
+        bad = bad | (log_p.isnan() | log_q.isnan()).any(-1)
+        log_q = log_q * torch.where(bad, math.nan, 1.0).unsqueeze(-1)
+        value = divergence.value(log_p, log_q).sum(-1)
+        if tail != "drop":  # rounding may fall below 0, a divergence does not
+            value = torch.where(value < 0, value - value.detach(), value)
+        values["divergence"] = value
+        if o.kd_weight != 0:
+            loss = loss + o.kd_weight * value
+        if o.metrics:
+            values["teacher_entropy"] = reference.entropy(log_p)
+            values["student_entropy"] = reference.entropy(log_q)
+            values["agreement"] = torch.where(bad, math.nan, _agreement(logits.top, indices, log_p))
+    if labels is not None:
+        values["cross_entropy"] = logits.cross_entropy() * torch.where(rows.outside, math.nan, 1.0)
+        if o.ce_weight != 0:
+            loss = loss + o.ce_weight * values["cross_entropy"]
+    out = torch.float64 if student.like.dtype == torch.float64 else torch.float32
+    metrics = reference.stacked_metrics(values, rows) if o.metrics else None
+    return reference.reduced(loss, rows, call.normalizer, o).to(out), metrics
+
+
+class _Logits:
+    """The student's logits at the teacher's tokens and at the labels, and their normalizers."""
+
+    def __init__(
+        self,
+        student: AnyStudent,
+        indices: Tensor,  # (..., k), -1: none
+        labels: Tensor | None,  # (...), -1: none
+        kept: Tensor,  # (...)
+        *,
+        with_tails: bool,
+        options: LogitsOptions,
+    ) -> None:
+        o = options
+        listed = indices
+        if labels is not None:  # in a slot of its own unless the teacher lists it
+            self._is_label = indices == labels.unsqueeze(-1)
+            apart = torch.where(self._is_label.any(-1), -1, labels)
+            listed = torch.cat([indices, apart.unsqueeze(-1)], -1)
+        ascending, order = listed.sort(-1)
+        self.listed_twice = _listed_twice(ascending)
+        at_1 = labels is not None and o.temperature != 1
+        stored, tails, self.top = student.listed_and_tails(
+            ascending,
+            kept,
+            TailOptions(o.temperature, at_1, o.student_scale, o.student_softcap, o.vocab),
+            with_tails=with_tails,
+            with_top=o.metrics,
+        )
+        stored = torch.zeros_like(stored).scatter(-1, order, stored)
+        # Masked before all else: 0 * NaN in a backward would be NaN.
+        stored = torch.where(kept.unsqueeze(-1), stored, 0.0)
+        logits = reference.transform(stored, o.student_scale, o.student_softcap)
+        logits = logits * torch.where(logits == math.inf, math.nan, 1.0)  # no softmax has it
+        self._logits = torch.where(listed < 0, -math.inf, logits)  # (..., k) or (..., k + 1)
+        self._tails = torch.where(kept, tails, 0.0)  # (1 or 2, ...)
+        self._k = indices.shape[-1]
+        self._temperature = o.temperature
+
+    def no_loss(self) -> Tensor:
+        """Zeros ``(...)`` with a gradient of zeros, for a loss without terms."""
+        nothing = torch.zeros_like(self._logits, dtype=torch.bool)
+        return torch.where(nothing, self._logits, 0.0).sum(-1)
+
+    def listed(self) -> Tensor:
+        """(..., k) over temperature, -inf in empty slots."""
+        return self._logits[..., : self._k] / self._temperature
+
+    def tail(self) -> Tensor:
+        """(...), the log-sum-exp of all that the teacher does not list."""
+        label = self._logits[..., self._k :] / self._temperature
+        return torch.cat([label, self._tails[0].unsqueeze(-1)], -1).logsumexp(-1)
+
+    def log_normalizer(self) -> Tensor:
+        """(...), the log-sum-exp of all."""
+        return torch.cat([self.listed(), self.tail().unsqueeze(-1)], -1).logsumexp(-1)
+
+    def cross_entropy(self) -> Tensor:
+        """(...) against the labels, at temperature 1."""
+        log_normalizer = torch.cat([self._logits, self._tails[-1].unsqueeze(-1)], -1).logsumexp(-1)
+        is_listed = self._is_label.any(-1)
+        at_label = torch.where(self._is_label, self._logits[..., : self._k], 0.0).sum(-1)
+        return log_normalizer - torch.where(is_listed, at_label, self._logits[..., -1])
+
+
+def _entries(
+    indices: Tensor, logprobs: Tensor, kept: Tensor, tail: str, vocab: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens (-1 for none), their log p (-inf for none), and rows where they make no sense."""
+    indices = torch.where(kept.unsqueeze(-1), indices.to(torch.int64), -1)
+    outside = (indices < -1) | (indices >= vocab)
+    if _may_look(indices) and bool(outside.any()):
+        raise ValueError(
+            f"teacher_indices: got {int(indices[outside][0])}, expected -1 (an empty slot) or 0 to "
+            f"{vocab - 1}"
+        )
+    bad = outside.any(-1)
+    empty = (indices == -1) | outside
+    indices = torch.where(empty, -1, indices)
+    log_p = logprobs.detach().to(reference.compute_dtype(indices.device))
+    log_p = torch.where(empty, -math.inf, log_p)
+    if tail in ("bucket", "drop"):
+        excess = log_p.exp().sum(-1) > _MOST_PROBABILITY
+        if _may_look(indices) and bool(excess.any()):
+            raise ValueError(
+                f"teacher_logprobs: probabilities of a row sum to "
+                f"{float(log_p.exp().sum(-1)[excess][0]):.6g}, expected at most 1: pass "
+                "log-probabilities, not logits, or tail='renormalize'"
+            )
+        bad = bad | excess
+    if tail == "sampled":
+        indices, log_p = _merged(indices, log_p)
+    return indices, log_p, bad
+
+
+def _merged(indices: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The same samples with each token once, its weights added up."""
+    ascending, order = indices.sort(-1)
+    weights = (log_weights - log_weights.amax(-1, keepdim=True).clamp(min=-1e300)).exp()
+    first = ascending.diff(dim=-1, prepend=torch.full_like(ascending[..., :1], -2)) != 0
+    slot = first.cumsum(-1) - 1
+    merged = torch.full_like(ascending, -1).scatter(-1, slot, ascending)
+    total = torch.zeros_like(weights).scatter_add(-1, slot, weights.gather(-1, order))
+    return merged, torch.where(merged < 0, -math.inf, total.log())
+
+
+def _listed_twice(ascending: Tensor) -> Tensor:
+    """Rows ``(...)`` in which a token stands twice."""
+    twice = (ascending[..., 1:] == ascending[..., :-1]) & (ascending[..., 1:] >= 0)
+    if _may_look(ascending) and bool(twice.any()):
+        token = int(ascending[..., 1:][twice][0])
+        raise ValueError(f"teacher_indices: a row lists {token} twice, expected different tokens")
+    return twice.any(-1)
+
+
+def _may_look(tensor: Tensor) -> bool:
+    """Whether a look at values costs no waiting for a device."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _compared(log_p: Tensor, empty: Tensor, logits: _Logits, tail: str) -> tuple[Tensor, Tensor]:
+    """What the divergence compares: log p and log q, ``(..., k)`` or ``(..., k + 1)``.
+
+    ``empty`` are rows ``(...)`` that list nothing.
+    """
+    log_q = logits.listed()
+    if tail == "renormalize":
+        return _normalized(log_p, empty), _normalized(log_q, empty)
+    log_normalizer = logits.log_normalizer().unsqueeze(-1)
+    if tail == "sampled":
+        return _normalized(log_p, empty), log_q - log_normalizer
+    if tail == "drop":
+        return log_p, log_q - log_normalizer
+    q_tail = logits.tail().unsqueeze(-1)
+    total = log_p.exp().sum(-1, keepdim=True)
+    # Rounding: no tail where the listed tokens have all probability.
+    whole = total >= 1
+    log_p = torch.where(whole, log_p - total.log(), log_p)
+    p_tail = torch.where(whole, -math.inf, torch.log1p(-torch.where(whole, 0.0, total)))
+    return torch.cat([log_p, p_tail], -1), torch.cat([log_q, q_tail], -1) - log_normalizer
+
+
+def _normalized(log_p: Tensor, empty: Tensor) -> Tensor:
+    """Over the listed tokens; an empty row stays as it is, and has no term."""
+    return log_p - torch.where(empty, 0.0, log_p.logsumexp(-1)).unsqueeze(-1)
+
+
+def _agreement(student_top: Tensor | None, indices: Tensor, log_p: Tensor) -> Tensor:
+    """(...), 1.0 where the student's top token is the first most probable listed one."""
+    assert student_top is not None
+    log_p = log_p[..., : indices.shape[-1]]
+    is_top = log_p == log_p.amax(-1, keepdim=True)
+    top = torch.where(is_top, indices, torch.iinfo(torch.int64).max).amin(-1)
+    return (student_top == top).to(log_p.dtype)
+
+
+def check_entries(name: str, student: Tensor, indices: Tensor, logprobs: Tensor) -> None:
+    """Checks a sparse teacher beside logits or hidden states of that name."""
+    if not isinstance(indices, Tensor) or indices.dtype not in (torch.int64, torch.int32):
+        kind = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
+        raise TypeError(f"teacher_indices is {kind}, expected an int64 or int32 torch.Tensor")
+    if indices.dim() != student.dim() or indices.shape[:-1] != student.shape[:-1]:
+        raise ValueError(
+            f"teacher_indices has shape {tuple(indices.shape)}, expected (..., k) with the leading "
+            f"shape of {name}, {tuple(student.shape[:-1])}"
+        )
+    if indices.shape[-1] == 0:
+        raise ValueError("teacher_indices has shape (..., 0), expected at least one slot per row")
+    checks.float_tensor("teacher_logprobs", logprobs)
+    if logprobs.shape != indices.shape:
+        raise ValueError(
+            f"teacher_logprobs has shape {tuple(logprobs.shape)}, expected that of "
+            f"teacher_indices, {tuple(indices.shape)}"
+        )
+    if logprobs.requires_grad:
+        raise ValueError(
+            "teacher_logprobs requires grad, expected a constant: pass teacher_logprobs.detach()"
+        )
+    for which, tensor in (("teacher_indices", indices), ("teacher_logprobs", logprobs)):
+        if tensor.device != student.device:
+            raise ValueError(
+                f"{which} is on {tensor.device}, expected the device of {name}, {student.device}"
+            )
+
+
+def check_tail(tail: str, divergence: Divergence) -> None:
+    """Checks that a tail is known and goes with the divergence."""
+    checks.option("tail", tail)
+    if tail == "sampled" and not isinstance(divergence, (ForwardKL, SoftCrossEntropy)):
+        raise ValueError(
+            f"divergence is {divergence.name}, expected forward_kl or soft_cross_entropy with "
+            "tail='sampled': samples give no unbiased estimate of another"
+        )

@@ -1,0 +1,410 @@
+"""A sparse teacher, against its definition on whole softmaxes in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from kdkernels import JSD, ForwardKL, kd_loss, sparse_kd_loss
+from kdkernels.divergences import as_divergence
+from kdkernels.options import TAILS
+from kdkernels.reference import transform
+
+from . import tolerances
+from .cases import BOUNDED, ONE_OF_EACH, correlated_pair, labels_for, normal
+from .harness import Relay, Result, assert_close, assert_gradient, move
+
+INF = math.inf
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+PAIRS = [
+    (tail, divergence)
+    for divergence in ONE_OF_EACH
+    for tail in TAILS
+    if tail != "sampled" or divergence.name in ("forward_kl", "soft_cross_entropy")
+]
+
+
+def top(teacher: Tensor, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The k most probable tokens, shuffled, and their log-probabilities."""
+    logprobs, indices = (teacher.double() / temperature).log_softmax(-1).topk(k, -1)
+    order = torch.randperm(k, generator=torch.Generator().manual_seed(k))
+    return indices[..., order], logprobs[..., order].float()
+
+
+def run(backend, student, indices, logprobs, *, grad_output=None, **options) -> Result:
+    leaf = move(student, backend.device).detach().requires_grad_()
+    logits = Relay.apply(leaf) if options.get("inplace_grad") else leaf
+    options = {name: move(value, backend.device) for name, value in options.items()}
+    entries = move(indices, backend.device), move(logprobs, backend.device)
+    result = sparse_kd_loss(logits, *entries, backend=backend.backend, **options)
+    loss, metrics = result if options.get("return_metrics") else (result, None)
+    loss.backward(torch.ones_like(loss) if grad_output is None else move(grad_output, loss.device))
+    if metrics is not None:
+        metrics = {name: None if m is None else m.cpu() for name, m in metrics.items()}
+    return Result(loss.detach().cpu(), leaf.grad.cpu(), metrics)
+
+
+def compared(log_q, tokens, log_p, tail):
+    """What a divergence compares, from a whole row's log q."""
+    if tail == "sampled":
+        merged = {}
+        for token, weight in zip(tokens.tolist(), log_p.exp().tolist(), strict=True):
+            merged[token] = merged.get(token, 0.0) + weight
+        tokens = torch.tensor(list(merged), dtype=torch.int64)
+        log_p = torch.tensor(list(merged.values()), dtype=torch.float64).log()
+        return log_p - log_p.logsumexp(-1), log_q[tokens]
+    if tail == "drop":
+        return log_p, log_q[tokens]
+    if tail == "renormalize":
+        return log_p.log_softmax(-1), log_q[tokens].log_softmax(-1)
+    others = torch.ones_like(log_q, dtype=torch.bool)
+    others[tokens] = False
+    rest = torch.log1p(-log_p.exp().sum()) if others.any() else torch.tensor(-INF).double()
+    log_p = log_p if others.any() else log_p.log_softmax(-1)
+    q = log_q[others].logsumexp(-1) if others.any() else torch.tensor(-INF).double()
+    return torch.cat([log_p, rest.reshape(1)]), torch.cat([log_q[tokens], q.reshape(1)])
+
+
+def oracle(
+    student,
+    indices,
+    logprobs,
+    *,
+    tail="bucket",
+    divergence="forward_kl",
+    temperature=1.0,
+    labels=None,
+    kd_weight=1.0,
+    ce_weight=0.0,
+    token_weight=None,
+    reduction="mean",
+    normalizer=None,
+    vocab_size=None,
+    student_scale=1.0,
+    student_softcap=None,
+    grad_output=None,
+    return_metrics=False,
+    inplace_grad=False,
+) -> Result:
+    """Row by row."""
+    leaf = student.detach().double().requires_grad_()
+    rows = leaf.reshape(-1, leaf.shape[-1])[:, :vocab_size]
+    count = rows.shape[0]
+    weights = torch.ones(count).double()
+    if token_weight is not None:
+        weights = token_weight.double().reshape(-1)
+    if labels is not None:
+        weights = torch.where(labels.reshape(-1) == -100, 0.0, weights)
+    flat = indices.reshape(count, -1), logprobs.double().reshape(count, -1)
+    losses = []
+    for row in range(count):
+        if weights[row] == 0:
+            losses.append(torch.zeros(()).double())
+            continue
+        logits = transform(rows[row], student_scale, student_softcap or 0.0)
+        used = flat[0][row] >= 0
+        log_p, log_q = compared(
+            (logits / temperature).log_softmax(-1), flat[0][row][used], flat[1][row][used], tail
+        )
+        value = as_divergence(divergence).value(log_p, log_q).sum()
+        loss = kd_weight * temperature**2 * value
+        if labels is not None and ce_weight:
+            loss = loss - ce_weight * logits.log_softmax(-1)[labels.reshape(-1)[row]]
+        losses.append(weights[row] * loss)
+    loss = torch.stack(losses).reshape(leaf.shape[:-1])
+    if reduction != "none":
+        total = weights.sum() if normalizer is None else normalizer
+        loss = loss.sum() / (total if reduction == "mean" else 1)
+    loss.backward(torch.ones_like(loss) if grad_output is None else grad_output.double())
+    return Result(loss.detach(), leaf.grad, None)
+
+
+def assert_matches(actual: Result, expected: Result, divergence: str, dtype: torch.dtype) -> None:
+    assert actual.loss.dtype == torch.float32
+    assert_close(actual.loss, expected.loss, tolerances.loss_tolerance(divergence))
+    assert actual.gradient.dtype == dtype
+    subnormal = tolerances.FLOAT16_SUBNORMAL if dtype == torch.float16 else 0.0
+    relative = tolerances.gradient_tolerance(divergence, dtype)
+    assert_gradient(actual.gradient, expected.gradient, relative, subnormal)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tail", "divergence"), PAIRS, ids=str)
+def test_matches_the_definition(backend, tail, divergence, dtype):
+    student, teacher = correlated_pair(3, 600)
+    student = student.to(dtype)
+    for temperature in (1.0, 2.0):
+        indices, logprobs = top(teacher, 9, temperature)
+        options = {"tail": tail, "divergence": divergence, "temperature": temperature}
+        actual = run(backend, student, indices, logprobs, **options)
+        expected = oracle(student, indices, logprobs, **options)
+        assert_matches(actual, expected, divergence.name, dtype)
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 7, 50257])
+@pytest.mark.parametrize("tail", TAILS)
+def test_vocabularies(backend, tail, vocab):
+    student, teacher = correlated_pair(2, vocab)
+    for k in {1, min(vocab, 5)}:
+        indices, logprobs = top(teacher, k)
+        actual = run(backend, student, indices, logprobs, tail=tail)
+        expected = oracle(student, indices, logprobs, tail=tail)
+        assert_matches(actual, expected, "forward_kl", torch.float32)
+
+
+OPTIONS = {
+    "labels": {"ce_weight": 0.5},
+    "labels, T": {"ce_weight": 0.5, "temperature": 2.0},
+    "labels alone": {"ce_weight": 0.7, "kd_weight": 0.0, "temperature": 2.0},
+    "softcap": {"ce_weight": 0.5, "temperature": 2.0, "student_softcap": 4.0},
+    "scale": {"student_scale": 1.5, "temperature": 0.7, "vocab_size": 61},
+    "weights": {"token_weight": torch.tensor([[1.0, 0.5, 0.0], [2.0, 1.0, 1.0]])},
+    "sum": {"reduction": "sum", "token_weight": torch.tensor([[True, False, True]] * 2)},
+    "none": {"reduction": "none", "grad_output": torch.tensor([[1.0, 2.0, 3.0], [-1.0, 0.5, 0.0]])},
+    "normalizer": {"normalizer": 7.0, "grad_output": torch.tensor(3.0)},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("tail", TAILS)
+def test_options(backend, tail, name):
+    options = dict(OPTIONS[name])
+    student, teacher = correlated_pair(2, 3, 70)
+    vocab = options.get("vocab_size", 70)
+    indices, logprobs = top(teacher[..., :vocab], 6, options.get("temperature", 1.0))
+    indices[0, 1, 2] = indices[1, 0, 4] = -1  # empty slots
+    if "ce_weight" in options:
+        labels = labels_for(2, 3, vocab=70)
+        labels[0, 0] = indices[0, 0, 3]  # one that the teacher lists, and one to leave out
+        labels[1, 2] = -100
+        options["labels"] = labels
+    actual = run(backend, student, indices, logprobs, tail=tail, **options)
+    expected = oracle(student, indices, logprobs, tail=tail, **options)
+    assert_matches(actual, expected, "forward_kl", torch.float32)
+    if not backend.kernel:
+        return
+    inplace = run(backend, student, indices, logprobs, tail=tail, inplace_grad=True, **options)
+    assert torch.equal(inplace.loss, actual.loss)
+    assert torch.equal(inplace.gradient, actual.gradient)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 5, 641), (3, 4, 650)], ids=str)
+def test_strides(backend, shape, dtype):
+    student, teacher = correlated_pair(*shape)
+    student = student.to(dtype)[:, :-1]
+    indices, logprobs = top(teacher[:, :-1], 7)
+    labels = labels_for(shape[0], shape[1] - 1, vocab=shape[-1])
+    options = {"labels": labels, "ce_weight": 0.5, "temperature": 1.5}
+    expected = oracle(student, indices, logprobs, **options)
+    for view in (student, student.transpose(0, 1).contiguous().transpose(0, 1)):
+        actual = run(backend, view, indices.to(torch.int32), logprobs, **options)
+        assert_matches(actual, expected, "forward_kl", dtype)
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalize", "drop"])
+def test_a_whole_teacher_is_an_ordinary_one(backend, tail):
+    student, teacher = correlated_pair(4, 33)
+    indices = torch.stack([torch.randperm(33) for _ in range(4)])
+    logprobs = teacher.log_softmax(-1).gather(-1, indices)
+    actual = run(backend, student, indices, logprobs, tail=tail, divergence="jsd")
+    leaf = student.double().requires_grad_()
+    expected = kd_loss(leaf, teacher.double(), divergence="jsd")
+    expected.backward()
+    result = Result(expected.detach(), leaf.grad, None)
+    assert_matches(actual, result, "jsd", torch.float32)
+
+
+@pytest.mark.parametrize("divergence", [d for d in ONE_OF_EACH if d.name != "soft_cross_entropy"])
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+def test_identical_models(backend, tail, divergence):
+    logits = correlated_pair(4, 3000)[1]
+    indices, logprobs = top(logits, 20)
+    result = run(backend, logits, indices, logprobs, tail=tail, divergence=divergence)
+    # The log-probabilities of the teacher are rounded, and so differ from the student's.
+    assert 0 <= result.loss < (1e-6 if divergence.name == "tvd" else 1e-12)
+    if divergence.name != "tvd":
+        assert result.gradient.abs().max() < 1e-6
+
+
+def test_metrics(backend):
+    student, teacher = correlated_pair(5, 90)
+    indices, logprobs = top(teacher, 8, 2.0)
+    labels = torch.tensor([1, 2, -100, 4, 5])
+    student[3, indices[3, logprobs[3].argmax()]] = 30
+    options = {"temperature": 2.0, "labels": labels, "return_metrics": True, "reduction": "none"}
+    result = run(backend, student, indices, logprobs, ce_weight=0.5, **options)
+    log_q = (student.double() / 2).log_softmax(-1)
+    pairs = [compared(log_q[i], indices[i], logprobs[i].double(), "bucket") for i in (0, 1, 3, 4)]
+    kept = torch.tensor([0, 1, 3, 4])
+    divergence = torch.stack([ForwardKL().value(*pair).sum() for pair in pairs])
+    assert_close(result.metrics["divergence"][kept], divergence, tolerances.PLAIN_LOSS)
+    for which, name in enumerate(("teacher_entropy", "student_entropy")):
+        entropy = torch.stack([-(pair[which].exp() * pair[which]).sum() for pair in pairs])
+        assert_close(result.metrics[name][kept], entropy, tolerances.METRIC)
+    cross_entropy = -student.double().log_softmax(-1)[kept, labels[kept]]
+    assert_close(result.metrics["cross_entropy"][kept], cross_entropy, tolerances.METRIC)
+    best = indices.gather(-1, logprobs.argmax(-1, keepdim=True)).squeeze(-1)
+    assert torch.equal(
+        result.metrics["agreement"][kept], (student.argmax(-1) == best)[kept].float()
+    )
+    assert result.metrics["agreement"][3] == 1
+    assert all(metric[2] == 0 for metric in result.metrics.values())
+    loss = 4 * result.metrics["divergence"] + 0.5 * result.metrics["cross_entropy"]
+    assert_close(result.loss, loss.double(), tolerances.PLAIN_LOSS)
+    alone = run(backend, student, indices, logprobs, return_metrics=True)
+    assert alone.metrics["cross_entropy"] is None
+
+
+def test_tokens_may_be_drawn_twice(backend):
+    student, _ = correlated_pair(2, 40)
+    indices = torch.tensor([[3, 7, 3, -1, 3], [9, 9, 9, 9, 9]])
+    logprobs = torch.tensor([[0.0, 0.3, 0.0, 5.0, -1.0], [0.0] * 5])
+    for divergence in ("forward_kl", "soft_cross_entropy"):
+        options = {"tail": "sampled", "divergence": divergence}
+        actual = run(backend, student, indices, logprobs, **options)
+        expected = oracle(student, indices, logprobs, **options)
+        assert_matches(actual, expected, divergence, torch.float32)
+
+
+def test_samples_of_the_teacher_estimate_its_gradient(backend):
+    """Exactly, where every token is drawn as often as its probability says."""
+    counts = torch.tensor([5, 2, 2, 1, 0, 0])
+    student = normal(1, 6)
+    indices = torch.repeat_interleave(torch.arange(6), counts).unsqueeze(0)
+    logprobs = torch.zeros(1, 10)
+    actual = run(backend, student, indices, logprobs, tail="sampled")
+    gradient = student.softmax(-1) - counts / 10
+    assert_gradient(actual.gradient, gradient.double(), 2e-6)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_rows_that_take_no_part_give_exact_zeros(backend, tail):
+    student, teacher = correlated_pair(4, 80)
+    indices, logprobs = top(teacher, 5)
+    expected = oracle(student[:2], indices[:2], logprobs[:2], tail=tail, reduction="sum")
+    student[2] = math.nan
+    student[3] = -INF
+    logprobs[2] = math.nan
+    indices[3] = 10**6
+    options = {"tail": tail, "reduction": "sum", "student_softcap": 1e4}
+    for masked in (
+        {"token_weight": torch.tensor([1.0, 1.0, 0.0, 0.0])},
+        {"labels": torch.tensor([1, 1, -100, -100])},
+    ):
+        actual = run(backend, student, indices, logprobs, **options, **masked)
+        assert not actual.gradient[2:].any()
+        assert_close(actual.loss, expected.loss, (1e-4, 1e-4))  # but for the softcap
+    nothing = run(backend, student, indices, logprobs, tail=tail, token_weight=torch.zeros(4))
+    assert nothing.loss == 0
+    assert not nothing.gradient.any()
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_bad_rows_are_nan_alone(backend, tail):
+    student, teacher = correlated_pair(6, 600)
+    indices, logprobs = top(teacher, 5)
+    good = run(backend, student, indices, logprobs, tail=tail, reduction="none")
+    outside = next(i for i in range(600) if i not in indices[1])
+    student[0, indices[0, 2]] = math.nan
+    student[1, outside] = math.nan
+    student[2, indices[2, 1]] = INF
+    student[3] = -INF
+    logprobs[4, 1] = math.nan
+    actual = run(backend, student, indices, logprobs, tail=tail, reduction="none")
+    # Renormalised over what the teacher lists, the rest is not looked at.
+    bad = [0, 2, 3, 4] if tail == "renormalize" else [0, 1, 2, 3, 4]
+    assert actual.loss[bad].isnan().all()
+    for row in bad:
+        gradient = actual.gradient[row]
+        assert gradient[indices[row]].isnan().all()
+        assert tail == "renormalize" or gradient.isnan().all()
+    rest = [i for i in range(6) if i not in bad]
+    assert torch.equal(actual.loss[rest], good.loss[rest])
+    assert torch.equal(actual.gradient[5], good.gradient[5])
+
+
+def test_infinite_logits(backend):
+    """-inf in the tail is left out of it; in a listed token it makes the divergence infinite."""
+    student, teacher = correlated_pair(3, 90)
+    indices, logprobs = top(teacher, 6)
+    others = torch.ones_like(student, dtype=torch.bool).scatter(-1, indices, False)
+    student[0][others[0]] = -INF  # no tail at all
+    student[1][others[1].nonzero()[::2, 0]] = -INF
+    student[2, indices[2, 0]] = -INF
+    for divergence in [ForwardKL(), *BOUNDED[:3]]:
+        options = {"divergence": divergence, "reduction": "none"}
+        actual = run(backend, student, indices, logprobs, **options)
+        expected = oracle(student, indices, logprobs, **options)
+        assert_close(actual.loss, expected.loss, tolerances.OTHER_LOSS)
+        finite = expected.gradient.isfinite().all(-1)
+        assert finite[1]
+        assert_gradient(actual.gradient[finite], expected.gradient[finite], 5e-6)
+    actual = run(backend, student, indices, logprobs, reduction="none")
+    assert actual.loss[[0, 2]].isposinf().all()
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_rows_without_entries_have_no_term(backend, tail):
+    student, teacher = correlated_pair(2, 30)
+    indices, logprobs = top(teacher, 4)
+    indices[0] = -1
+    logprobs[0] = math.nan
+    actual = run(backend, student, indices, logprobs, tail=tail, reduction="none")
+    assert actual.loss[0] == 0
+    assert actual.gradient[0].abs().max() < 1e-7
+    assert actual.loss[1] > 0 or tail == "drop"
+
+
+@pytest.mark.parametrize("temperature", [0.05, 100.0])
+def test_extreme_values(backend, temperature):
+    student, teacher = correlated_pair(4, 500)
+    student[1] += 1e4
+    student[2] -= 1e4
+    student[3] = torch.linspace(-1e4, 1e4, 500)[torch.randperm(500)]
+    indices, logprobs = top(teacher, 9, temperature)
+    labels = labels_for(4, vocab=500)
+    options = {"temperature": temperature, "labels": labels, "ce_weight": 0.1, "reduction": "none"}
+    actual = run(backend, student, indices, logprobs, **options)
+    expected = oracle(student, indices, logprobs, **options)
+    assert_close(actual.loss, expected.loss, (2e-6, 2e-6 * max(1.0, temperature**2)))
+    assert_gradient(actual.gradient, expected.gradient, 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 9), (2, 0, 9)], ids=str)
+def test_no_rows(backend, shape):
+    student = torch.zeros(shape)
+    entries = torch.zeros((*shape[:-1], 3), dtype=torch.int64), torch.zeros((*shape[:-1], 3))
+    result = run(backend, student, *entries)
+    assert result.loss == 0
+    assert result.gradient.shape == shape
+
+
+def test_float16_gradient_is_rounded_once(kernel):
+    """A loss scale reaches the gradient before it is rounded."""
+    student, teacher = correlated_pair(3, 700)
+    student = student.half()
+    indices, logprobs = top(teacher, 9)
+    scale = torch.tensor(1024.0)
+    options = {"normalizer": 5000.0, "grad_output": scale}
+    actual = run(kernel, student, indices, logprobs, **options)
+    expected = oracle(student, indices, logprobs, **options)
+    assert_matches(actual, expected, "forward_kl", torch.float16)
+
+
+def test_threads_do_not_change_bits(threads):
+    student, teacher = correlated_pair(37, 3000)
+    indices, logprobs = top(teacher, 9)
+    results = []
+    for count in (1, 2, 5):
+        threads(count)
+        leaf = student.clone().requires_grad_()
+        loss = sparse_kd_loss(leaf, indices, logprobs, divergence=JSD(0.1))
+        loss.backward()
+        results.append((loss.detach(), leaf.grad))
+    for loss, gradient in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert torch.equal(gradient, results[0][1])

@@ -1,0 +1,352 @@
+"""How sparse_kd_loss behaves as a PyTorch function: autograd, compilers, bad input."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import kdkernels
+from kdkernels import sparse_kd_loss
+from kdkernels.divergences import Divergence
+
+from . import tolerances
+from .cases import correlated_pair, labels_for, normal
+from .harness import REFERENCE, InPlace, assert_gradient, move
+from .test_sparse import oracle, run, top
+
+VOCAB, K = 130, 6
+
+
+def entries(*shape, temperature=1.0, seed=0):
+    student, teacher = correlated_pair(*shape, VOCAB, seed=seed)
+    return student, *top(teacher, K, temperature)
+
+
+def loss_of(backend, student, indices, logprobs, **options):
+    tensors = (move(x, backend.device) for x in (student, indices, logprobs))
+    return sparse_kd_loss(*tensors, backend=backend.backend, **options)
+
+
+def test_a_second_backward_gives_the_same(backend):
+    student, indices, logprobs = entries(3)
+    leaf = move(student, backend.device).requires_grad_()
+    loss = loss_of(backend, leaf, indices, logprobs)
+    loss.backward(retain_graph=True)
+    first = leaf.grad.clone()
+    loss.backward()
+    assert torch.equal(leaf.grad, 2 * first)
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+def test_in_place_a_second_backward_raises(kernel, tail):
+    student, indices, logprobs = entries(3)
+    logits = move(student, kernel.device).requires_grad_() * 1.0
+    memory = logits.data_ptr()
+    loss = loss_of(kernel, logits, indices, logprobs, tail=tail, inplace_grad=True)
+    (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    assert gradient.data_ptr() == memory
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_in_place_tells_who_else_needs_the_logits(kernel):
+    student, indices, logprobs = entries(3)
+    logits = move(student, kernel.device).requires_grad_() * 1.0
+    other = logits.square().sum()
+    loss_of(kernel, logits, indices, logprobs, inplace_grad=True).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        other.backward()
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")
+def test_create_graph(kernel):
+    student, indices, logprobs = entries(3)
+    leaf = move(student, kernel.device).requires_grad_()
+    with pytest.raises(RuntimeError, match="sparse_kd_loss: its gradient is computed without a gr"):
+        loss_of(kernel, leaf, indices, logprobs).backward(create_graph=True)
+    loss = loss_of(REFERENCE, student.double().requires_grad_(), indices, logprobs)
+    loss.backward(create_graph=True)
+
+
+def test_without_gradient(backend):
+    student, indices, logprobs = entries(3)
+    expected = run(backend, student, indices, logprobs).loss
+    for student_ in (student, student.clone().requires_grad_()):
+        with torch.no_grad():
+            loss = loss_of(backend, student_, indices, logprobs)
+        assert not loss.requires_grad
+        assert torch.equal(loss.cpu(), expected)
+    assert not loss_of(backend, student, indices, logprobs).requires_grad
+
+
+def test_under_autocast(backend):
+    student, indices, logprobs = entries(3)
+    expected = run(backend, student, indices, logprobs)
+    with torch.autocast(backend.device, torch.bfloat16):
+        actual = run(backend, student, indices, logprobs)
+    assert torch.equal(actual.loss, expected.loss)
+    assert torch.equal(actual.gradient, expected.gradient)
+
+
+def test_default_dtype_does_not_count(backend):
+    student, indices, logprobs = entries(3)
+    expected = run(backend, student, indices, logprobs)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        actual = run(backend, student, indices, logprobs)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(actual.gradient, expected.gradient)
+
+
+def test_float64_runs_on_the_reference():
+    student, indices, logprobs = entries(3)
+    expected = oracle(student, indices, logprobs)
+    leaf = student.double().requires_grad_()
+    loss = sparse_kd_loss(leaf, indices, logprobs)
+    loss.backward()
+    assert loss.dtype == torch.float64
+    assert_gradient(leaf.grad, expected.gradient, 1e-12)
+    with pytest.raises(ValueError, match=r"student_logits is torch\.float64, it takes float32"):
+        sparse_kd_loss(leaf, indices, logprobs, backend="cpu")
+
+
+class Squares(Divergence):
+    """Of one's own."""
+
+    name = "squares"
+
+    def value(self, log_p, log_q):
+        return (log_p.exp() - log_q.exp()).square()
+
+
+def test_a_divergence_of_ones_own_runs_on_every_backend(backend):
+    student, indices, logprobs = entries(3)
+    actual = run(backend, student, indices, logprobs, divergence=Squares())
+    expected = oracle(student, indices, logprobs, divergence=Squares())
+    assert_gradient(actual.gradient, expected.gradient, 2e-6)
+
+
+def test_a_frozen_graph_frees_the_logits_in_place(kernel):
+    """In place, nothing as large as the logits is made."""
+    student, indices, logprobs = entries(3)
+    logits = InPlace.apply(torch.ones((), requires_grad=True), move(student, kernel.device))
+    loss_of(kernel, logits, indices, logprobs, inplace_grad=True).backward()
+    expected = oracle(entries(3)[0], indices, logprobs)
+    assert_gradient(logits.detach().cpu(), expected.gradient, 2e-6)
+
+
+COMPILER = pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")),
+    reason="torch.compile needs a C++ compiler (g++ or clang++) on the CPU",
+)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=COMPILER)])
+@pytest.mark.parametrize("tail", ["bucket", "sampled"])
+def test_compiles_without_a_break(tail, compiler):
+    torch._dynamo.reset()
+    options = {"tail": tail, "temperature": 2.0, "ce_weight": 0.5, "backend": "cpu"}
+
+    def step(student, indices, logprobs, labels):
+        return 3 * sparse_kd_loss(student * 1.0, indices, logprobs, labels=labels, **options)
+
+    compiled = torch.compile(step, fullgraph=True, backend=compiler)
+    for rows in (3, 5):
+        student, indices, logprobs = entries(rows, temperature=2.0)
+        labels = labels_for(rows, vocab=VOCAB)
+        expected, actual = student.clone().requires_grad_(), student.clone().requires_grad_()
+        step(expected, indices, logprobs, labels).backward()
+        compiled(actual, indices, logprobs, labels).backward()
+        assert_gradient(actual.grad, expected.grad.double(), 1e-6)
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_opcheck(dtype):
+    ops = torch.ops.kdkernels
+    student, indices, _ = entries(3)
+    student, listed, kept = student.to(dtype), indices.sort(-1).values, torch.tensor([1, 0, 1]) != 0
+    for at_1 in (False, True):
+        options = 2.0, at_1, 1.0, 5.0 * at_1, VOCAB, "cpu"
+        for mask in (kept, None):
+            torch.library.opcheck(ops.tails.default, (student, listed, mask, *options))
+        tails = ops.tails(student, listed, kept, *options)
+        gradients = torch.ones_like(tails[1:]), torch.ones(3, K)
+        arguments = student, listed, tails, *gradients, *options
+        torch.library.opcheck(ops.tails_gradient.default, arguments)
+        torch.library.opcheck(ops.tails_gradient_.default, arguments)
+
+
+S, IDS, P = torch.zeros(2, 3, 8), torch.arange(2).repeat(2, 3, 1), torch.full((2, 3, 2), -1.0)
+ERRORS = [
+    # student, indices, logprobs, options, exception, the message
+    (None, IDS, P, {}, TypeError, "student_logits is a NoneType, expected a torch.Tensor"),
+    (S.long(), IDS, P, {}, TypeError, "student_logits is torch.int64, expected float32"),
+    (S, None, P, {}, TypeError, "teacher_indices is NoneType, expected an int64 or int32"),
+    (S, IDS.float(), P, {}, TypeError, r"teacher_indices is torch\.float32, expected an int64"),
+    (S, IDS[0], P, {}, ValueError, r"teacher_indices has shape \(3, 2\), expected .* \(2, 3\)"),
+    (S, IDS[:1], P, {}, ValueError, r"teacher_indices has shape \(1, 3, 2\), expected .* \(2, 3\)"),
+    (S, IDS[..., :0], P, {}, ValueError, r"teacher_indices has shape \(\.\.\., 0\), expected at"),
+    (S, IDS, P[..., :1], {}, ValueError, r"teacher_logprobs has shape .*1\), expected .*2\)"),
+    (S, IDS, P.long(), {}, TypeError, "teacher_logprobs is torch.int64, expected float32"),
+    (S, IDS, P.clone().requires_grad_(), {}, ValueError, r"teacher_logprobs requires grad.*detach"),
+    (S, IDS.to("meta"), P, {}, ValueError, "teacher_indices is on meta, expected the device of"),
+    (S, IDS, P.to("meta"), {}, ValueError, "teacher_logprobs is on meta, expected the device of"),
+    (S, IDS + 7, P, {}, ValueError, r"teacher_indices: got 8, expected -1 .* or 0 to 7"),
+    (S, IDS - 2, P, {}, ValueError, r"teacher_indices: got -2, expected -1 .* or 0 to 7"),
+    (S, IDS, P, {"vocab_size": 1}, ValueError, r"teacher_indices: got 1, expected .* 0 to 0"),
+    (S, IDS * 0, P, {}, ValueError, "teacher_indices: a row lists 0 twice"),
+    (S, IDS, P + 3, {}, ValueError, r"teacher_logprobs: probabilities of a row sum to 14\.77"),
+    (S, IDS, P, {"tail": "top"}, ValueError, "tail is 'top', expected one of bucket, renormalize"),
+    (
+        S,
+        IDS,
+        P,
+        {"tail": "sampled", "divergence": "jsd"},
+        ValueError,
+        "divergence is jsd, expected forward_kl or soft_cross_entropy",
+    ),
+    (S, IDS, P, {"temperature": 0.0}, ValueError, "temperature is 0.0, expected positive"),
+    (S, IDS, P, {"ce_weight": 1.0}, ValueError, "ce_weight is 1.0, which needs labels"),
+    (S, IDS, P, {"vocab_size": 9}, ValueError, "vocab_size is 9, expected 1 to 8"),
+    (S, IDS, P, {"backend": "tpu"}, ValueError, "backend is 'tpu', expected 'auto'"),
+    (
+        S,
+        IDS,
+        P,
+        {"labels": IDS[..., 0] + 8, "ce_weight": 1.0},
+        ValueError,
+        "labels: got 8, expected",
+    ),
+    (
+        S.clone().requires_grad_(),
+        IDS,
+        P,
+        {"inplace_grad": True},
+        ValueError,
+        "inplace_grad: student_logits is a leaf",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", ERRORS, ids=lambda case: re.sub(r"\W+", "-", case[-1])[:50])
+def test_bad_input_raises(case):
+    student, indices, logprobs, options, exception, message = case
+    with pytest.raises(exception, match=message):
+        sparse_kd_loss(student, indices, logprobs, **options)
+
+
+def test_modules_hold_options():
+    student, indices, logprobs = entries(3, temperature=2.0)
+    labels = labels_for(3, vocab=VOCAB)
+    options = {"tail": "bucket", "divergence": "jsd", "temperature": 2.0, "ce_weight": 0.5}
+    expected = sparse_kd_loss(student, indices, logprobs, labels=labels, **options)
+    criterion = kdkernels.SparseKDLoss(**options)
+    assert torch.equal(criterion(student, indices, logprobs, labels=labels), expected)
+    assert "tail='bucket'" in repr(criterion)
+    hidden, weight = torch.eye(VOCAB)[:3], student.T @ torch.eye(3, VOCAB)
+    criterion = kdkernels.LinearSparseKDLoss(**options)
+    loss = criterion(hidden, weight, indices, logprobs, labels=labels)
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("make", [kdkernels.SparseKDLoss, kdkernels.LinearSparseKDLoss])
+def test_modules_check_their_options_when_made(make):
+    for options, message in (
+        ({"tail": "top"}, "tail is 'top', expected one of"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"tail": "sampled", "divergence": "jsd"}, "divergence is jsd, expected forward_kl"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(**options)
+    for option in ("teacher_softcap", "labels", "teacher_indices"):
+        with pytest.raises(TypeError, match=f"{option} is not an option"):
+            make(**{option: 1.0})
+
+
+def test_what_is_masked_may_be_bad():
+    indices, logprobs = IDS.clone(), P.clone()
+    indices[0, 0], logprobs[0, 0] = 99, 50.0
+    weight = torch.ones(2, 3)
+    weight[0, 0] = 0
+    loss = sparse_kd_loss(S, indices, logprobs, token_weight=weight)
+    assert math.isfinite(loss)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_bad_input_is_nan_where_nobody_may_look():
+    """Under a compiler, as on a GPU, where a look would wait."""
+    torch._dynamo.reset()
+    student, indices, logprobs = entries(4)
+    expected = sparse_kd_loss(student, indices, logprobs, reduction="none")
+    indices[0, 1] = VOCAB
+    indices[1, 1] = indices[1, 2]
+    logprobs[2] = 0.0
+    leaf = student.clone().requires_grad_()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def loss_of_rows(student):
+        return sparse_kd_loss(student, indices, logprobs, reduction="none", backend="cpu")
+
+    loss = loss_of_rows(leaf)
+    loss.sum().backward()
+    assert loss[:3].isnan().all()
+    assert leaf.grad[:3].isnan().all()
+    assert torch.equal(loss[3], expected[3])
+    assert leaf.grad[3].isfinite().all()
+    torch._dynamo.reset()
+
+
+class Bigram(torch.nn.Module):
+    def __init__(self, seed):
+        super().__init__()
+        self.table = torch.nn.Parameter(2 * normal(VOCAB, VOCAB, seed=seed))
+
+    def forward(self, ids):
+        return SimpleNamespace(logits=self.table[ids])
+
+
+def test_the_documented_loop(tmp_path):
+    """The code of docs/sparse.md, as it stands: the student comes nearer to the stored teacher."""
+    page = (Path(__file__).parent.parent / "docs" / "sparse.md").read_text(encoding="utf-8")
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", page.split("## From disk")[1], re.S):
+        exec(compile(block, "docs/sparse.md", "exec"), names)
+    ids = labels_for(6, 20, vocab=VOCAB)
+    teacher, student = Bigram(0), Bigram(1)
+    names["store"](teacher, list(ids), tmp_path)
+    optimizer = torch.optim.Adam(student.parameters(), lr=0.1)
+    which = [4, 0, 5]
+    losses = [
+        float(names["train_step"](student, optimizer, ids[which], which, tmp_path))
+        for _ in range(60)
+    ]
+    student_loss = kdkernels.kd_loss(
+        Bigram(1)(ids[which]).logits[:, :-1],
+        teacher(ids[which]).logits[:, :-1].detach(),
+        labels=ids[which][:, 1:],
+        ce_weight=0.5,
+        temperature=2.0,
+    )
+    assert losses[0] == pytest.approx(float(student_loss.detach()), rel=0.2)  # 64 of 130 tokens
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_the_documented_bound():
+    """A bucket hides differences: its divergence is at most that of the whole vocabulary."""
+    student, teacher = correlated_pair(50, VOCAB)
+    whole = kdkernels.kd_loss(student, teacher, reduction="none")
+    parts = [
+        sparse_kd_loss(student, *top(teacher, k), reduction="none") for k in (1, 5, 30, VOCAB - 1)
+    ]
+    for smaller, larger in zip(parts, [*parts[1:], whole], strict=True):
+        assert (smaller <= larger * (1 + tolerances.PLAIN_LOSS[0])).all()
