@@ -5,8 +5,9 @@ r = log q - log p exact where p and q are close, and the divergence's two parame
 any. slope = d value / d log q up to a multiple of q. The formulas are those of
 csrc/core/divergences.h, which says where they come from.
 
-Those of a far row are the textbook's, and their logarithms and terms in bits. A divergence that is
-a KL divergence, or a mean of two, has none: the sums of the first sweep are its value.
+Those of a far row are the textbook's, of ``(p, q, log2 p, log2 q)``, and their terms in bits. A
+divergence that is a KL divergence, or a mean of two, has none: the sums of the first sweep are its
+value.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from .math import (
     exp,
     expm1,
     log1p,
-    log2,
+    log2_minus,
     phi,
     times_or_zero,
 )
@@ -89,22 +90,17 @@ def jsd_slope(p, q, log_p, log_q, r, beta, _):
 
 
 @triton.jit
-def _mixture(p, q, of_p, of_q):
-    """m, never 0: its logarithm is multiplied by 0 where p and q are."""
-    return of_p * p + (of_q * q + LEAST_NORMAL)
-
-
-@triton.jit
 def jsd_far_value(p, q, log_p, log_q, beta, _):
-    rest = 1.0 - beta
-    log_m = log2(_mixture(p, q, beta, rest))
-    return beta * (p * (log_p - log_m)) + rest * (q * (log_q - log_m))
+    of_p = beta * p
+    of_q = (1.0 - beta) * q
+    m = of_p + of_q
+    return of_p * log2_minus(log_p, m) + of_q * log2_minus(log_q, m)
 
 
 @triton.jit
 def jsd_far_slope(p, q, log_p, log_q, beta, _):
-    rest = 1.0 - beta
-    return rest * (q * (log_q - log2(_mixture(p, q, beta, rest))))
+    of_q = (1.0 - beta) * q
+    return of_q * log2_minus(log_q, beta * p + of_q)
 
 
 @triton.jit
@@ -127,14 +123,23 @@ def skew_forward_kl_slope(p, q, log_p, log_q, r, alpha, _):
 
 
 @triton.jit
+def _skew_forward_mixture(p, q, alpha):
+    """m, never 0: q / m is 0 where p and q are."""
+    return alpha * p + ((1.0 - alpha) * q + LEAST_NORMAL)
+
+
+# With m - p or m - q, whose sums are 0, rounding of log p and log q changes a skew divergence at
+# second order only, and slopes where p and q are close keep their digits.
+@triton.jit
 def skew_forward_kl_far_value(p, q, log_p, log_q, alpha, _):
-    return p * (log_p - log2(_mixture(p, q, alpha, 1.0 - alpha)))
+    m = _skew_forward_mixture(p, q, alpha)
+    return p * log2_minus(log_p, m) + LOG2E * (m - p)
 
 
 @triton.jit
 def skew_forward_kl_far_slope(p, q, log_p, log_q, alpha, _):
-    rest = 1.0 - alpha
-    return (-LOG2E * rest) * p * (q / _mixture(p, q, alpha, rest))
+    m = _skew_forward_mixture(p, q, alpha)
+    return (LOG2E * (1.0 - alpha)) * ((m - p) * (q / m))
 
 
 @triton.jit
@@ -152,13 +157,15 @@ def skew_reverse_kl_slope(p, q, log_p, log_q, r, alpha, _):
 
 @triton.jit
 def skew_reverse_kl_far_value(p, q, log_p, log_q, alpha, _):
-    return q * (log_q - log2(_mixture(p, q, 1.0 - alpha, alpha)))
+    m = (1.0 - alpha) * p + alpha * q
+    return q * log2_minus(log_q, m) + LOG2E * (m - q)
 
 
 @triton.jit
 def skew_reverse_kl_far_slope(p, q, log_p, log_q, alpha, _):
-    m = _mixture(p, q, 1.0 - alpha, alpha)
-    return q * ((log_q - log2(m)) - (LOG2E * alpha) * (q / m))
+    m = (1.0 - alpha) * p + alpha * q
+    over_m = log2_minus(log_q, m)
+    return q * over_m + (LOG2E * alpha) * ((m - q) * tl.exp2(over_m))
 
 
 @triton.jit
@@ -180,6 +187,17 @@ def tvd_value(p, q, log_p, log_q, r):
 def tvd_slope(p, q, log_p, log_q, r):
     difference = bregman_difference(p, q, r)
     return tl.where(difference > 0.0, 0.5 * q, tl.where(difference < 0.0, -0.5 * q, 0.0))
+
+
+@triton.jit
+def tvd_far_value(p, q, log_p, log_q):
+    return (0.5 * LOG2E) * tl.abs(q - p)
+
+
+@triton.jit
+def tvd_far_slope(p, q, log_p, log_q):
+    half = (0.5 * LOG2E) * q
+    return tl.where(q > p, half, tl.where(q < p, -half, 0.0))
 
 
 @triton.jit
@@ -248,8 +266,7 @@ def soft_cross_entropy_value(p, q, log_p, log_q, r):
     return -times_or_zero(p, log_q)
 
 
-#: A row is far where its divergence, and for those with functions of their own for far rows that
-#: from the teacher too, exceeds this (in nats) and no logit is infinite.
+#: A row is far where its divergence exceeds this (in nats) and no logit is infinite.
 FAR_FROM = 1 / 32
 
 #: Of a mixture's parts for its rows to be far: the logarithm of a smaller one loses digits.
@@ -262,11 +279,6 @@ def _always_far(a: float, b: float) -> float:
 
 def _mixture_far_from(share: float, _: float) -> float:
     return FAR_FROM if LEAST_SHARE <= share <= 1 - LEAST_SHARE else math.inf
-
-
-def _skew_far_from(share: float, _: float) -> float:
-    """The smaller part of a skew mixture is small, and its logarithms are large."""
-    return 4 * _mixture_far_from(share, _)
 
 
 def _alpha_beta_far_from(a: float, b: float) -> float:
@@ -297,9 +309,11 @@ class Functions(NamedTuple):
     far_value: triton.JITFunction | None = None  # of (p, q, log2 p, log2 q); None: a KL divergence
     far_slope: triton.JITFunction | None = None
     far_from: Callable[[float, float], float] = _always_far  # in nats, of the parameters
+    # KL(p || q) of a row with that divergence, about; None: the same number.
+    kl_from: Callable[[float, float], float] | None = None
 
 
-def _mixture_functions(*functions: triton.JITFunction, far_from=_mixture_far_from) -> Functions:
+def _mixture_functions(*functions: triton.JITFunction, kl_from) -> Functions:
     value, slope, far_value, far_slope = functions
     return Functions(
         value,
@@ -308,7 +322,8 @@ def _mixture_functions(*functions: triton.JITFunction, far_from=_mixture_far_fro
         kl=KL(),
         far_value=far_value,
         far_slope=far_slope,
-        far_from=far_from,
+        far_from=_mixture_far_from,
+        kl_from=kl_from,
     )
 
 
@@ -319,20 +334,26 @@ FUNCTIONS: dict[str, Functions] = {
         reverse_kl_slope,
         kl=KL(forward=False, reverse=True, weights=lambda a, b: (0.0, 1.0)),
     ),
-    "jsd": _mixture_functions(jsd_value, jsd_slope, jsd_far_value, jsd_far_slope),
+    "jsd": _mixture_functions(
+        jsd_value,
+        jsd_slope,
+        jsd_far_value,
+        jsd_far_slope,
+        kl_from=lambda beta, _: FAR_FROM / (beta * (1 - beta)),
+    ),
     "skew_forward_kl": _mixture_functions(
         skew_forward_kl_value,
         skew_forward_kl_slope,
         skew_forward_kl_far_value,
         skew_forward_kl_far_slope,
-        far_from=_skew_far_from,
+        kl_from=lambda alpha, _: FAR_FROM / (1 - alpha) ** 2,
     ),
     "skew_reverse_kl": _mixture_functions(
         skew_reverse_kl_value,
         skew_reverse_kl_slope,
         skew_reverse_kl_far_value,
         skew_reverse_kl_far_slope,
-        far_from=_skew_far_from,
+        kl_from=lambda alpha, _: FAR_FROM / (1 - alpha) ** 2,
     ),
     "symmetric_kl": Functions(
         symmetric_kl_value,
@@ -340,8 +361,14 @@ FUNCTIONS: dict[str, Functions] = {
         parameters=True,
         kl=KL(reverse=True, weights=lambda weight, _: (weight, 1 - weight)),
     ),
-    # Near always: the sign of q - p, which is its slope, needs r.
-    "tvd": Functions(tvd_value, tvd_slope),
+    "tvd": Functions(
+        tvd_value,
+        tvd_slope,
+        kl=KL(),
+        far_value=tvd_far_value,
+        far_slope=tvd_far_slope,
+        kl_from=lambda a, b: 2 * FAR_FROM**2,  # at least: Pinsker's inequality
+    ),
     "alpha_beta": Functions(
         alpha_beta_value,
         alpha_beta_slope,

@@ -1,8 +1,8 @@
 """Far rows: those that lose nothing by the textbook's formulas (see csrc/core/divergences.h).
 
 The first sweep adds up how far a row is from its teacher. For a KL divergence that is its value,
-and one more sweep, ``kl_gradient``, writes the gradient. The others take the sweeps ``far_values``
-and ``far_slopes``, whose terms are in bits.
+and one more sweep, ``kl_gradient``, writes the gradient. The others take the sweep ``far_values``,
+and ``slopes``, whose terms are in bits.
 """
 
 from __future__ import annotations
@@ -13,10 +13,19 @@ import triton
 import triton.language as tl
 
 from .math import LARGEST_FLOAT, LOG2E, NATS_PER_BIT, times_or_zero
-from .sweeps import load_raw, point, row_of, store_gradient, term, transformed
+from .sweeps import (
+    LogProbabilities,
+    far_point,
+    load_raw,
+    point,
+    row_of,
+    store_gradient,
+    term,
+    transformed,
+)
 
 #: A KL divergence is the sum of two numbers. One that is larger by more than this leaves it too few
-#: digits for a far row.
+#: digits to be the value of a far row.
 MOST_CANCELLED = tl.constexpr(32.0)
 
 
@@ -26,18 +35,9 @@ class KLs(NamedTuple):
     forward: tl.tensor  # KL(p || q)
     reverse: tl.tensor  # KL(q || p)
     entropy: tl.tensor  # of p
+    s_log_sum: tl.tensor
     offset: tl.tensor  # log q - log p = gap per_unit + offset
     per_unit: tl.tensor  # 1 / T, as the exponentials have it
-
-
-class LogProbabilities(NamedTuple):
-    """log2 p = (y - t_origin) c - t_rest: what is large is subtracted before it costs digits."""
-
-    c: tl.tensor
-    s_origin: tl.tensor
-    s_rest: tl.tensor
-    t_origin: tl.tensor
-    t_rest: tl.tensor
 
 
 @triton.jit
@@ -51,6 +51,7 @@ def kls(state, gaps, temperature):
         -(gaps.forward / t_sum * per_unit + offset),
         gaps.reverse / s_sum * per_unit + offset,
         tl.log(t_sum) - gaps.entropy / t_sum * per_unit,
+        tl.log(s_sum),
         offset,
         per_unit,
     )
@@ -64,13 +65,16 @@ def exceeds(value, threshold):
 
 @triton.jit
 def is_far(kl, far):
-    """Whether a row is far by its KL divergences; and the divergence that these make."""
+    """Whether a row may be far by its KL divergences; and the divergence that these make."""
     value = kl.forward * 0.0 if far.FORWARD else kl.reverse * 0.0
     if far.FORWARD:
         value += kl.forward * far.forward
     if far.REVERSE:
         value += kl.reverse * far.reverse
-    return exceeds(value, far.threshold) & (tl.abs(kl.offset) <= MOST_CANCELLED * value), value
+    done = exceeds(value, far.kl_threshold)
+    if far.IS_KL:
+        done = done & (tl.abs(kl.offset) <= MOST_CANCELLED * value)
+    return done, value
 
 
 @triton.jit
@@ -133,13 +137,11 @@ def kl_gradient(
 
 
 @triton.jit
-def log_probabilities(state, of):
+def log_probabilities(state, kl, of):
     """The constants of a far row."""
     c = tl.full((), of.c, tl.float32).to(tl.float64)
-    s_sum = state.s_sum.to(tl.float64) + state.s_lost.to(tl.float64)
-    t_sum = state.t_sum.to(tl.float64) + state.t_lost.to(tl.float64)
-    s_lse = state.s_base.to(tl.float64) + tl.log(s_sum) / (c * NATS_PER_BIT)
-    t_lse = state.t_base.to(tl.float64) + tl.log(t_sum) / (c * NATS_PER_BIT)
+    s_lse = state.s_base.to(tl.float64) + kl.s_log_sum / kl.per_unit
+    t_lse = state.t_base.to(tl.float64) + (kl.s_log_sum + kl.offset) / kl.per_unit
     s_origin = s_lse.to(tl.float32)
     t_origin = t_lse.to(tl.float32)
     return LogProbabilities(
@@ -152,20 +154,7 @@ def log_probabilities(state, of):
 
 
 @triton.jit
-def far_point(x, y, logs, of):
-    """p, q, log2 p and log2 q of transformed logits.
-
-    Powers of the logarithms would not sum to 1, which the value of a mixture feels.
-    """
-    p = tl.exp2((y - of.t_base) * of.c) * of.t_inverse
-    q = tl.exp2((x - of.s_base) * of.c) * of.s_inverse
-    log_p = (y - logs.t_origin) * logs.c - logs.t_rest
-    log_q = (x - logs.s_origin) * logs.c - logs.s_rest
-    return p, q, log_p, log_q
-
-
-@triton.jit
-def far_values(student, teacher, row, end, logs, of, divergence, wanted, BLOCK: tl.constexpr):
+def far_values(student, teacher, row, end, logs, divergence, wanted, BLOCK: tl.constexpr):
     """The divergence and the sum of its slopes, in bits."""
     s_row = row_of(student.rows, row)
     t_row = row_of(teacher.rows, row)
@@ -175,40 +164,9 @@ def far_values(student, teacher, row, end, logs, of, divergence, wanted, BLOCK: 
         columns = start + tl.arange(0, BLOCK)
         x = transformed(load_raw(s_row, columns, end), student)
         y = transformed(load_raw(t_row, columns, end), teacher)
-        points = far_point(x, y, logs, of)
+        points = far_point(x, y, logs)
         inside = columns < end
         value += tl.where(inside, term(divergence.far.value, divergence, points), 0.0)
         if wanted.GRADIENT:
             slope += tl.where(inside, term(divergence.far.slope, divergence, points), 0.0)
     return tl.sum(value, 0), tl.sum(slope, 0)
-
-
-@triton.jit
-def far_slopes(
-    student,
-    teacher,
-    gradient,
-    row,
-    end,
-    logs,
-    of,
-    scales,
-    divergence,
-    slope_sum,
-    wanted,
-    BLOCK: tl.constexpr,
-):
-    """The gradient, from slopes computed again."""
-    s_row = row_of(student.rows, row)
-    t_row = row_of(teacher.rows, row)
-    g_row = row_of(gradient, row)
-    scale = scales.kd * NATS_PER_BIT
-    for start in range(0, end, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        raw = load_raw(s_row, columns, end)
-        x = transformed(raw, student)
-        y = transformed(load_raw(t_row, columns, end), teacher)
-        points = far_point(x, y, logs, of)
-        slope = term(divergence.far.slope, divergence, points)
-        g = (slope - points[1] * slope_sum) * scale
-        store_gradient(g_row, columns, end, g, raw, x, student, of, scales, wanted)

@@ -37,8 +37,10 @@ def _far(functions: Functions, o: LogitsOptions) -> Far | None:
     if functions.kl is None or o.kd_weight == 0 or math.isinf(threshold):
         return None
     kl = functions.kl
+    kl_from = functions.kl_from or functions.far_from
     return Far(
         threshold,
+        kl_from(o.parameter_0, o.parameter_1),
         *kl.weights(o.parameter_0, o.parameter_1),
         tl.constexpr(kl.forward),
         tl.constexpr(kl.reverse),

@@ -78,9 +78,12 @@ def log(x):
 
 
 @triton.jit
-def log2(x):
-    """log2(x) for normal x > 0, absolute error below 1e-7 beside that of rounding once."""
-    n, mantissa = _octave(x)
+def log2_minus(log_x, y):
+    """log_x - log2(y) for y >= 0, finite where y is 0.
+
+    The whole part of log2(y) goes first: added up, log2(y) would round more than what is left.
+    """
+    n, mantissa = _octave(y)
     f = mantissa - 1.0
     # Minimax polynomial of log2(1 + f) / f on that interval.
     polynomial = 1.2555973e-1 * f - 2.1017416e-1
@@ -91,7 +94,7 @@ def log2(x):
     polynomial = polynomial * f + 4.8092154e-1
     polynomial = polynomial * f - 7.2134715e-1
     polynomial = polynomial * f + 1.4426949
-    return n.to(tl.float32) + f * polynomial
+    return (log_x - n.to(tl.float32)) - f * polynomial
 
 
 @triton.jit

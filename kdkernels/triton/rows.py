@@ -7,16 +7,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .far import (
-    entropies,
-    exceeds,
-    far_slopes,
-    far_values,
-    is_far,
-    kl_gradient,
-    kls,
-    log_probabilities,
-)
+from .far import entropies, exceeds, far_values, is_far, kl_gradient, kls, log_probabilities
 from .math import LARGEST_FLOAT, NATS_PER_BIT, log
 from .states import states, valid
 from .sweeps import SOFTCAPPED, Scales, Sums, fill, row_of, slopes, softmaxes, transformed, values
@@ -212,23 +203,22 @@ def write_far(
             if divergence.far.ENTROPY:
                 value = (kl.forward + kl.entropy).to(tl.float32)
         else:
-            logs = log_probabilities(state, of)
-            bits, slope = far_values(
-                student, teacher, row, vocab, logs, of, divergence, wanted, BLOCK
-            )
+            logs = log_probabilities(state, kl, of)
+            bits, slope = far_values(student, teacher, row, vocab, logs, divergence, wanted, BLOCK)
             value = bits * NATS_PER_BIT
             done = exceeds(value, divergence.far.threshold)
             if wanted.GRADIENT:
                 scales = scales_for(slope * NATS_PER_BIT, scales, wanted)
                 if done:
-                    far_slopes(
+                    slopes(
                         student,
                         teacher,
                         gradient,
                         row,
+                        0,
                         vocab,
-                        logs,
                         of,
+                        logs,
                         scales,
                         divergence,
                         slope,
@@ -270,6 +260,7 @@ def write_near(
             0,
             vocab,
             of,
+            None,
             scales,
             divergence,
             sums.slope,

@@ -211,6 +211,7 @@ def write_slice(
                         begin,
                         end,
                         of,
+                        None,
                         scales,
                         divergence,
                         sums.slope,

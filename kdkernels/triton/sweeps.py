@@ -18,6 +18,7 @@ import triton.language as tl
 
 from .math import (
     LOG2E,
+    NATS_PER_BIT,
     bregman_difference,
     exp,
     log,
@@ -55,6 +56,7 @@ class Far(NamedTuple):
     """What tells far rows, and their functions: see KL and Functions of divergences.py."""
 
     threshold: tl.tensor
+    kl_threshold: tl.tensor  # of the KL divergences that the first sweep adds up
     forward: tl.tensor  # weights of KL(p || q) and KL(q || p)
     reverse: tl.tensor
     FORWARD: tl.constexpr  # which of them the first sweep adds up
@@ -114,6 +116,16 @@ class Softmaxes(NamedTuple):
     s_origin: tl.tensor
     t_origin: tl.tensor
     offset: tl.tensor  # log q - log p = ((s - s_origin) - (t - t_origin)) / T + offset
+
+
+class LogProbabilities(NamedTuple):
+    """log2 p = (y - t_origin) c - t_rest: what is large is subtracted before it costs digits."""
+
+    c: tl.tensor
+    s_origin: tl.tensor
+    s_rest: tl.tensor
+    t_origin: tl.tensor
+    t_rest: tl.tensor
 
 
 class Scales(NamedTuple):
@@ -195,6 +207,14 @@ def point(x, y, of):
 
 
 @triton.jit
+def far_point(x, y, logs):
+    """p, q, log2 p and log2 q of transformed logits."""
+    log_p = (y - logs.t_origin) * logs.c - logs.t_rest
+    log_q = (x - logs.s_origin) * logs.c - logs.s_rest
+    return tl.exp2(log_p), tl.exp2(log_q), log_p, log_q
+
+
+@triton.jit
 def term(function, divergence, of):
     """Value or slope of the points of a block."""
     return function(*of, divergence.a, divergence.b) if divergence.PARAMETERS else function(*of)
@@ -260,13 +280,17 @@ def slopes(
     begin,
     end,
     of,
+    logs,
     scales,
     divergence,
     slope_sum,
     wanted,
     BLOCK: tl.constexpr,
 ):
-    """Sweep 3: the gradient, or the hard-label term alone where there is no divergence."""
+    """Sweep 3: the gradient, or the hard-label term alone where there is no divergence.
+
+    logs are None but for a far row, whose slopes are in bits.
+    """
     s_row = row_of(student.rows, row)
     t_row = row_of(teacher.rows, row)
     g_row = row_of(gradient, row)
@@ -277,9 +301,14 @@ def slopes(
         g = tl.zeros((BLOCK,), tl.float32)
         if wanted.KD_GRADIENT:
             y = transformed(load_raw(t_row, columns, end), teacher)
-            here = point(x, y, of)
-            slope = term(divergence.slope, divergence, here)
-            g = (slope - here[1] * slope_sum) * scales.kd
+            if logs is None:
+                here = point(x, y, of)
+                slope = term(divergence.slope, divergence, here)
+                g = (slope - here[1] * slope_sum) * scales.kd
+            else:
+                here = far_point(x, y, logs)
+                slope = term(divergence.far.slope, divergence, here)
+                g = (slope - here[1] * slope_sum) * (scales.kd * NATS_PER_BIT)
         store_gradient(g_row, columns, end, g, raw, x, student, of, scales, wanted)
 
 
