@@ -5,9 +5,8 @@ r = log q - log p exact where p and q are close, and the divergence's two parame
 any. slope = d value / d log q up to a multiple of q. The formulas are those of
 csrc/core/divergences.h, which says where they come from.
 
-Those of a far row are the textbook's, of ``(p, q, log2 p, log2 q)``, and their terms in bits. A
-divergence that is a KL divergence, or a mean of two, has none: the sums of the first sweep are its
-value.
+Those of a far row are the textbook's, and their logarithms (not r) and terms in bits. A divergence
+that is a KL divergence, or a mean of two, has none: the sums of the first sweep are its value.
 """
 
 from __future__ import annotations
@@ -90,7 +89,7 @@ def jsd_slope(p, q, log_p, log_q, r, beta, _):
 
 
 @triton.jit
-def jsd_far_value(p, q, log_p, log_q, beta, _):
+def jsd_far_value(p, q, log_p, log_q, r, beta, _):
     of_p = beta * p
     of_q = (1.0 - beta) * q
     m = of_p + of_q
@@ -98,7 +97,7 @@ def jsd_far_value(p, q, log_p, log_q, beta, _):
 
 
 @triton.jit
-def jsd_far_slope(p, q, log_p, log_q, beta, _):
+def jsd_far_slope(p, q, log_p, log_q, r, beta, _):
     of_q = (1.0 - beta) * q
     return of_q * log2_minus(log_q, beta * p + of_q)
 
@@ -131,13 +130,13 @@ def _skew_forward_mixture(p, q, alpha):
 # With m - p or m - q, whose sums are 0, rounding of log p and log q changes a skew divergence at
 # second order only, and slopes where p and q are close keep their digits.
 @triton.jit
-def skew_forward_kl_far_value(p, q, log_p, log_q, alpha, _):
+def skew_forward_kl_far_value(p, q, log_p, log_q, r, alpha, _):
     m = _skew_forward_mixture(p, q, alpha)
     return p * log2_minus(log_p, m) + LOG2E * (m - p)
 
 
 @triton.jit
-def skew_forward_kl_far_slope(p, q, log_p, log_q, alpha, _):
+def skew_forward_kl_far_slope(p, q, log_p, log_q, r, alpha, _):
     m = _skew_forward_mixture(p, q, alpha)
     return (LOG2E * (1.0 - alpha)) * ((m - p) * (q / m))
 
@@ -156,13 +155,13 @@ def skew_reverse_kl_slope(p, q, log_p, log_q, r, alpha, _):
 
 
 @triton.jit
-def skew_reverse_kl_far_value(p, q, log_p, log_q, alpha, _):
+def skew_reverse_kl_far_value(p, q, log_p, log_q, r, alpha, _):
     m = (1.0 - alpha) * p + alpha * q
     return q * log2_minus(log_q, m) + LOG2E * (m - q)
 
 
 @triton.jit
-def skew_reverse_kl_far_slope(p, q, log_p, log_q, alpha, _):
+def skew_reverse_kl_far_slope(p, q, log_p, log_q, r, alpha, _):
     m = (1.0 - alpha) * p + alpha * q
     over_m = log2_minus(log_q, m)
     return q * over_m + (LOG2E * alpha) * ((m - q) * tl.exp2(over_m))
@@ -190,14 +189,14 @@ def tvd_slope(p, q, log_p, log_q, r):
 
 
 @triton.jit
-def tvd_far_value(p, q, log_p, log_q):
+def tvd_far_value(p, q, log_p, log_q, r):
     return (0.5 * LOG2E) * tl.abs(q - p)
 
 
 @triton.jit
-def tvd_far_slope(p, q, log_p, log_q):
+def tvd_far_slope(p, q, log_p, log_q, r):
     half = (0.5 * LOG2E) * q
-    return tl.where(q > p, half, tl.where(q < p, -half, 0.0))
+    return tl.where(r > 0.0, half, tl.where(r < 0.0, -half, 0.0))
 
 
 @triton.jit
@@ -247,7 +246,7 @@ def alpha_beta_slope(p, q, log_p, log_q, r, a, b):
 
 
 @triton.jit
-def alpha_beta_far_value(p, q, log_p, log_q, a, b):
+def alpha_beta_far_value(p, q, log_p, log_q, r, a, b):
     both = tl.exp2(a * log_p + b * log_q)
     # Not by a + b, which rounds apart from the exponents of `both`.
     of_p = tl.exp2(a * log_p + b * log_p)
@@ -257,7 +256,7 @@ def alpha_beta_far_value(p, q, log_p, log_q, a, b):
 
 
 @triton.jit
-def alpha_beta_far_slope(p, q, log_p, log_q, a, b):
+def alpha_beta_far_slope(p, q, log_p, log_q, r, a, b):
     return (LOG2E / a) * (tl.exp2(a * log_q + b * log_q) - tl.exp2(a * log_p + b * log_q))
 
 
@@ -306,7 +305,7 @@ class Functions(NamedTuple):
     slope_sums_to_zero: bool = False  # one sweep less
     feels_shift: bool = False  # a rounding error common to all log q has to be taken back
     kl: KL | None = None  # None: no row is far
-    far_value: triton.JITFunction | None = None  # of (p, q, log2 p, log2 q); None: a KL divergence
+    far_value: triton.JITFunction | None = None  # of log2 p and log2 q; None: a KL divergence
     far_slope: triton.JITFunction | None = None
     far_from: Callable[[float, float], float] = _always_far  # in nats, of the parameters
     # KL(p || q) of a row with that divergence, about; None: the same number.

@@ -154,7 +154,7 @@ def log_probabilities(state, kl, of):
 
 
 @triton.jit
-def far_values(student, teacher, row, end, logs, divergence, wanted, BLOCK: tl.constexpr):
+def far_values(student, teacher, row, end, of, logs, divergence, wanted, BLOCK: tl.constexpr):
     """The divergence and the sum of its slopes, in bits."""
     s_row = row_of(student.rows, row)
     t_row = row_of(teacher.rows, row)
@@ -164,7 +164,7 @@ def far_values(student, teacher, row, end, logs, divergence, wanted, BLOCK: tl.c
         columns = start + tl.arange(0, BLOCK)
         x = transformed(load_raw(s_row, columns, end), student)
         y = transformed(load_raw(t_row, columns, end), teacher)
-        points = far_point(x, y, logs)
+        points = far_point(x, y, logs, of)
         inside = columns < end
         value += tl.where(inside, term(divergence.far.value, divergence, points), 0.0)
         if wanted.GRADIENT:

@@ -204,7 +204,9 @@ def write_far(
                 value = (kl.forward + kl.entropy).to(tl.float32)
         else:
             logs = log_probabilities(state, kl, of)
-            bits, slope = far_values(student, teacher, row, vocab, logs, divergence, wanted, BLOCK)
+            bits, slope = far_values(
+                student, teacher, row, vocab, of, logs, divergence, wanted, BLOCK
+            )
             value = bits * NATS_PER_BIT
             done = exceeds(value, divergence.far.threshold)
             if wanted.GRADIENT:

@@ -196,22 +196,28 @@ def softmaxes(state, temperature):
 
 
 @triton.jit
+def log_ratio(x, y, of):
+    """r = log q - log p of transformed logits."""
+    return ((x - of.s_origin) - (y - of.t_origin)) * of.inverse_temperature + of.offset
+
+
+@triton.jit
 def point(x, y, of):
     """p, q, log p, log q and r = log q - log p of transformed logits; r is 0 if both are -inf."""
     p = tl.exp2((y - of.t_base) * of.c) * of.t_inverse
     q = tl.exp2((x - of.s_base) * of.c) * of.s_inverse
     log_p = (y - of.t_base) * of.inverse_temperature - of.t_log_sum
     log_q = (x - of.s_base) * of.inverse_temperature - of.s_log_sum
-    r = ((x - of.s_origin) - (y - of.t_origin)) * of.inverse_temperature + of.offset
+    r = log_ratio(x, y, of)
     return p, q, log_p, log_q, tl.where(r == r, r, 0.0)
 
 
 @triton.jit
-def far_point(x, y, logs):
-    """p, q, log2 p and log2 q of transformed logits."""
+def far_point(x, y, logs, of):
+    """p, q, log2 p, log2 q and r of transformed logits."""
     log_p = (y - logs.t_origin) * logs.c - logs.t_rest
     log_q = (x - logs.s_origin) * logs.c - logs.s_rest
-    return tl.exp2(log_p), tl.exp2(log_q), log_p, log_q
+    return tl.exp2(log_p), tl.exp2(log_q), log_p, log_q, log_ratio(x, y, of)
 
 
 @triton.jit
@@ -306,7 +312,7 @@ def slopes(
                 slope = term(divergence.slope, divergence, here)
                 g = (slope - here[1] * slope_sum) * scales.kd
             else:
-                here = far_point(x, y, logs)
+                here = far_point(x, y, logs, of)
                 slope = term(divergence.far.slope, divergence, here)
                 g = (slope - here[1] * slope_sum) * (scales.kd * NATS_PER_BIT)
         store_gradient(g_row, columns, end, g, raw, x, student, of, scales, wanted)
