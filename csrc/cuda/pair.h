@@ -16,6 +16,7 @@ struct KLSums {
 struct alignas(16) PairState {
   State student, teacher;
   KLSums sums;
+  float label_logit = 0;  // see row_states.h
 
   // The same relative to larger maxima.
   KD_DEVICE void rise(float s_max, float t_max, float c) {

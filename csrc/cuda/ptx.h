@@ -136,15 +136,8 @@ KD_DEVICE unsigned cluster_index() {
   return index;
 }
 
-// What a thread wrote before it arrives, in any CTA's shared memory, all see after they waited.
-// All threads of a CTA call these; the relaxed one promises nothing about memory, and so does not
-// wait for what is on its way.
-KD_DEVICE void cluster_arrive() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-#endif
-}
-
+// All threads of a CTA call these. Memory is not ordered: all that others learn is that a CTA has
+// started, and what fence_mbarrier_init() is about.
 KD_DEVICE void cluster_arrive_relaxed() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
@@ -154,32 +147,75 @@ KD_DEVICE void cluster_arrive_relaxed() {
 KD_DEVICE void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#else
-  __syncthreads();
 #endif
 }
 
-// Stores where `mine` lies, in the shared memory of CTA `rank` of the cluster.
-template <class T>
-KD_DEVICE void store_remote(T* mine, const T& value, unsigned rank) {
+KD_DEVICE uint32_t shared_address(const void* shared) {
+  return (uint32_t)__cvta_generic_to_shared(shared);
+}
+
+// An mbarrier's phase is over once so many threads have arrived, and the bytes they expect as well.
+KD_DEVICE void mbarrier_init(uint64_t* barrier, unsigned arrivals) {
 #if __CUDA_ARCH__ >= 900
-  uint32_t address = (uint32_t)__cvta_generic_to_shared(mine);
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(address), "r"(rank));
-  constexpr int kWord = sizeof(T) % 16 == 0 ? 16 : sizeof(T);
-  static_assert(kWord == 8 || kWord == 16);
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(arrivals)
+               : "memory");
+#endif
+}
+
+// Before the cluster's barrier, for other CTAs to see what this thread initialised.
+KD_DEVICE void fence_mbarrier_init() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+
+// Arrives. Bytes may come before they are expected, as the phase lasts until then.
+KD_DEVICE void mbarrier_expect_bytes(uint64_t* barrier, unsigned bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
+#endif
+}
+
+// Returns when the phase of this parity is over; the first one's is 0. Whole warps call it: lanes
+// that left one by one would make every shuffle from there on gather them.
+KD_DEVICE void mbarrier_wait(uint64_t* barrier, unsigned parity) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t over;
+  do {
+    asm volatile(
+        "{ .reg .pred over;\n"
+        "  mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 over, [%1], %2;\n"
+        "  selp.u32 %0, 1, 0, over; }"
+        : "=r"(over)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+  } while (!__all_sync(~0u, over));
+#endif
+}
+
+// Stores where `mine` lies, in the shared memory of CTA `rank` of the cluster, and then counts the
+// bytes at the mbarrier there. Orders nothing else that this thread has done.
+template <class T>
+KD_DEVICE void store_async(T* mine, const T& value, uint64_t* barrier, unsigned rank) {
+#if __CUDA_ARCH__ >= 900
+  static_assert(sizeof(T) % 16 == 0);
+  uint32_t to = shared_address(mine), counter = shared_address(barrier);
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(to), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(counter) : "r"(counter), "r"(rank));
 #pragma unroll
-  for (unsigned i = 0; i < sizeof(T); i += kWord) {
-    uint64_t bits[kWord / 8];
-    memcpy(bits, (const char*)&value + i, kWord);
-    if constexpr (kWord == 16)
-      asm volatile("st.shared::cluster.v2.u64 [%0], {%1, %2};" ::"r"(address + i), "l"(bits[0]),
-                   "l"(bits[1])
-                   : "memory");
-    else
-      asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(address + i), "l"(bits[0]) : "memory");
+  for (unsigned i = 0; i < sizeof(T); i += 16) {
+    uint64_t bits[2];
+    memcpy(bits, (const char*)&value + i, 16);
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b64 [%0], {%1, %2}, [%3];" ::
+            "r"(to + i),
+        "l"(bits[0]), "l"(bits[1]), "r"(counter)
+        : "memory");
   }
-#else
-  *mine = value;
 #endif
 }
 

@@ -34,9 +34,9 @@ class RowPair : RowStates<Divergence, Row, kOptions> {
   KD_DEVICE void run() {
     if (kOptions) row_.reads_teacher = uses_divergence();
     row_.load();
-    const float label_logit = this->label_logit();  // before the gradient may overwrite it
+    const float label_logit = this->label_logit();
     row_.wait_until_loaded();
-    this->read_states();
+    this->read_states(label_logit);
     set_scales();
     const bool both_valid = student().valid() && teacher().valid();
     const bool kd_gradient = row_.gradient && (!kOptions || params_.kd_weight != 0);
@@ -107,9 +107,9 @@ class RowPair : RowStates<Divergence, Row, kOptions> {
       for (float& x : t) x = times_or_zero(probabilities.p(x), probabilities.log_p(x));
       teacher.add(sum_of(t));
     });
-    team_.tell(team_.mine().entropies, {warp_sum(student.value()), warp_sum(teacher.value())});
-    team_.arrive();
-    team_.wait();
+    team_.tell(kOfEntropies, team_.mine().entropies,
+               {warp_sum(student.value()), warp_sum(teacher.value())});
+    team_.wait(kOfEntropies);
     Entropies sums;
     team_.for_slots([&](const WarpSlot& slot) {
       sums.student += slot.entropies.student;
@@ -198,8 +198,7 @@ class RowPair : RowStates<Divergence, Row, kOptions> {
     return slope_sum;
   }
 
-  // Sums over the team; returns that of the slopes. A finished gradient leaves in between: before
-  // the others are told they would have to wait for it.
+  // Sums over the team; returns that of the slopes. A finished gradient leaves in between.
   template <bool kFar>
   KD_DEVICE double add_up(const Sums& sums, [[maybe_unused]] bool with_gradient) {
     constexpr bool kFeelsShift = Divergence::kFeelsShift && !kFar;
@@ -207,11 +206,11 @@ class RowPair : RowStates<Divergence, Row, kOptions> {
     TermSums mine{warp_sum(sums.value.value())}, all;
     if constexpr (kSlopes) mine.slope = warp_sum(sums.slope.value());
     if constexpr (kFeelsShift) mine.shift = warp_sum(sums.shift.value());
-    team_.tell(team_.mine().sums[kFar], mine);
-    team_.arrive();
+    constexpr Exchange kExchange = kFar ? kOfFarSums : kOfNearSums;
+    team_.tell(kExchange, team_.mine().sums[kFar], mine);
     if constexpr (Divergence::kSlopeSumsToZero)
       if (with_gradient) row_.store_gradient();
-    team_.wait();
+    team_.wait(kExchange);
     team_.for_slots([&](const WarpSlot& slot) {
       all.value += slot.sums[kFar].value;
       if constexpr (kSlopes) all.slope += slot.sums[kFar].slope;

@@ -55,7 +55,7 @@ class RowStates {
   KD_DEVICE const State& student() const { return summary().student; }
   KD_DEVICE const State& teacher() const { return summary().teacher; }
 
-  KD_DEVICE void read_states() {
+  KD_DEVICE void read_states(float label_logit) {
     RunningPair<Divergence, typename Row::Total> pair(params_.c);
     Running<Sum> at_1(kLog2E);
     Tops tops;
@@ -89,16 +89,20 @@ class RowStates {
     }
 
     team_.wait_until_all_entered();
-    team_.tell(team_.mine().pair, warp_merge<Divergence>(pair.state(), params_.c));
+    WarpStates mine{warp_merge<Divergence>(pair.state(), params_.c), {}, {}};
     if constexpr (kOptions) {
-      if (apart()) team_.tell(team_.mine().student_at_1, warp_merge(at_1.state(), kLog2E));
-      if (params_.metrics) team_.tell(team_.mine().tops, warp_tops(tops));
+      if (apart()) mine.student_at_1 = warp_merge(at_1.state(), kLog2E);
+      if (params_.metrics) mine.tops = warp_tops(tops);
+      // Nobody needs to be told. But who is told may overwrite it, so it has to be here by then.
+      mine.pair.label_logit = label_logit;
+      team_.tell(kOfStates, team_.mine().states, mine);
+    } else {
+      team_.tell(kOfStates, team_.mine().states.pair, mine.pair);
     }
-    team_.arrive();
     float scale = 0;
     if (team_.in_first_warp())  // from memory, while others are waited for
       scale = params_.row_scale ? params_.gradient_scale : weight() * inverse_normalizer();
-    team_.wait();
+    team_.meet();
     if (team_.in_first_warp()) summarize(scale);
     __syncthreads();
   }
@@ -106,14 +110,15 @@ class RowStates {
  private:
   // For all warps of the CTA.
   KD_DEVICE void summarize(float scale) {
+    team_.wait_for(kOfStates);
     PairState pair;
     State at_1;
     Tops tops;
     team_.for_slots([&](const WarpSlot& slot) {
-      pair.merge(slot.pair, params_.c);
+      pair.merge(slot.states.pair, params_.c);
       if constexpr (kOptions) {
-        if (apart()) at_1.merge(slot.student_at_1, kLog2E);
-        if (params_.metrics) tops.merge(slot.tops);
+        if (apart()) at_1.merge(slot.states.student_at_1, kLog2E);
+        if (params_.metrics) tops.merge(slot.states.tops);
       }
     });
     pair = warp_merge<Divergence>(pair, params_.c);

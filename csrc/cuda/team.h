@@ -14,17 +14,28 @@ struct alignas(16) Entropies {
   double student = 0, teacher = 0;
 };
 
-// What one warp tells the others.
-struct alignas(16) WarpSlot {
+// After the first sweep; the last two for calls with options.
+struct alignas(16) WarpStates {
   PairState pair;
   State student_at_1;
   Tops tops;
+};
+
+// When warps tell each other something: each at most once a row.
+enum Exchange { kOfStates, kOfEntropies, kOfNearSums, kOfFarSums, kExchanges };
+
+// What one warp tells the others. Every exchange has a place of its own here, and an mbarrier of
+// its own: a fast CTA may be one exchange ahead of a slow one.
+struct alignas(16) WarpSlot {
+  WarpStates states;
   TermSums sums[2];  // of near and of far terms: a row may need both
   Entropies entropies;
 };
 
-// Every warp writes its slot in every CTA, all wait, and then one warp, or every warp, reads all
-// slots of its own CTA, in the same order, so that all have the same bits.
+// Every warp writes its slot in every CTA, and then one warp, or every warp, waits and reads all
+// slots of its own CTA, in the same order, so that all have the same bits. In a cluster what is
+// told counts its bytes where it arrives: nobody waits for another CTA but for these, and none
+// exits before it has all that it is told.
 class Team {
  public:
   KD_DEVICE explicit Team(unsigned size)
@@ -39,35 +50,46 @@ class Team {
   // This thread's number in the team.
   KD_DEVICE unsigned first() const { return rank() * blockDim.x + threadIdx.x; }
 
-  // No CTA may write into another's shared memory before that one has started.
+  // No CTA may write into another's shared memory before that one has started and counts.
   KD_DEVICE void enter() const {
-    if (size > 1) cluster_arrive_relaxed();
+    if (size == 1) return;
+    if (threadIdx.x == 0) {
+#pragma unroll
+      for (int i = 0; i < kExchanges; ++i) mbarrier_init(arrived((Exchange)i), 1);
+      fence_mbarrier_init();
+    }
+    __syncwarp();
+    cluster_arrive_relaxed();
   }
   KD_DEVICE void wait_until_all_entered() const {
     if (size > 1) cluster_wait();
   }
 
-  // After wait(), every thread sees what every thread told before it arrived.
-  KD_DEVICE void arrive() const {
-    if (size > 1) cluster_arrive();
-  }
-  KD_DEVICE void wait() const {
-    if (size > 1)
-      cluster_wait();
-    else
-      __syncthreads();
-  }
-
   KD_DEVICE WarpSlot& mine() const { return slots_[rank() * warps + threadIdx.x / 32]; }
 
-  // Writes `value`, the same in every lane, at `place` of mine() in every CTA.
+  // Writes `value`, the same in every lane, at `place` of mine() in every CTA: all that this warp
+  // tells in this exchange.
   template <class T>
-  KD_DEVICE void tell(T& place, const T& value) const {
+  KD_DEVICE void tell(Exchange which, T& place, const T& value) const {
     if (size == 1) {
       if (lane == 0) place = value;
-    } else if (lane < size) {
-      store_remote(&place, value, lane);
+      return;
     }
+    if (threadIdx.x == 0) mbarrier_expect_bytes(arrived(which), size * warps * sizeof(T));
+    if (lane < size) store_async(&place, value, arrived(which), lane);
+  }
+
+  // A warp sees what every warp told once all warps of its CTA have called meet(), and it has
+  // called wait_for().
+  KD_DEVICE void meet() const {
+    if (size == 1) __syncthreads();
+  }
+  KD_DEVICE void wait_for(Exchange which) const {
+    if (size > 1) mbarrier_wait(arrived(which), 0);
+  }
+  KD_DEVICE void wait(Exchange which) const {
+    meet();
+    wait_for(which);
   }
 
   // Calls read(slot) for this lane's share of all warps' slots.
@@ -81,7 +103,7 @@ class Team {
   KD_DEVICE bool in_first_warp() const { return threadIdx.x < 32; }
   template <class T>
   KD_DEVICE T& summary() const {
-    static_assert(sizeof(T) <= sizeof(WarpSlot));
+    static_assert(sizeof(T) + kExchanges * sizeof(uint64_t) <= sizeof(WarpSlot));
     return *reinterpret_cast<T*>(slots_ + size * warps);
   }
 
@@ -90,6 +112,11 @@ class Team {
   const unsigned stride;       // threads in the team
 
  private:
+  // The mbarrier of an exchange, at the end of that slot; used once, so its phase is the first.
+  KD_DEVICE uint64_t* arrived(Exchange which) const {
+    return reinterpret_cast<uint64_t*>(slots_ + size * warps + 1) - kExchanges + which;
+  }
+
   WarpSlot* const slots_;
 };
 

@@ -1,5 +1,5 @@
 // What the threads of a kernel do: barriers, exchanges in a warp, distributed shared memory,
-// mbarriers and bulk copies. To be compiled like scheduler.cpp.
+// mbarriers, bulk copies and asynchronous stores. To be compiled like scheduler.cpp.
 #include <cstdio>
 
 #include "scheduler.h"
@@ -126,6 +126,7 @@ void cluster_arrive(bool ordered, Where where) {
   Thread& self = *state.current;
   Barrier& barrier = state.cluster_barrier;
   if (self.cluster_arrived) fail(where, "cluster_arrive twice without cluster_wait");
+  if (self.fence_due) fail(where, "cluster_arrive after mbarrier_init without a fence");
   self.cluster_arrived = true;
   self.cluster_phase = barrier.phase;
   if (ordered) release(&barrier.address[barrier.phase & 1]);
@@ -187,7 +188,7 @@ OwnCopy next_put_off() {
   return self.late_copies ? self.late[--self.late_copies] : OwnCopy{};
 }
 
-// ---- mbarriers and bulk copies ----
+// ---- mbarriers, bulk copies and asynchronous stores ----
 
 namespace {
 
@@ -228,7 +229,7 @@ void complete(Copy& copy) {
   void* const running = __tsan_get_current_fiber ? __tsan_get_current_fiber() : nullptr;
   if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(copy.shared, copy.bytes);
   if (running) __tsan_switch_to_fiber(copy.tsan_fiber, 1);
-  std::memcpy(copy.shared, copy.global, copy.bytes);
+  std::memcpy(copy.shared, copy.global ? copy.global : copy.value, copy.bytes);
   Mbarrier value = load(copy.barrier, Where::here());
   release(phase_address(copy.barrier, value.phase));
   if (running) {
@@ -240,6 +241,37 @@ void complete(Copy& copy) {
   store(copy.barrier, value);
 }
 
+namespace {
+
+// Puts a copy on its way, in a free place: it is there at once, at any time, or only when all else
+// waits. Until then nobody may read what it writes to.
+void start(const Copy& issued) {
+  load(issued.barrier, issued.where);
+  Copy* copy = state.copies;
+  while (copy < state.copies + kMaxCopies && copy->bytes) ++copy;
+  const bool full = copy == state.copies + kMaxCopies;
+  Copy at_once;
+  if (full) copy = &at_once;
+  *copy = issued;
+  if (__tsan_create_fiber) {
+    copy->tsan_fiber = __tsan_create_fiber(0);
+    __tsan_set_fiber_name(copy->tsan_fiber, "copy");
+  }
+  if (__asan_poison_memory_region) __asan_poison_memory_region(copy->shared, copy->bytes);
+  switch (full ? 0 : random() % 3) {
+    case 0:
+      complete(*copy);
+      break;
+    case 1:
+      push({random(), nullptr, copy});
+      break;
+    default:
+      push({0, nullptr, copy});
+  }
+}
+
+}  // namespace
+
 void mbarrier_init(uint64_t* barrier, unsigned arrivals, Where where) {
   check_aligned(barrier, 8, "an mbarrier", where);
   if (arrivals < 1 || arrivals > 1024) fail(where, "an mbarrier for %u arrivals", arrivals);
@@ -247,6 +279,12 @@ void mbarrier_init(uint64_t* barrier, unsigned arrivals, Where where) {
   value.magic = kMagic;
   value.expected = value.pending = arrivals;
   std::memcpy(barrier, &value, sizeof value);
+  state.current->fence_due = true;
+}
+
+void fence_mbarrier_init() {
+  fence();
+  state.current->fence_due = false;
 }
 
 void mbarrier_arrive(uint64_t* barrier, int64_t expected_bytes, Where where) {
@@ -274,27 +312,20 @@ void copy_bulk(void* shared, const void* global, size_t bytes, uint64_t* barrier
   if (offset < 0 || offset + bytes > state.launch.shared_bytes)
     fail(where, "a bulk copy of %zu bytes to offset %td of %zu bytes of shared memory", bytes,
          offset, state.launch.shared_bytes);
-  load(barrier, where);
-  Copy* copy = state.copies;
-  while (copy < state.copies + kMaxCopies && copy->bytes) ++copy;
-  if (copy == state.copies + kMaxCopies) fail(where, "more than %d bulk copies", kMaxCopies);
-  *copy = {(char*)shared, (const char*)global, bytes, barrier, nullptr};
-  if (__tsan_create_fiber) {
-    copy->tsan_fiber = __tsan_create_fiber(0);
-    __tsan_set_fiber_name(copy->tsan_fiber, "bulk copy");
-  }
-  if (__asan_poison_memory_region) __asan_poison_memory_region(shared, bytes);
-  // At once, at any time, or only when all else waits.
-  switch (random() % 3) {
-    case 0:
-      complete(*copy);
-      break;
-    case 1:
-      push({random(), nullptr, copy});
-      break;
-    default:
-      push({0, nullptr, copy});
-  }
+  start(
+      {state.current->cta, (char*)shared, (const char*)global, bytes, barrier, nullptr, where, {}});
+}
+
+void store_async(const void* mine, const void* value, size_t bytes, uint64_t* barrier,
+                 unsigned rank, Where where) {
+  if (bytes % 16 || bytes > kMaxStored) fail(where, "store_async of %zu bytes", bytes);
+  Copy store{
+      nullptr, (char*)remote(mine, bytes, rank, where), nullptr, bytes, nullptr, nullptr, where,
+      {}};
+  store.to = &state.ctas[rank];
+  store.barrier = (uint64_t*)remote(barrier, sizeof *barrier, rank, where);
+  std::memcpy(store.value, value, bytes);
+  start(store);
 }
 
 }  // namespace kd::emulator

@@ -4,9 +4,10 @@
 // The threads of a cluster are fibers on one OS thread (emulator.cpp). They run in an order drawn
 // from a seed, until they have to wait. What a device would punish, at times, is always an error
 // here: a lane missing from a *_sync call, a misaligned access, a wait that never ends, remote
-// shared memory of a CTA that has exited, shared memory that nobody wrote (NaN). AddressSanitizer
-// sees memory overruns, since tests allocate exact sizes; ThreadSanitizer sees missing barriers,
-// since it is told of the order that barriers make and of no other.
+// shared memory of a CTA that has exited or does so before it arrives, shared memory that nobody
+// wrote (NaN), or to which a copy is under way. AddressSanitizer sees this last and memory
+// overruns, since tests allocate exact sizes; ThreadSanitizer sees missing barriers, since it is
+// told of the order that barriers make and of no other.
 #pragma once
 
 #define KD_EMULATE 1
@@ -65,9 +66,12 @@ void cluster_wait(Where where);
 // The address in another CTA's shared memory that corresponds to one in our own.
 void* remote(const volatile void* mine, size_t bytes, unsigned rank, Where where);
 void mbarrier_init(uint64_t* barrier, unsigned arrivals, Where where);
+void fence_mbarrier_init();
 void mbarrier_arrive(uint64_t* barrier, int64_t expected_bytes, Where where);
 void mbarrier_wait(uint64_t* barrier, unsigned parity, Where where);
 void copy_bulk(void* shared, const void* global, size_t bytes, uint64_t* barrier, Where where);
+void store_async(const void* mine, const void* value, size_t bytes, uint64_t* barrier,
+                 unsigned rank, Where where);
 // A thread's own copies of 16 bytes: put off until it waits, or else to be done at once.
 struct OwnCopy {
   void* shared = nullptr;
@@ -367,7 +371,11 @@ inline void copy_bulk_async(void* shared, const void* global, unsigned bytes, ui
                             KD_HERE) {
   emulator::copy_bulk(shared, global, bytes, barrier, where);
 }
-inline void fence_mbarrier_init() { emulator::fence(); }
+template <class T>
+void store_async(T* mine, const T& value, uint64_t* barrier, unsigned rank, KD_HERE) {
+  emulator::store_async(mine, &value, sizeof(T), barrier, rank, where);
+}
+inline void fence_mbarrier_init() { emulator::fence_mbarrier_init(); }
 inline void fence_proxy_async() { emulator::fence(); }
 
 struct Grid {

@@ -193,6 +193,9 @@ void exit_thread() {
       fail(open.where, "%s waits for lane %u, which has exited", open.what, self.index % 32);
   release(&cta.exits);
   if (++cta.exited == cta.threads.size()) {
+    for (const Copy& copy : state.copies)
+      if (copy.bytes && copy.to == &cta)
+        fail(copy.where, "what it sends to CTA %u is under way when that exits", cta.index);
     // Shared memory ends here: for ThreadSanitizer by a write that must come after every access.
     acquire(&cta.exits);
     std::memset(cta.shared, 0xff, state.launch.shared_bytes);
@@ -277,8 +280,6 @@ void run_cluster(unsigned index, const std::vector<char*>& shared) {
   }
   state.current = nullptr;
   run_next(state.main);
-  for (const Copy& copy : state.copies)
-    if (copy.bytes) fail(Where::here(), "a bulk copy is still under way when its cluster ends");
 }
 
 }  // namespace

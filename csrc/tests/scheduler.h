@@ -24,6 +24,7 @@ KD_WEAK void __tsan_release(void* address);
 namespace kd::emulator {
 
 constexpr int kMaxCopies = 1024;
+constexpr size_t kMaxStored = 128;  // bytes of one store_async
 
 struct Cta;
 
@@ -52,6 +53,7 @@ struct Thread {
   bool exited = false;
   bool cluster_arrived = false;
   unsigned cluster_phase = 0;  // of the last arrival
+  bool fence_due = false;      // for mbarriers it initialised
   OwnCopy late[kMaxLate];
   unsigned late_copies = 0;
   // What it waits for; null where it can run.
@@ -88,15 +90,19 @@ struct Cta {
   char exits = 0;
 };
 
+// On its way to shared memory, by a bulk copy or a store to another CTA.
 struct Copy {
+  const Cta* to = nullptr;
   char* shared = nullptr;
-  const char* global = nullptr;
-  size_t bytes = 0;  // 0: free
+  const char* global = nullptr;  // null: `value` is stored
+  size_t bytes = 0;              // 0: free
   uint64_t* barrier = nullptr;
   void* tsan_fiber = nullptr;  // a thread of its own, which begins where the copy is issued
+  Where where{};
+  char value[kMaxStored] = {};
 };
 
-// Whatever can happen next: a thread goes on, or a bulk copy completes.
+// Whatever can happen next: a thread goes on, or a copy completes.
 struct Event {
   uint64_t key;
   Thread* thread;
@@ -139,7 +145,7 @@ void wake(const volatile void* object);
 void yield();
 void make_ready(Thread& thread);
 
-// A bulk copy completes when its turn comes: at once for the largest key.
+// A copy completes when its turn comes: at once for the largest key.
 void push(Event event);
 void complete(Copy& copy);
 

@@ -26,6 +26,9 @@ enum class Fault {
   kUninitialised,
   kRelaxed,
   kTwoBarriers,
+  kWrongParity,
+  kOnePlace,
+  kNoFence,
 };
 
 struct SumParams {
@@ -88,6 +91,46 @@ __global__ void cluster_sum(const SumParams params) {
     cluster_wait();
   }
   if (threadIdx.x == 0) params.total[fault == Fault::kSameElement ? 0 : blockIdx.x] = total;
+}
+
+// The same by asynchronous stores, a share of every slice a round. Two places for what arrives: a
+// fast CTA is at most one round ahead of a slow one.
+template <Fault fault>
+__global__ void told_sum(const SumParams params) {
+  struct alignas(16) Share {
+    float sum, unused[3];
+  };
+  struct Shared {
+    Share shares[2][16];
+    uint64_t told[2];
+  };
+  Shared& shared = *shared_memory<Shared>();
+  constexpr int kRounds = 5;
+  const unsigned lane = threadIdx.x, rank = cluster_rank(), size = cluster_size();
+  if (lane == 0) {
+    for (uint64_t& barrier : shared.told) mbarrier_init(&barrier, 1);
+    if (fault != Fault::kNoFence) fence_mbarrier_init();
+  }
+  if (fault != Fault::kNoFirstBarrier) {
+    cluster_arrive_relaxed();
+    cluster_wait();
+  }
+  float total = 0;
+  for (int round = 0; round < kRounds; ++round) {
+    const int place = fault == Fault::kOnePlace ? 0 : round % 2;
+    const int parity = (fault == Fault::kOnePlace ? round : round / 2) % 2;
+    Share share{};
+    for (int i = rank + round * size; i < params.count; i += size * kRounds)
+      share.sum += params.x[i];
+    const unsigned bytes = size * sizeof share - (fault == Fault::kTooFewBytes ? 16 : 0);
+    if (lane == 0) mbarrier_expect_bytes(&shared.told[place], bytes);
+    if (lane < size) store_async(&shared.shares[place][rank], share, &shared.told[place], lane);
+    if (fault != Fault::kNoWait)
+      mbarrier_wait(&shared.told[place], fault == Fault::kWrongParity ? !parity : parity);
+    for (unsigned i = 0; i < size; ++i) total += shared.shares[place][i].sum;
+    __syncwarp();
+  }
+  if (lane == 0) params.total[blockIdx.x] = total;
 }
 
 // One thread feeds a ring of stages by bulk copies, all add up what arrives.
@@ -198,6 +241,11 @@ void run_cluster() {
     run(cluster_sum<fault>, {2 * size, 32, size, 4}, 2 * size);
 }
 template <Fault fault = Fault::kNone>
+void run_told() {
+  for (const unsigned size : {2, 4, 8, 16, 1})
+    run(told_sum<fault>, {2 * size, 32, size, 2 * 16 * 16 + 2 * 8}, 2 * size);
+}
+template <Fault fault = Fault::kNone>
 void run_pipeline() {
   run(pipeline_sum<fault>, {1, 64, 1, 3 * 64 * 4 + 6 * 8 + 32 * 4});
 }
@@ -252,6 +300,9 @@ void check_faults() {
                 run_pipeline<Fault::kMisaligned>);
   expect_caught("fewer bytes than expected", "wait in mbarrier_wait", 4, 4,
                 run_pipeline<Fault::kTooFewBytes>);
+  expect_caught("an mbarrier without a fence", "without a fence", 4, 4, run_told<Fault::kNoFence>);
+  expect_caught("a remote mbarrier without a first cluster barrier", nullptr, 20, 18,
+                run_told<Fault::kNoFirstBarrier>);
   expect_caught("a misaligned copy of its own", "4 bytes beyond a multiple of 16", 4, 4,
                 run_copied<Fault::kMisaligned>);
   expect_caught("no wait for a copy of its own", "before a copy_16 of its own has arrived", 4, 4,
@@ -261,6 +312,10 @@ void check_faults() {
   expect_caught("no cluster barrier", nullptr, 20, 18, run_cluster<Fault::kNoBarrier>);
   expect_caught("no wait for a copy", "use-after-poison", 20, 10, run_pipeline<Fault::kNoWait>);
   expect_caught("no wait for an empty stage", nullptr, 20, 10, run_pipeline<Fault::kNoEmptyWait>);
+  expect_caught("no wait for what is told", nullptr, 20, 18, run_told<Fault::kNoWait>);
+  expect_caught("a wait for the other parity", nullptr, 20, 18, run_told<Fault::kWrongParity>);
+  expect_caught("one place for all rounds", nullptr, 20, 18, run_told<Fault::kOnePlace>);
+  expect_caught("fewer bytes than are told", nullptr, 20, 18, run_told<Fault::kTooFewBytes>);
   expect_caught("one element read too far", "heap-buffer-overflow", 4, 4,
                 run_block<Fault::kTooFar>);
   expect_caught("one element of shared memory too far", "heap-buffer-overflow", 4, 4,
@@ -274,6 +329,9 @@ void check_races() {
   expect_caught("race: a relaxed arrival", kRace, 4, 4, run_cluster<Fault::kRelaxed>);
   expect_caught("race: no last cluster barrier", nullptr, 4, 4, run_cluster<Fault::kNoLastBarrier>);
   expect_caught("race: clusters write one element", kRace, 4, 4, run_cluster<Fault::kSameElement>);
+  expect_caught("race: no wait for what is told", nullptr, 4, 4, run_told<Fault::kNoWait>);
+  expect_caught("race: a wait for the other parity", nullptr, 4, 4, run_told<Fault::kWrongParity>);
+  expect_caught("race: one place for all rounds", nullptr, 4, 4, run_told<Fault::kOnePlace>);
   expect_caught("race: no wait for a copy", kRace, 4, 4, run_pipeline<Fault::kNoWait>);
   expect_caught("race: no wait for an empty stage", kRace, 4, 4, run_pipeline<Fault::kNoEmptyWait>);
 }
@@ -289,6 +347,7 @@ int main() {
     kd::emulator::options = {(uint64_t)seed, "sums"};
     run_block();
     run_cluster();
+    run_told();
     run_pipeline();
     run_copied();
     run_warps();

@@ -21,6 +21,7 @@ int main(int count, char** arguments) {
     c.misaligned[1] = 3;  // unlike the others
     c.labels = true;
     c.ce_weight = 1;
+    c.metrics = true;
     c.student = c.teacher = DType::kBFloat16;
     c.tile = {cuda::Kernel::kShared, 2, 64};
     tests::check(c);
