@@ -94,7 +94,6 @@ struct ScaleParams {
   const float* grad_output = nullptr;
   int64_t grad_output_stride = 0;
   const float* row_scale = nullptr;  // (rows,)
-  int64_t first_row = 0;             // of this launch (CUDA)
 };
 
 }  // namespace kd

@@ -1,6 +1,7 @@
 // How the threads of a team share out the columns of a row.
 #pragma once
 
+#include "rows_params.h"
 #include "team.h"
 
 namespace kd::cuda {
@@ -26,21 +27,13 @@ struct Columns {
   int stride;      // threads in the team
   int edge = -1;   // this thread's left-over column
 
-  KD_DEVICE Columns(const Team& team, int64_t vocab_size, const char* student, DType student_dtype,
-                    const char* teacher, DType teacher_dtype, const char* gradient)
-      : vocab((int)vocab_size), aligned(false), stride(team.stride) {
-    const int student_size = (int)item_size(student_dtype);
-    const int teacher_size = (int)item_size(teacher_dtype);
-    const auto whole = [](const char* row, int bytes) {
-      return ((uintptr_t)row + bytes) % 16 == 0;
-    };
-    const int shift = student_dtype == DType::kFloat32 ? 2 : 3;  // 1 << shift of them are 16 bytes
-    int head = (int)(-(uintptr_t)student % 16) >> (4 - shift);
-    for (; head < kCount; head += 1 << shift) {
-      aligned = whole(student, head * student_size) && whole(teacher, head * teacher_size) &&
-                (!gradient || whole(gradient, head * student_size));
-      if (aligned) break;
-    }
+  KD_DEVICE Columns(const Team& team, const LaunchParams& params, const char* student,
+                    const char* teacher, const char* gradient)
+      : vocab((int)params.vocab), stride(team.stride) {
+    int head = params.head;
+    if (head == LaunchParams::kByRow)
+      head = head_of(student, params.student.dtype, teacher, params.teacher.dtype, gradient);
+    aligned = head >= 0;
     const int first = team.first();
     begin = first;
     end = vocab;

@@ -92,7 +92,7 @@ void scale(const ScaleParams& call, int device, void* stream) {
   check_rows(call.rows);
   const Capturable capturable;
   use_device(device);
-  ScaleParams params = call;
+  ScaleLaunch params(call);
   launch_in_parts(params, call.rows, [&](int64_t rows) {
     launch(scale_kernel, Grid{(unsigned)rows, kScaleThreads, 1, 0}, stream, params);
   });

@@ -235,13 +235,31 @@ KD_DEVICE uint4 pack(const float (&x)[kLanes<kItem>], bool bfloat16) {
   return {words[0], words[1], words[2], words[3]};
 }
 
-// Rows::row for at most kMaxRows rows: a 64-bit division costs as much as a sweep of a short row.
-KD_DEVICE char* row_of(const Rows& rows, int64_t index) {
-  const int64_t outer = index < rows.inner_size ? 0 : (uint32_t)index / (uint32_t)rows.inner_size;
-  const int64_t inner = index - outer * rows.inner_size;
-  return rows.data +
-         (outer * rows.outer_stride + inner * rows.inner_stride) * item_size(rows.dtype);
-}
+// Rows::row for at most kMaxRows rows, in bytes. The host divides, so that a kernel multiplies
+// only: the address of its row is what every load waits for.
+struct RowPlaces {
+  char* data = nullptr;
+  int64_t stride = 0;  // between rows
+  int64_t jump = 0;    // beside it, after each inner_size rows
+  uint64_t share = 0;  // 2^64 / inner_size, rounded up; 0: no jumps
+
+  RowPlaces() = default;
+  explicit RowPlaces(const Rows& rows) : data(rows.data) {
+    if (!data) return;
+    const int64_t bytes = item_size(rows.dtype);
+    stride = bytes * (rows.inner_size == 1 ? rows.outer_stride : rows.inner_stride);
+    jump = bytes * rows.outer_stride - stride * rows.inner_size;
+    if (jump != 0) share = ~(uint64_t)0 / rows.inner_size + 1;
+  }
+
+  // Whether all lie alike, modulo 16 bytes.
+  bool alike() const { return stride % 16 == 0 && jump % 16 == 0; }
+
+  // Exact, as both are below 2^32: what rounding adds to the quotient is less than 2^-32.
+  KD_DEVICE char* operator[](uint32_t row) const {
+    return data + row * stride + (uint32_t)__umul64hi(share, row) * jump;
+  }
+};
 
 // One element of a row.
 

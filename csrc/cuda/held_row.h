@@ -106,13 +106,12 @@ class HeldRow {
   // What adds up a thread's vectors.
   using Total = ShortSum;
 
-  KD_DEVICE HeldRow(const LogitsParams& params, const Team& team, int64_t row)
-      : student(row_of(params.student, row)),
-        gradient(params.gradient.data ? row_of(params.gradient, row) : nullptr),
-        teacher_(row_of(params.teacher, row)),
+  KD_DEVICE HeldRow(const LaunchParams& params, const Team& team, int64_t row)
+      : student(params.student_rows[row]),
+        gradient(params.gradient_rows[row]),
+        teacher_(params.teacher_rows[row]),
         bfloat16_(params.student.dtype == DType::kBFloat16),
-        columns_(team, params.vocab, student, params.student.dtype, teacher_, params.teacher.dtype,
-                 gradient),
+        columns_(team, params, student, teacher_, gradient),
         storage_(team) {}
 
   KD_DEVICE void load() {

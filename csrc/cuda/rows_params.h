@@ -9,17 +9,49 @@
 
 namespace kd::cuda {
 
+// How many columns of a row lie before the first that is at a multiple of 16 bytes in every tensor;
+// -1 where none is.
+KD_INLINE int head_of(const char* student, DType student_dtype, const char* teacher,
+                      DType teacher_dtype, const char* gradient) {
+  const int student_size = (int)item_size(student_dtype);
+  const int teacher_size = (int)item_size(teacher_dtype);
+  const auto whole = [](const char* row, int bytes) { return ((uintptr_t)row + bytes) % 16 == 0; };
+  const int shift = student_dtype == DType::kFloat32 ? 2 : 3;  // 1 << shift of them are 16 bytes
+  int head = (int)(-(uintptr_t)student % 16) >> (4 - shift);
+  for (; head < 8; head += 1 << shift)
+    if (whole(student, head * student_size) && whole(teacher, head * teacher_size) &&
+        (!gradient || whole(gradient, head * student_size)))
+      return head;
+  return -1;
+}
+
 // The parameters of a launch, with what the host can compute once. token_weight is 0 for rows
 // that take no part; a null normalizer is 1; loss is (rows,), before the reduction.
+struct LaunchParams : LogitsParams {
+  static constexpr int kByRow = -2;
+
+  RowPlaces student_rows, teacher_rows, gradient_rows;
+  int head = kByRow;      // see head_of, where it is the same for all rows
+  int64_t first_row = 0;  // of this launch
+
+  explicit LaunchParams(const LogitsParams& params)
+      : LogitsParams(params),
+        student_rows(params.student),
+        teacher_rows(params.teacher),
+        gradient_rows(params.gradient) {
+    if (student_rows.alike() && teacher_rows.alike() && gradient_rows.alike())
+      head = head_of(student.data, student.dtype, teacher.data, teacher.dtype, gradient.data);
+  }
+};
+
 template <class Divergence>
-struct RowsParams : LogitsParams {
+struct RowsParams : LaunchParams {
   Divergence term;
   float c;  // log2(e) / temperature
   float inverse_temperature;
-  int64_t first_row = 0;  // of this launch
 
   explicit RowsParams(const LogitsParams& params)
-      : LogitsParams(params),
+      : LaunchParams(params),
         term(params.parameters[0], params.parameters[1]),
         c((float)(1.4426950408889634 / params.temperature)),
         inverse_temperature((float)(1 / (double)params.temperature)) {}

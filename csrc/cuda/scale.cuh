@@ -17,13 +17,21 @@ KD_DEVICE void scale_vector(char* at, bool bfloat16, float factor) {
   store_16(at, pack<kItem>(x, bfloat16));
 }
 
-__global__ void __launch_bounds__(kScaleThreads) scale_kernel(const ScaleParams params) {
+struct ScaleLaunch : ScaleParams {
+  RowPlaces gradient_rows;
+  int64_t first_row = 0;  // of this launch
+
+  explicit ScaleLaunch(const ScaleParams& params)
+      : ScaleParams(params), gradient_rows(params.gradient) {}
+};
+
+__global__ void __launch_bounds__(kScaleThreads) scale_kernel(const ScaleLaunch params) {
   const int64_t index = params.first_row + blockIdx.x;
   float factor = params.grad_output[index * params.grad_output_stride];
   if (params.row_scale) factor *= params.row_scale[index];
   if (factor == 1) return;
   const Rows& rows = params.gradient;
-  char* const row = row_of(rows, index);
+  char* const row = params.gradient_rows[index];
   const int shift = rows.dtype == DType::kFloat32 ? 2 : 3;  // 1 << shift of them are 16 bytes
   const int64_t misaligned = -(uintptr_t)row % 16 >> (4 - shift);
   const int64_t head = misaligned < rows.width ? misaligned : rows.width;

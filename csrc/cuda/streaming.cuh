@@ -15,13 +15,13 @@ class StreamingRow {
   static constexpr bool kKeeps = false;
   using Total = Sum;
 
-  KD_DEVICE StreamingRow(const LogitsParams& params, const Team& team, int64_t row)
-      : student(row_of(params.student, row)),
-        gradient(params.gradient.data ? row_of(params.gradient, row) : nullptr),
-        teacher_(row_of(params.teacher, row)),
+  KD_DEVICE StreamingRow(const LaunchParams& params, const Team& team, int64_t row)
+      : student(params.student_rows[row]),
+        gradient(params.gradient_rows[row]),
+        teacher_(params.teacher_rows[row]),
         dtype_(params.student.dtype),
         teacher_dtype_(params.teacher.dtype),
-        columns_(team, params.vocab, student, dtype_, teacher_, teacher_dtype_, gradient) {}
+        columns_(team, params, student, teacher_, gradient) {}
 
   KD_DEVICE void load() const {}
   KD_DEVICE void wait_until_loaded() const {}

@@ -9,19 +9,25 @@ namespace kd::cuda {
 constexpr int kTailThreads = 256;
 constexpr size_t kTailSharedBytes = kTailThreads / 32 * sizeof(State);
 
-// TailParams with what the host can say of a row: how to read it, and where to put its gradient.
-struct TailLaunch {
+// TailParams with what the host can compute once. The rows are those of a student that is its own
+// teacher, which nobody reads.
+struct TailLaunch : LaunchParams {
   TailParams tail;
-  LogitsParams row;
-  float c;                // log2(e) / temperature
-  int64_t first_row = 0;  // of this launch
+  float c;  // log2(e) / temperature
 
   explicit TailLaunch(const TailParams& params)
-      : tail(params), c((float)(1.4426950408889634 / params.temperature)) {
-    row.rows = params.rows;
-    row.vocab = params.vocab;
-    row.student = row.teacher = params.student;
-    row.gradient = params.gradient;
+      : LaunchParams(rows_of(params)),
+        tail(params),
+        c((float)(1.4426950408889634 / params.temperature)) {}
+
+ private:
+  static LogitsParams rows_of(const TailParams& params) {
+    LogitsParams result;
+    result.rows = params.rows;
+    result.vocab = params.vocab;
+    result.student = result.teacher = params.student;
+    result.gradient = params.gradient;
+    return result;
   }
 };
 
@@ -93,10 +99,11 @@ __global__ void __launch_bounds__(kTailThreads) tails_kernel(const TailLaunch la
     if (params.at_1) *log_sum_at_1 = -INFINITY;
     return;
   }
-  const StreamingRow row(launch.row, team, index);
+  StreamingRow row(launch, team, index);
+  row.reads_teacher = false;
   ListedColumns listed(params, index);
   Running<Sum> tail(launch.c), tail_at_1(kLog2E);
-  row.for_each_of_student([&](const auto& place, const auto& raw) {
+  row.for_each([&](const auto& place, const auto& raw, const auto&) {
     constexpr int n = std::remove_reference_t<decltype(place)>::kCount;
     float x[n];
 #pragma unroll
@@ -137,7 +144,8 @@ __global__ void __launch_bounds__(kTailThreads) tails_gradient_kernel(const Tail
   const TailParams& params = launch.tail;
   const Team team(1);
   const int64_t index = launch.first_row + blockIdx.x;
-  const StreamingRow row(launch.row, team, index);
+  StreamingRow row(launch, team, index);
+  row.reads_teacher = false;
   const TailFactor tail(params, index, 0, launch.c, 1 / params.temperature);
   const bool at_1 = params.at_1;
   const TailFactor tail_at_1(params, index, at_1, at_1 ? kLog2E : launch.c, 1);
@@ -145,7 +153,7 @@ __global__ void __launch_bounds__(kTailThreads) tails_gradient_kernel(const Tail
   if (both != both) {
     fill(team, row.gradient, row.dtype(), 0, params.vocab, both);
   } else if (tail.factor != 0 || (at_1 && tail_at_1.factor != 0)) {
-    row.for_each_of_student([&](const auto& place, const auto& raw) {
+    row.for_each([&](const auto& place, const auto& raw, const auto&) {
       constexpr int n = std::remove_reference_t<decltype(place)>::kCount;
       float x[n], g[n];
 #pragma unroll

@@ -35,7 +35,7 @@ constexpr int kMaxRegisterThreads = 512, kMaxSharedThreads = 256, kMaxStreamingT
 // Columns are counted in 32 bits, with room for a team's stride.
 constexpr int64_t kMaxVocab = 1 << 30;
 
-// Rows are found by a division of 32 bits.
+// Rows are found by numbers of 32 bits.
 constexpr int64_t kMaxRows = ((int64_t)1 << 32) - 1;
 
 // Rows of a launch: the grid's first dimension holds 2^31 - 1 CTAs, a row needs up to 16.

@@ -126,6 +126,9 @@ constexpr T max(T x, T y) {
 
 inline void __syncthreads(KD_HERE) { kd::emulator::sync_threads(where); }
 inline void __syncwarp(unsigned mask = ~0u, KD_HERE) { kd::emulator::sync_warp(mask, where); }
+inline uint64_t __umul64hi(uint64_t x, uint64_t y) {
+  return (uint64_t)((unsigned __int128)x * y >> 64);
+}
 inline void __threadfence() { kd::emulator::fence(); }
 inline void __threadfence_block() { kd::emulator::fence(); }
 

@@ -29,7 +29,8 @@ void check_scale(DType dtype, int width, int misaligned, int inner_size, bool pe
   params.grad_output = grad_output.data() + !per_row;
   params.grad_output_stride = per_row;
   if (scaled) params.row_scale = row_scale.data();
-  cuda::launch(cuda::scale_kernel, {(unsigned)rows, cuda::kScaleThreads, 1, 0}, nullptr, params);
+  cuda::launch(cuda::scale_kernel, {(unsigned)rows, cuda::kScaleThreads, 1, 0}, nullptr,
+               cuda::ScaleLaunch(params));
 
   expect(gradient.only_rows_differ(before), "written to between the rows");
   Matrix rounded(dtype, 1, 1, 0, 0);
@@ -42,11 +43,31 @@ void check_scale(DType dtype, int width, int misaligned, int inner_size, bool pe
     }
 }
 
+// Rows found by multiplying, against Rows::row, up to the largest numbers.
+void check_places() {
+  std::mt19937_64 generator(0);
+  for (int i = 0; i < 100000; ++i) {
+    const auto below = [&](int bits) { return (int64_t)(generator() >> (64 - 1 - i % bits)); };
+    Rows rows;
+    rows.data = (char*)4096;
+    rows.dtype = (DType)(i % 3);
+    rows.inner_size = 1 + below(32);
+    rows.inner_stride = below(20), rows.outer_stride = below(24);
+    const cuda::RowPlaces places(rows);
+    const int64_t row = below(32), first = row - row % rows.inner_size;
+    for (const int64_t at : {row, first, first + rows.inner_size - 1})
+      if (at < (int64_t)1 << 32)
+        expect(places[(uint32_t)at] == rows.row(at), "row %lld of %lld inner ones", (long long)at,
+               (long long)rows.inner_size);
+  }
+}
+
 }  // namespace
 }  // namespace kd::tests
 
 int main() {
   using namespace kd;
+  tests::check_places();
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16})
     for (const int width : {1, 7, 8, 9, 100, 2053})
       for (const int misaligned : {0, 1, 5})
