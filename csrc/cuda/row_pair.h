@@ -45,7 +45,7 @@ class RowPair : RowStates<Divergence, Row, kOptions> {
         (kd_gradient && !both_valid) ||
         (kOptions && ce_scale_ != 0 && !(state_at_1().valid() && label_in_range()));
     const float cross_entropy = uses_cross_entropy() ? this->cross_entropy(label_logit) : 0;
-    if (kOptions && params_.metrics) read_entropies();  // before the gradient may overwrite them
+    if (kOptions && params_.metrics) write_entropies();  // before the gradient may overwrite them
     if (!uses_divergence())
       divergence_ = 0;
     else if (both_valid)
@@ -94,21 +94,21 @@ class RowPair : RowStates<Divergence, Row, kOptions> {
     return {params_.c, params_.inverse_temperature, student(), teacher()};
   }
 
-  KD_DEVICE void read_entropies() {
+  KD_DEVICE void write_entropies() {
     const Probabilities probabilities = this->probabilities();
-    Sum student, teacher;
+    Sum of_q, of_p;
     row_.for_each_of_student([&](const auto&, auto& s) {
       apply(params_.student_transform, s);
       for (float& x : s) x = times_or_zero(probabilities.q(x), probabilities.log_q(x));
-      student.add(sum_of(s));
+      of_q.add(sum_of(s));
     });
     row_.for_each_of_teacher([&](const auto&, auto& t) {
       apply(params_.teacher_transform, t);
       for (float& x : t) x = times_or_zero(probabilities.p(x), probabilities.log_p(x));
-      teacher.add(sum_of(t));
+      of_p.add(sum_of(t));
     });
     team_.tell(kOfEntropies, team_.mine().entropies,
-               {warp_sum(student.value()), warp_sum(teacher.value())});
+               {warp_sum(of_q.value()), warp_sum(of_p.value())});
     team_.wait(kOfEntropies);
     Entropies sums;
     team_.for_slots([&](const WarpSlot& slot) {
@@ -116,8 +116,10 @@ class RowPair : RowStates<Divergence, Row, kOptions> {
       sums.teacher += slot.entropies.teacher;
     });
     sums.student = warp_sum(sums.student), sums.teacher = warp_sum(sums.teacher);
-    if (this->student().valid()) student_entropy_ = (float)-sums.student;
-    if (this->teacher().valid()) teacher_entropy_ = (float)-sums.teacher;
+    if (team_.first() == 0) {
+      metric(kStudentEntropy) = student().valid() ? (float)-sums.student : NAN;
+      metric(kTeacherEntropy) = teacher().valid() ? (float)-sums.teacher : NAN;
+    }
   }
 
   // What the second sweep adds up.
@@ -354,8 +356,6 @@ class RowPair : RowStates<Divergence, Row, kOptions> {
     if (!kOptions || !params_.metrics) return;
     metric(kDivergence) = (float)divergence_;
     metric(kCrossEntropy) = cross_entropy;
-    metric(kTeacherEntropy) = teacher_entropy_;
-    metric(kStudentEntropy) = student_entropy_;
     metric(kAgreement) = both_valid ? summary().agree : NAN;
   }
 
@@ -365,7 +365,6 @@ class RowPair : RowStates<Divergence, Row, kOptions> {
 
   float kd_scale_, ce_scale_ = 0;  // what a term's gradient is multiplied by
   float range_factor_ = 1;         // see fit_float16_range
-  float student_entropy_ = NAN, teacher_entropy_ = NAN;
   double divergence_ = NAN;
 };
 

@@ -38,15 +38,25 @@ class StreamingRow {
     for_each_of(teacher_, teacher_dtype_, step);
   }
 
-  // Calls step(place, student's logits, teacher's logits).
+  // Calls step(place, student's logits, teacher's logits), while the next place's are on their way.
   template <class Step>
   KD_DEVICE void for_each(Step step) const {
-    for (int slot = 0; columns_.holds(columns_.place(slot)); ++slot) {
-      const Place<kCount> place = columns_.place(slot);
+    Vectors next_s, next_t;
+    const auto fetch_both = [&](const Place<kCount>& place) {
+      if (!columns_.holds(place)) return;
+      fetch(student, dtype_, place, next_s);
+      if (reads_teacher) fetch(teacher_, teacher_dtype_, place, next_t);
+    };
+    Place<kCount> place = columns_.place(0);
+    fetch_both(place);
+    while (columns_.holds(place)) {
+      const Place<kCount> here = place;
       float s[kCount], t[kCount] = {};
-      load(student, dtype_, place, s);
-      if (reads_teacher) load(teacher_, teacher_dtype_, place, t);
-      step(place, s, t);
+      read(student, dtype_, here, next_s, s);
+      if (reads_teacher) read(teacher_, teacher_dtype_, here, next_t, t);
+      place.begin += columns_.pace();
+      fetch_both(place);
+      step(here, s, t);
     }
     if (columns_.edge < 0) return;
     float s[1] = {load_1(student, columns_.edge, dtype_)}, t[1] = {};
@@ -80,12 +90,19 @@ class StreamingRow {
   bool reads_teacher = true;
 
  private:
+  // The 32 or 16 bytes of a place.
+  struct Vectors {
+    uint4 first, second;
+  };
+
   template <class Step>
   KD_DEVICE void for_each_of(const char* row, DType dtype, Step step) const {
     for (int slot = 0; columns_.holds(columns_.place(slot)); ++slot) {
       const Place<kCount> place = columns_.place(slot);
+      Vectors vectors;
       float x[kCount];
-      load(row, dtype, place, x);
+      fetch(row, dtype, place, vectors);
+      read(row, dtype, place, vectors, x);
       step(place, x);
     }
     if (columns_.edge < 0) return;
@@ -93,8 +110,17 @@ class StreamingRow {
     step(columns_.edge_place(), x);
   }
 
-  KD_DEVICE void load(const char* row, DType dtype, const Place<kCount>& place,
-                      float (&x)[kCount]) const {
+  // Loads a place, unless its columns have to be read one by one.
+  KD_DEVICE void fetch(const char* row, DType dtype, const Place<kCount>& place,
+                       Vectors& vectors) const {
+    if (!columns_.aligned) return;
+    const char* from = row + place.begin * item_size(dtype);
+    vectors.first = load_16(from);
+    if (dtype == DType::kFloat32) vectors.second = load_16(from + 16);
+  }
+
+  KD_DEVICE void read(const char* row, DType dtype, const Place<kCount>& place,
+                      const Vectors& vectors, float (&x)[kCount]) const {
     if (!columns_.aligned) {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
@@ -102,14 +128,13 @@ class StreamingRow {
         x[i] = column < columns_.vocab ? load_1(row, column, dtype) : -INFINITY;
       }
     } else if (dtype == DType::kFloat32) {
-      const char* from = row + place.begin * (int64_t)4;
       float low[4], high[4];
-      unpack<4>(load_16(from), false, low);
-      unpack<4>(load_16(from + 16), false, high);
+      unpack<4>(vectors.first, false, low);
+      unpack<4>(vectors.second, false, high);
 #pragma unroll
       for (int i = 0; i < 4; ++i) x[i] = low[i], x[4 + i] = high[i];
     } else {
-      unpack<2>(load_16(row + place.begin * (int64_t)2), dtype == DType::kBFloat16, x);
+      unpack<2>(vectors.first, dtype == DType::kBFloat16, x);
     }
   }
 
@@ -119,7 +144,7 @@ class StreamingRow {
 };
 
 template <class Divergence, bool kOptions>
-__global__ void __launch_bounds__(kMaxStreamingThreads, kOptions ? 1 : kCtasOfAnSm<Divergence>)
+__global__ void __launch_bounds__(kMaxStreamingThreads, kCtasOfAnSm<Divergence>)
     streaming_kernel(const RowsParams<Divergence> params) {
   const Team team(1);
   run_row<StreamingRow, kOptions>(params, team, params.first_row + blockIdx.x);
