@@ -10,6 +10,7 @@ Triton's package.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -27,10 +28,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from kdkernels.divergences import DIVERGENCES
-from kdkernels.options import METRICS, LogitsOptions
+from kdkernels.options import METRICS, LogitsOptions, TailOptions
 from kdkernels.triton import launch, schedule
 
 SCALE = "scale"  # in the place of a divergence: the kernel that scales a gradient
+TAILS = "tails"  # likewise: those of a sparse teacher
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -93,6 +95,8 @@ def kernels() -> list[Kernel]:
         # Sizes of 1 are compiled in as constants.
         result.append(Kernel(target, "jsd", "float16", 1, rows=1, options=True))
         result += [Kernel(target, SCALE, dtype, 128256) for dtype in ("bfloat16", "float16")]
+        for vocab, gradient, options in itertools.product((1000, 128256), (0, 1), (0, 1)):
+            result.append(Kernel(target, TAILS, "bfloat16", vocab, bool(gradient), bool(options)))
     return result
 
 
@@ -111,11 +115,34 @@ def compile_scale(kernel: Kernel):
     return launch.scale_kernel.warmup(*arguments, grid=(1,), **launch.options_of(chosen))
 
 
+def compile_tails(kernel: Kernel):
+    """The kernels of a sparse teacher that lists 64 tokens."""
+    student = torch.empty(
+        kernel.rows, kernel.vocab, dtype=getattr(torch, kernel.dtype), device="meta"
+    )
+    listed = torch.empty(kernel.rows, 64, dtype=torch.int64, device="meta")
+    cap = 30.0 if kernel.options else 0.0
+    o = TailOptions(2.0, kernel.options, 1.0, cap, kernel.vocab)
+    numbers = torch.empty(o.results, kernel.rows, device="meta")
+    if kernel.gradient:
+        of_listed = torch.empty(kernel.rows, 64, device="meta")
+        between = launch._rows(student.clone()), numbers, numbers[1:], of_listed
+        function = launch.tails_gradient_kernel
+    else:
+        kept = torch.empty(kernel.rows, dtype=torch.bool, device="meta")
+        between, function = (kept if kernel.options else None, numbers), launch.tails_kernel
+    chosen = launch.schedule_of_tails(student, o, device_of(kernel.target))
+    arguments = launch.arguments_of_tails(student, listed, between, o)
+    return function.warmup(*arguments, grid=(kernel.rows,), **launch.options_of(chosen))
+
+
 def compile_kernel(kernel: Kernel):
     """The compiled kernel of one configuration, from tensors without memory."""
     driver.set_active(_Driver(kernel.target))
     if kernel.divergence == SCALE:
         return compile_scale(kernel)
+    if kernel.divergence == TAILS:
+        return compile_tails(kernel)
     dtype = getattr(torch, kernel.dtype)
     student = torch.empty(kernel.rows, kernel.vocab, dtype=dtype, device="meta")
     per_row = torch.empty(kernel.rows, device="meta")

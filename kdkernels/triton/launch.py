@@ -222,26 +222,40 @@ def schedule_of_tails(
     return schedule.choose(o.vocab, o.vocab * student.element_size(), True, device)
 
 
-def tails(
-    student: Tensor, listed: Tensor, kept: Tensor | None, o: TailOptions, result: Tensor
+def arguments_of_tails(
+    student: Tensor,  # (..., vocab)
+    listed: Tensor,  # (..., m) int64
+    between: tuple[Any, ...],
+    o: TailOptions,
+) -> tuple[Any, ...]:
+    """What both kernels of a sparse teacher take before their options."""
+    return (
+        _logits(student, o.scale, o.softcap),
+        Listed(listed, listed.shape[-1]),
+        *between,
+        math.prod(student.shape[:-1]),
+        o.vocab,
+        o.temperature,
+        tl.constexpr(o.at_1),
+    )
+
+
+def _launch_of_tails(
+    kernel: Any, student: Tensor, listed: Tensor, between: tuple[Any, ...], o: TailOptions
 ) -> None:
-    """Log-sum-exps of the columns that are not listed, into ``result``, (o.results, ...)."""
     rows = math.prod(student.shape[:-1])
     if rows == 0:
         return
     chosen = schedule_of_tails(student, o, schedule.device_of(student.device))
     with _on(student):
-        tails_kernel[(rows,)](
-            _logits(student, o.scale, o.softcap),
-            Listed(listed, listed.shape[-1]),
-            kept,
-            result,
-            rows,
-            o.vocab,
-            o.temperature,
-            tl.constexpr(o.at_1),
-            **options_of(chosen),
-        )
+        kernel[(rows,)](*arguments_of_tails(student, listed, between, o), **options_of(chosen))
+
+
+def tails(
+    student: Tensor, listed: Tensor, kept: Tensor | None, o: TailOptions, result: Tensor
+) -> None:
+    """Log-sum-exps of the columns that are not listed, into ``result``, (o.results, ...)."""
+    _launch_of_tails(tails_kernel, student, listed, (kept, result), o)
 
 
 def tails_gradient(
@@ -254,21 +268,5 @@ def tails_gradient(
     o: TailOptions,
 ) -> None:
     """Their gradient, and that of the listed columns, into ``gradient``."""
-    rows = math.prod(student.shape[:-1])
-    if rows == 0:
-        return
-    chosen = schedule_of_tails(student, o, schedule.device_of(student.device))
-    with _on(student):
-        tails_gradient_kernel[(rows,)](
-            _logits(student, o.scale, o.softcap),
-            _rows(gradient),
-            Listed(listed, listed.shape[-1]),
-            tails,
-            grad_tails,
-            grad_listed,
-            rows,
-            o.vocab,
-            o.temperature,
-            tl.constexpr(o.at_1),
-            **options_of(chosen),
-        )
+    between = _rows(gradient), tails, grad_tails, grad_listed
+    _launch_of_tails(tails_gradient_kernel, student, listed, between, o)

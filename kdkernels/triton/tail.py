@@ -94,8 +94,8 @@ def factor_of(tails, grad_tails, row, rows, which, scale):
 @triton.jit
 def tails_gradient_kernel(
     logits,
-    gradient,
     listed,
+    gradient,
     tails,
     grad_tails,
     grad_listed,
