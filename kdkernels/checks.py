@@ -123,10 +123,12 @@ def _options(
     if ce_weight != 0 and not with_labels:
         raise ValueError(f"ce_weight is {ce_weight}, which needs labels, and labels is None")
     if option("temperature_squared", temperature_squared):
-        kd_weight *= temperature * temperature
+        kd_weight = number("kd_weight * temperature ** 2", kd_weight * temperature * temperature)
     if normalizer is not None and reduction == "mean":
         normalizer = number("normalizer", normalizer, positive=True)
-        kd_weight, ce_weight, reduction = kd_weight / normalizer, ce_weight / normalizer, "sum"
+        kd_weight = number("kd_weight / normalizer", kd_weight / normalizer)
+        ce_weight = number("ce_weight / normalizer", ce_weight / normalizer)
+        reduction = "sum"
     return LogitsOptions(
         *kernel,
         temperature,
@@ -252,8 +254,9 @@ def float_tensor(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{name} is {tensor.dtype}, expected float32, bfloat16, float16 or float64")
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{name} is {tensor.layout}, expected torch.strided")
+    if tensor.is_nested or tensor.layout != torch.strided:
+        kind = "a nested tensor" if tensor.is_nested else tensor.layout
+        raise TypeError(f"{name} is {kind}, expected a plain tensor, of layout torch.strided")
     if type(tensor) is not Tensor and isinstance(tensor, _distributed_tensor()):
         raise TypeError(
             f"{name} is a DTensor, expected a plain tensor: gather it with full_tensor(), and "
@@ -271,6 +274,8 @@ def logits_tensor(name: str, logits: Tensor) -> None:
     float_tensor(name, logits)
     if logits.dim() == 0:
         raise ValueError(f"{name} has shape (), expected (..., vocab)")
+    if logits.shape[-1] == 0:
+        raise ValueError(f"{name} has shape {tuple(logits.shape)}, a vocabulary of 0")
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         raise ValueError(
             f"{name} has stride {logits.stride(-1)} in its last dimension, expected 1: pass "
@@ -320,7 +325,7 @@ def _per_token(
 
 
 def _normalizer_tensor(normalizer: Tensor, student: Tensor) -> Tensor:
-    if normalizer.is_complex():
+    if normalizer.is_complex() or normalizer.dtype == torch.bool:
         raise TypeError(f"normalizer is {normalizer.dtype}, expected a real dtype")
     if normalizer.dim() != 0:
         raise ValueError(f"normalizer has shape {tuple(normalizer.shape)}, expected a 0-d tensor")
@@ -330,8 +335,6 @@ def _normalizer_tensor(normalizer: Tensor, student: Tensor) -> Tensor:
 def _vocab_size(vocab_size: int | None, student: int, teacher: int) -> int:
     smaller = min(student, teacher)
     if vocab_size is None:
-        if smaller == 0:
-            raise ValueError("student_logits or teacher_logits has a vocabulary of 0")
         return smaller
     vocab_size = integer("vocab_size", vocab_size)
     if not 1 <= vocab_size <= smaller:

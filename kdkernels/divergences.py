@@ -197,8 +197,10 @@ class AlphaBeta(Divergence):
     def __post_init__(self) -> None:
         for name in ("alpha", "beta"):
             _check_number(name, getattr(self, name))
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name} is {getattr(self, name)}, expected a finite number")
+            if not abs(getattr(self, name)) <= torch.finfo(torch.float32).max:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, expected a finite number that float32 holds"
+                )
 
     def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         a, b = self._powers()

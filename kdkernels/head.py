@@ -204,12 +204,15 @@ def _active_adapters(head: Any) -> list[str]:
 
 
 def _check_layer(name: str, layer: nn.Module) -> None:
-    forward = getattr(type(layer), "forward", None)  # None: no module at all
-    if forward is not nn.Linear.forward or "forward" in vars(layer):
+    if not isinstance(layer, nn.Module):
+        raise TypeError(f"{name} is a {type(layer).__name__}, expected an nn.Linear or a model")
+    if type(layer).forward is not nn.Linear.forward or "forward" in vars(layer):
         raise TypeError(
             f"{name} is a {type(layer).__name__} whose forward is not that of nn.Linear: its "
             "logits may be more than hidden @ weight.T + bias. Call linear_kd_loss with the weight "
             "that they come from; FSDP1 wraps LinearKDHead itself instead of the head"
         )
+    if isinstance(layer.weight, nn.UninitializedParameter):
+        raise TypeError(f"{name}.weight has no shape yet, expected (vocab, hidden)")
     if not isinstance(layer.weight, Tensor) or torch.is_complex(layer.weight):
         raise TypeError(f"{name}.weight is a {type(layer.weight).__name__}, expected a tensor")

@@ -323,7 +323,10 @@ def _check_teacher(
         return logits.dtype, logits.shape[-1]
     assert hidden is not None
     if weight is None:
-        raise ValueError("teacher_weight is None, expected (vocab, hidden) beside teacher_hidden")
+        raise ValueError(
+            "teacher_weight is None, expected (vocab, hidden) beside teacher_hidden; logits are "
+            "passed as teacher_logits="
+        )
     _check_head("teacher", hidden, weight)
     if weight.device != device:
         raise ValueError(
@@ -356,10 +359,12 @@ def _check_head(model: str, hidden: Tensor, weight: Tensor) -> None:
             f"{model}_weight has shape {tuple(weight.shape)}, expected (vocab, hidden); a head "
             "that is partitioned outside its module's call is reached through LinearKDHead"
         )
+    if weight.shape[0] == 0:
+        raise ValueError(f"{model}_weight has shape {tuple(weight.shape)}, a vocabulary of 0")
     if hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{model}_hidden has shape {tuple(hidden.shape)}, expected a last dimension of "
-            f"{weight.shape[1]}, that of {model}_weight"
+            f"{weight.shape[1]}, that of {model}_weight, {tuple(weight.shape)} for (vocab, hidden)"
         )
 
 

@@ -55,8 +55,13 @@ def check_options(options: dict[str, Any], known: list[str]) -> dict[str, Any]:
 class _Loss(nn.Module):
     known: list[str]
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *positional: Any, **options: Any) -> None:
         super().__init__()
+        if positional:
+            raise TypeError(
+                f"{type(self).__name__} got {positional[0]!r} by position, expected options by "
+                f"name: {', '.join(self.known)}"
+            )
         self.options = check_options(options, self.known)
 
     def extra_repr(self) -> str:

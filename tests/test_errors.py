@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -28,6 +29,9 @@ S, T = torch.zeros(2, 3, 8), torch.zeros(2, 3, 8)
 LABELS = torch.zeros(2, 3, dtype=torch.int64)
 STRIDED = torch.zeros(2, 3, 16)[..., ::2]
 META = torch.zeros(2, 3, 8, device="meta")
+with warnings.catch_warnings():  # that it is a prototype
+    warnings.simplefilter("ignore")
+    NESTED = torch.nested.nested_tensor([torch.zeros(3, 8), torch.zeros(2, 8)])
 
 LOGITS = [
     # student, teacher, exception, the message
@@ -47,7 +51,8 @@ LOGITS = [
     (STRIDED, T, ValueError, "student_logits has stride 2 in its last dimension, expected 1"),
     (S, STRIDED, ValueError, "teacher_logits has stride 2 in its last dimension, expected 1"),
     (S, T[..., :1].expand(2, 3, 8), ValueError, "teacher_logits has stride 0 in its last dim"),
-    (S.to_sparse(), T, TypeError, "student_logits is torch.sparse_coo, expected torch.strided"),
+    (S.to_sparse(), T, TypeError, "student_logits is torch.sparse_coo, .*layout torch.strided"),
+    (NESTED, T, TypeError, "student_logits is a nested tensor, expected a plain tensor"),
     (S, META, ValueError, "teacher_logits is on meta, expected the device of student_logits, cpu"),
     (META, T, ValueError, "teacher_logits is on cpu, expected the device of student_logits, meta"),
     (S, T.clone().requires_grad_(), ValueError, r"teacher_logits requires grad, .*detach\(\)"),
@@ -110,6 +115,7 @@ OPTIONS = [
     ("normalizer", -2.0, ValueError, "normalizer is -2.0, expected positive and finite"),
     ("normalizer", math.nan, ValueError, "normalizer is nan, expected positive and finite"),
     ("normalizer", "3", TypeError, "normalizer is a str, expected a number"),
+    ("normalizer", torch.tensor(True), TypeError, "normalizer is torch.bool, expected a real"),
     ("normalizer", torch.tensor(1j), TypeError, "normalizer is torch.complex64, expected a real"),
     ("normalizer", torch.ones(2), ValueError, r"normalizer has shape \(2,\), expected a 0-d"),
     ("normalizer", torch.ones(1), ValueError, r"normalizer has shape \(1,\), expected a 0-d"),
@@ -186,6 +192,16 @@ def test_numbers_of_numpy():
     assert torch.equal(kd_loss(student, T, labels=LABELS, **of_numpy), expected)
 
 
+def test_products_that_float32_cannot_hold():
+    for options, name in (
+        ({"temperature": 1e25}, r"kd_weight \* temperature \*\* 2"),
+        ({"kd_weight": 1e30, "normalizer": 1e-20}, "kd_weight / normalizer"),
+        ({"labels": LABELS, "ce_weight": 1e30, "normalizer": 1e-20}, "ce_weight / normalizer"),
+    ):
+        with pytest.raises(ValueError, match=rf"{name} is .*e\+50, expected what float32 can hold"):
+            kd_loss(S, T, **options)
+
+
 def test_teacher_narrower_than_vocab_size():
     with pytest.raises(ValueError, match=r"vocab_size is 7, expected 1 to 6.*8 .*6"):
         kd_loss(S, T[..., :6], vocab_size=7)
@@ -224,6 +240,7 @@ def test_labels_beyond_vocab_size(backend):
         (lambda: SymmetricKL(2), r"weight is 2, expected a number in \[0, 1\]"),
         (lambda: AlphaBeta(math.inf, 1), "alpha is inf, expected a finite number"),
         (lambda: AlphaBeta(1, math.nan), "beta is nan, expected a finite number"),
+        (lambda: AlphaBeta(1, -(10**400)), "beta is -10+, expected a finite number that float32"),
     ],
 )
 def test_parameters_of_divergences(make, match):
@@ -257,6 +274,10 @@ def test_unknown_keywords():
         KDLoss(divergence="kl")
     with pytest.raises(TypeError, match="positional"):
         kd_loss(S, T, "jsd")
+    with pytest.raises(
+        TypeError, match=r"KDLoss got 2\.0 by position, expected options by name: div"
+    ):
+        KDLoss(2.0)
 
 
 def test_backends_say_why_not():

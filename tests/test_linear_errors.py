@@ -76,7 +76,12 @@ ARGUMENTS = [
         "teacher_hidden or teacher_logits: neither is given, expected one of them",
     ),
     ({"teacher_logits": torch.zeros(2, 3, 9)}, ValueError, "both are given, expected one of them"),
-    ({"teacher_weight": None}, ValueError, r"teacher_weight is None, expected \(vocab, hidden\)"),
+    ({"teacher_weight": None}, ValueError, r"teacher_weight is None, .*vocab, .*teacher_logits="),
+    (
+        {"student_weight": CASE.student_weight[:0]},
+        ValueError,
+        r"student_weight .*a vocabulary of 0",
+    ),
     (
         {"teacher_hidden": CASE.teacher_hidden[:1]},
         ValueError,

@@ -255,11 +255,14 @@ def test_what_it_refuses():
         nn.Embedding(VOCAB, 16),
         patched,
         nn.Sequential(student_head()),
-        None,
-        torch.zeros(VOCAB, 16),
     ):
         with pytest.raises(TypeError, match=r"lm_head is a .* whose forward is not"):
             LinearKDHead(head)
+    for head in (None, torch.zeros(VOCAB, 16), nn.Linear):
+        with pytest.raises(TypeError, match=r"lm_head is a .*, expected an nn\.Linear or a model"):
+            LinearKDHead(head)
+    with pytest.raises(TypeError, match=r"lm_head\.weight has no shape yet"):
+        LinearKDHead(nn.LazyLinear(VOCAB))
     with pytest.raises(TypeError, match=r"adapter 'default' is a variant of LoRA"):
         fused_step(dora, hidden)
     with pytest.raises(TypeError, match="adapter 'default' has a bias"):
