@@ -304,6 +304,7 @@ class Functions(NamedTuple):
     parameters: bool = False  # whether the functions take two parameters at the end
     slope_sums_to_zero: bool = False  # one sweep less
     feels_shift: bool = False  # a rounding error common to all log q has to be taken back
+    slopes_cancel: bool = False  # of either sign and without bound: their sum tells nothing of size
     kl: KL | None = None  # None: no row is far
     far_value: triton.JITFunction | None = None  # of log2 p and log2 q; None: a KL divergence
     far_slope: triton.JITFunction | None = None
@@ -373,6 +374,7 @@ FUNCTIONS: dict[str, Functions] = {
         alpha_beta_slope,
         parameters=True,
         feels_shift=True,
+        slopes_cancel=True,
         kl=KL(),
         far_value=alpha_beta_far_value,
         far_slope=alpha_beta_far_slope,

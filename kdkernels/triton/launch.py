@@ -66,6 +66,7 @@ def _divergence(o: LogitsOptions, *, split: bool) -> Divergence:
         tl.constexpr(functions.parameters),
         tl.constexpr(functions.slope_sums_to_zero),
         tl.constexpr(functions.feels_shift),
+        tl.constexpr(functions.slopes_cancel),
     )
 
 

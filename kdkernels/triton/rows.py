@@ -86,13 +86,14 @@ def scales_of(student, share, state, label, label_logit, weights, wanted):
 
 
 @triton.jit
-def scales_for(slope_sum, scales, wanted):
+def scales_for(slope_sum, size, scales, wanted):
     """The scales once the slopes' sum is known: NaN where it is not finite.
 
-    The slopes of reverse KL have no bound: a float16 row takes another power of two then.
+    Slopes, or their sum, may be of any size (reverse KL, alpha-beta): a float16 row takes another
+    power of two then.
     """
-    size = tl.abs(slope_sum)
-    kd = tl.where(size <= LARGEST_FLOAT, scales.kd, float("nan"))
+    kd = tl.where(tl.abs(slope_sum) <= LARGEST_FLOAT, scales.kd, float("nan"))
+    size = tl.maximum(size, tl.abs(slope_sum))
     exponent = tl.zeros((), tl.int32)
     if wanted.ROW_SCALE:
         exponent = (size.to(tl.int32, bitcast=True) >> 23) - 127
@@ -183,9 +184,8 @@ def write_far(
         if divergence.far.IS_KL:
             if wanted.GRADIENT:
                 if divergence.far.REVERSE:
-                    scales = scales_for(
-                        (kl.reverse * divergence.far.reverse).to(tl.float32), scales, wanted
-                    )
+                    size = (kl.reverse * divergence.far.reverse).to(tl.float32)
+                    scales = scales_for(size, size, scales, wanted)
                 kl_gradient(
                     student,
                     teacher,
@@ -210,7 +210,7 @@ def write_far(
             value = bits * NATS_PER_BIT
             done = exceeds(value, divergence.far.threshold)
             if wanted.GRADIENT:
-                scales = scales_for(slope * NATS_PER_BIT, scales, wanted)
+                scales = scales_for(slope * NATS_PER_BIT, 0.0, scales, wanted)
                 if done:
                     slopes(
                         student,
@@ -228,7 +228,7 @@ def write_far(
                         BLOCK,
                     )
     nothing = tl.zeros((), tl.float32)
-    return done, Sums(value, nothing, nothing, s_entropy, t_entropy), scales.row_scale
+    return done, Sums(value, nothing, nothing, nothing, s_entropy, t_entropy), scales.row_scale
 
 
 @triton.jit
@@ -246,14 +246,14 @@ def write_near(
 ):
     """Sums over a row pair and its gradient, by formulas that keep digits near the teacher."""
     nothing = tl.zeros((), tl.float32)
-    sums = Sums(nothing, nothing, nothing, nothing, nothing)
+    sums = Sums(nothing, nothing, nothing, nothing, nothing, nothing)
     if wanted.DIVERGENCE:
         sums = values(
             student, teacher, gradient, row, 0, vocab, of, scales, divergence, wanted, BLOCK
         )
     if wanted.GRADIENT and not (wanted.KD_GRADIENT and divergence.SLOPE_SUMS_TO_ZERO):
         if wanted.KD_GRADIENT:
-            scales = scales_for(sums.slope, scales, wanted)
+            scales = scales_for(sums.slope, sums.size, scales, wanted)
         slopes(
             student,
             teacher,

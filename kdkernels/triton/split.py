@@ -125,8 +125,9 @@ def merged_sums(records, SPLITS: tl.constexpr):
         tl.sum(collect(records, SUMS, SPLITS), 0),
         tl.sum(collect(records, SUMS + 1, SPLITS), 0),
         tl.sum(collect(records, SUMS + 2, SPLITS), 0),
-        tl.sum(collect(records, SUMS + 3, SPLITS), 0),
+        tl.max(collect(records, SUMS + 3, SPLITS), 0),
         tl.sum(collect(records, SUMS + 4, SPLITS), 0),
+        tl.sum(collect(records, SUMS + 5, SPLITS), 0),
     )
 
 
@@ -194,14 +195,14 @@ def write_slice(
         if LAST == GRADIENT:
             late = wanted.GRADIENT and not (wanted.KD_GRADIENT and divergence.SLOPE_SUMS_TO_ZERO)
             nothing = tl.zeros((), tl.float32)
-            sums = Sums(nothing, nothing, nothing, nothing, nothing)
+            sums = Sums(nothing, nothing, nothing, nothing, nothing, nothing)
             if late or split == 0:
                 if wanted.DIVERGENCE:
                     if FIRST <= VALUES:
                         wait(arrivals + 1, SPLITS)
                     sums = merged_sums(records, SPLITS)
                 if wanted.KD_GRADIENT and late:
-                    scales = scales_for(sums.slope, scales, wanted)
+                    scales = scales_for(sums.slope, sums.size, scales, wanted)
                 if late:
                     slopes(
                         student,

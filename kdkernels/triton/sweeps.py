@@ -78,6 +78,7 @@ class Divergence(NamedTuple):
     PARAMETERS: tl.constexpr
     SLOPE_SUMS_TO_ZERO: tl.constexpr
     FEELS_SHIFT: tl.constexpr
+    SLOPES_CANCEL: tl.constexpr
 
 
 class Wanted(NamedTuple):
@@ -93,11 +94,12 @@ class Wanted(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Over a row pair; shift is the sum of q - p."""
+    """Over a row pair; shift is the sum of q - p, size that of the largest slope or their sum."""
 
     value: tl.tensor
     slope: tl.tensor
     shift: tl.tensor
+    size: tl.tensor
     s_entropy: tl.tensor
     t_entropy: tl.tensor
 
@@ -248,6 +250,7 @@ def values(
     value = tl.zeros((BLOCK,), tl.float32)
     slope = tl.zeros((BLOCK,), tl.float32)
     shift = tl.zeros((BLOCK,), tl.float32)
+    size = tl.zeros((BLOCK,), tl.float32)
     s_entropy = tl.zeros((BLOCK,), tl.float32)
     t_entropy = tl.zeros((BLOCK,), tl.float32)
     for start in range(begin, end, BLOCK):
@@ -267,11 +270,15 @@ def values(
             g = term(divergence.slope, divergence, here) * scales.kd
             store_gradient(g_row, columns, end, g, raw, x, student, of, scales, wanted)
         elif wanted.KD_GRADIENT or divergence.FEELS_SHIFT:
-            slope += term(divergence.slope, divergence, here)
+            here_slope = term(divergence.slope, divergence, here)
+            slope += here_slope
+            if wanted.ROW_SCALE and divergence.SLOPES_CANCEL:
+                size = tl.maximum(size, tl.abs(here_slope))
     return Sums(
         tl.sum(value, 0),
         tl.sum(slope, 0),
         tl.sum(shift, 0),
+        tl.max(size, 0),
         tl.sum(s_entropy, 0),
         tl.sum(t_entropy, 0),
     )
