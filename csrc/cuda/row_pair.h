@@ -87,8 +87,11 @@ class RowPair : RowStates<Divergence, Row, kOptions> {
 
   KD_DEVICE float cross_entropy(float label_logit) const {
     if (!state_at_1().valid()) return NAN;
-    return state_at_1().max - label_logit + state_at_1().log_sum(kLog2E);
+    return not_below_0(state_at_1().max - label_logit + state_at_1().log_sum(kLog2E));
   }
+
+  // What rounding may take there; NaN stays.
+  static KD_DEVICE float not_below_0(float x) { return x < 0 ? 0 : x; }
 
   KD_DEVICE Probabilities probabilities() const {
     return {params_.c, params_.inverse_temperature, student(), teacher()};
@@ -117,14 +120,15 @@ class RowPair : RowStates<Divergence, Row, kOptions> {
     });
     sums.student = warp_sum(sums.student), sums.teacher = warp_sum(sums.teacher);
     if (team_.first() == 0) {
-      metric(kStudentEntropy) = student().valid() ? (float)-sums.student : NAN;
-      metric(kTeacherEntropy) = teacher().valid() ? (float)-sums.teacher : NAN;
+      metric(kStudentEntropy) = student().valid() ? not_below_0((float)-sums.student) : NAN;
+      metric(kTeacherEntropy) = teacher().valid() ? not_below_0((float)-sums.teacher) : NAN;
     }
   }
 
   // What the second sweep adds up.
   struct Sums {
     typename Row::Total value, slope, shift;
+    float largest = 0;  // slope
   };
 
   // Sweep 2, and 3 where the divergence needs one.
@@ -180,6 +184,8 @@ class RowPair : RowStates<Divergence, Row, kOptions> {
         values[i] = term.value;
         slopes[i] = term.slope;
         if constexpr (kFeelsShift) shifts[i] = bregman(point.p, point.q, point.r).difference;
+        if constexpr (kFeelsLargest<is_far_v<Points>>)
+          sums.largest = fmaxf(sums.largest, abs(term.slope));
       }
       sums.value.add(sum_of(values));
       if constexpr (!Divergence::kSlopeSumsToZero) sums.slope.add(sum_of(slopes));
@@ -200,6 +206,10 @@ class RowPair : RowStates<Divergence, Row, kOptions> {
     return slope_sum;
   }
 
+  // Far slopes are of moderate size.
+  template <bool kFar>
+  static constexpr bool kFeelsLargest = Divergence::kSlopesCancel && !kFar;
+
   // Sums over the team; returns that of the slopes. A finished gradient leaves in between.
   template <bool kFar>
   KD_DEVICE double add_up(const Sums& sums, [[maybe_unused]] bool with_gradient) {
@@ -208,6 +218,7 @@ class RowPair : RowStates<Divergence, Row, kOptions> {
     TermSums mine{warp_sum(sums.value.value())}, all;
     if constexpr (kSlopes) mine.slope = warp_sum(sums.slope.value());
     if constexpr (kFeelsShift) mine.shift = warp_sum(sums.shift.value());
+    if constexpr (kFeelsLargest<kFar>) mine.largest = warp_max(sums.largest);
     constexpr Exchange kExchange = kFar ? kOfFarSums : kOfNearSums;
     team_.tell(kExchange, team_.mine().sums[kFar], mine);
     if constexpr (Divergence::kSlopeSumsToZero)
@@ -217,7 +228,10 @@ class RowPair : RowStates<Divergence, Row, kOptions> {
       all.value += slot.sums[kFar].value;
       if constexpr (kSlopes) all.slope += slot.sums[kFar].slope;
       if constexpr (kFeelsShift) all.shift += slot.sums[kFar].shift;
+      if constexpr (kFeelsLargest<kFar>)
+        largest_slope_ = fmaxf(largest_slope_, (float)slot.sums[kFar].largest);
     });
+    if constexpr (kFeelsLargest<kFar>) largest_slope_ = warp_max(largest_slope_);
     divergence_ = warp_sum(all.value);
     if constexpr (kSlopes) all.slope = warp_sum(all.slope);
     // sum q - p is 0; what it comes to is how far rounding of the softmax sums moved all log q.
@@ -291,11 +305,12 @@ class RowPair : RowStates<Divergence, Row, kOptions> {
     row_.store_gradient();
   }
 
-  // The slopes of reverse KL are as large as its value, which has no bound: a float16 row takes
-  // another power of two then. Returns the factor for kd_scale_ and applies it to the rest.
+  // Slopes, or their sum, may be of any size (reverse KL, alpha-beta): a float16 row takes another
+  // power of two then. Returns the factor for kd_scale_ and applies it to the rest.
   KD_DEVICE float fit_float16_range(float slope_sum) {
-    if (!params_.row_scale || abs(slope_sum) < 1) return 1;
-    range_factor_ = exp2f((float)-ilogbf(slope_sum));
+    const float size = fmaxf(abs(slope_sum), largest_slope_);
+    if (!params_.row_scale || size < 1) return 1;
+    range_factor_ = exp2f((float)-ilogbf(size));
     ce_scale_ *= range_factor_;
     return range_factor_;
   }
@@ -365,6 +380,7 @@ class RowPair : RowStates<Divergence, Row, kOptions> {
 
   float kd_scale_, ce_scale_ = 0;  // what a term's gradient is multiplied by
   float range_factor_ = 1;         // see fit_float16_range
+  float largest_slope_ = 0;        // likewise
   double divergence_ = NAN;
 };
 

@@ -8,6 +8,7 @@ namespace kd::cuda {
 // Sums over the row of a second sweep, see row_pair.h.
 struct alignas(16) TermSums {
   double value = 0, slope = 0, shift = 0;
+  double largest = 0;  // of the slopes' sizes, where their sum does not tell it
 };
 
 struct alignas(16) Entropies {

@@ -200,7 +200,9 @@ void check_divergence() {
           c.logits = logits;
           c.student = c.teacher = dtype;
           c.tile = tile;
-          c.rows = c.logits == Logits::kHostile ? 10 : c.logits == Logits::kBorder ? 8 : 4;
+          // All kinds of rows that a case has.
+          const bool eight = c.logits == Logits::kBorder || c.logits == Logits::kClimbing;
+          c.rows = c.logits == Logits::kHostile ? 10 : eight ? 8 : 4;
           c.vocab = 517;
           if (!holds(problem_of(c), tile)) continue;
           if (bounded(c) || (logits != Logits::kHostile && logits != Logits::kHuge)) check(c);
