@@ -23,6 +23,9 @@ from .tail import Student
 #: How far rounding may take a sum of listed probabilities above 1: bfloat16 keeps 3 digits.
 _MOST_PROBABILITY = 1.05
 
+#: A teacher's tail where rounding has hidden it: half a unit in the last place of float32's 1.
+_UNKNOWN_TAIL = 2.0**-24
+
 
 def sparse_kd_loss(
     student_logits: Tensor,
@@ -57,6 +60,7 @@ def sparse_kd_loss(
     - ``"bucket"``: one token more, of probability 1 - sum p of the teacher and of all that the
       student gives them. What is compared are two distributions over k + 1 tokens, so the
       divergence is a lower bound of the full one, and 0 where the student equals the teacher.
+      Where rounding makes sum p 1 or more, the teacher's tail counts as 2^-24.
     - ``"renormalize"``: nothing. Both models are renormalised over the listed tokens; the student's
       other logits get no gradient.
     - ``"drop"``: terms left out of the sum, with p and q as they are. Not a divergence: a student
@@ -373,10 +377,12 @@ def _compared(log_p: Tensor, empty: Tensor, logits: _Logits, tail: str) -> tuple
         return log_p, log_q - log_normalizer
     q_tail = logits.tail().unsqueeze(-1)
     total = log_p.exp().sum(-1, keepdim=True)
-    # Rounding: no tail where the listed tokens have all probability.
+    # Rounded probabilities may sum to 1 or more: what is left then is unknown, and not so surely 0
+    # that a student's tail should cost infinitely much.
     whole = total >= 1
     log_p = torch.where(whole, log_p - total.log(), log_p)
-    p_tail = torch.where(whole, -math.inf, torch.log1p(-torch.where(whole, 0.0, total)))
+    unknown = torch.where(q_tail == -math.inf, -math.inf, math.log(_UNKNOWN_TAIL))
+    p_tail = torch.where(whole, unknown, torch.log1p(-torch.where(whole, 0.0, total)))
     return torch.cat([log_p, p_tail], -1), torch.cat([log_q, q_tail], -1) - log_normalizer
 
 

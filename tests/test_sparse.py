@@ -347,6 +347,28 @@ def test_infinite_logits(backend):
     assert actual.loss[[0, 2]].isposinf().all()
 
 
+def test_a_tail_that_rounding_hides_costs_little(backend):
+    """Stored in 16 bits, a certain teacher's probabilities sum to 1 or more."""
+    student, teacher = correlated_pair(5, 400)
+    teacher.scatter_add_(-1, teacher.topk(3).indices, torch.full((5, 3), 25.0))
+    indices, logprobs = top(teacher, 8)
+    for rounded in (logprobs, (logprobs + 1e-3).half(), logprobs.bfloat16() * 0.99):
+        whole = rounded.double().exp().sum(-1) >= 1
+        for divergence in ("forward_kl", "reverse_kl", "symmetric_kl", "jsd"):
+            options = {"divergence": divergence, "reduction": "none"}
+            actual = run(backend, student, indices, rounded, **options)
+            exact = kd_loss(student.double(), teacher.double(), **options)
+            assert actual.loss.isfinite().all()
+            assert actual.gradient.isfinite().all()
+            assert (actual.loss <= exact * 1.01 + 0.05).all()
+        assert whole.any() or rounded.dtype == torch.float32
+    # Where the student has no tail either, there is none.
+    student = torch.full_like(student, -INF).scatter(-1, indices, normal(5, 8))
+    certain = (logprobs.double().softmax(-1) * (1 + 1e-6)).log()
+    loss = run(backend, student, indices, certain).loss
+    assert loss.isfinite()
+
+
 @pytest.mark.parametrize("tail", TAILS)
 def test_rows_without_entries_have_no_term(backend, tail):
     student, teacher = correlated_pair(2, 30)
