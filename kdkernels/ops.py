@@ -103,7 +103,8 @@ def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if tensor is None else tensor
 
 
-def _check_inplace(student: Tensor, teacher: Tensor) -> None:
+def check_overlap(student: Tensor) -> None:
+    """Refuses to write a gradient over rows that share memory."""
     extent = 1  # of the dimensions inside the one looked at
     for stride, size in sorted(zip(student.stride(), student.shape, strict=True)):
         if size > 1:
@@ -113,6 +114,10 @@ def _check_inplace(student: Tensor, teacher: Tensor) -> None:
                     f"{student.stride()} overlap themselves; pass a tensor of their own"
                 )
             extent = stride * (size - 1) + extent
+
+
+def _check_inplace(student: Tensor, teacher: Tensor) -> None:
+    check_overlap(student)
     storage, other = student.untyped_storage(), teacher.untyped_storage()
     if storage.data_ptr() == other.data_ptr() and storage.nbytes() > 0:
         raise ValueError("inplace_grad: student_logits and teacher_logits share their memory")

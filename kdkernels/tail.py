@@ -15,7 +15,7 @@ from . import memory, reference
 from .autograd import check_backward, check_no_transform
 from .backends import cpu, cuda, triton
 from .backends.rows import gradient_like
-from .ops import library
+from .ops import check_overlap, library
 from .options import TailOptions
 
 IMPLEMENTATIONS = {"cpu": cpu, "cuda": cuda, "triton": triton}
@@ -50,6 +50,7 @@ def _tails_gradient(student, listed, tails, grad_tails, grad_listed, *scalars):
 
 
 def _tails_gradient_(student, listed, tails, grad_tails, grad_listed, *scalars):
+    check_overlap(student)
     _write_gradient(student, student, listed, tails, grad_tails, grad_listed, *scalars)
     torch.autograd.graph.increment_version(student)
 

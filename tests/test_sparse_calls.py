@@ -64,6 +64,14 @@ def test_in_place_tells_who_else_needs_the_logits(kernel):
         other.backward()
 
 
+def test_in_place_refuses_memory_that_overlaps_itself(kernel):
+    student, indices, logprobs = entries(3)
+    logits = (move(student[:1], kernel.device).requires_grad_() * 1.0).expand(3, VOCAB)
+    loss = loss_of(kernel, logits, indices, logprobs, inplace_grad=True)
+    with pytest.raises(ValueError, match="inplace_grad: student_logits .* overlap themselves"):
+        loss.backward()
+
+
 @pytest.mark.filterwarnings("ignore:Using backward")
 def test_create_graph(kernel):
     student, indices, logprobs = entries(3)
