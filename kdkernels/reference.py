@@ -149,6 +149,13 @@ def stacked_metrics(values: dict[str, Tensor], rows: RowsThatTakePart) -> Tensor
     return torch.where(rows.kept, stacked, 0.0).detach().to(torch.float32)
 
 
+def log_sum_exp(x: Tensor) -> Tensor:
+    """(...), where all is -inf with a gradient of 0, or NaN if given NaN; PyTorch's is NaN."""
+    nothing = (x == -math.inf).all(-1)
+    some = torch.where(nothing.unsqueeze(-1), 0.0, x).logsumexp(-1)
+    return torch.where(nothing, x.nan_to_num(neginf=0.0).sum(-1) - math.inf, some)
+
+
 def entropy(log_p: Tensor) -> Tensor:
     """-sum p log p, ``(...)``."""
     p = log_p.exp()

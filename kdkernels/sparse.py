@@ -220,7 +220,8 @@ def _loss(
     values: dict[str, Tensor] = {}
     loss = logits.no_loss()
     if with_divergence:
-        log_p, log_q = _compared(log_p, (indices < 0).all(-1), logits, tail)
+        rounding = min(16 * torch.finfo(logprobs.dtype).eps, _MOST_PROBABILITY - 1)
+        log_p, log_q = _compared(log_p, (indices < 0).all(-1), rounding, logits, tail)
         bad = bad | (log_p.isnan() | log_q.isnan()).any(-1)
         log_q = log_q * torch.where(bad, math.nan, 1.0).unsqueeze(-1)
         value = divergence.value(log_p, log_q).sum(-1)
@@ -293,7 +294,7 @@ class _Logits:
     def tail(self) -> Tensor:
         """(...), the log-sum-exp of all that the teacher does not list."""
         label = self._logits[..., self._k :] / self._temperature
-        return torch.cat([label, self._tails[0].unsqueeze(-1)], -1).logsumexp(-1)
+        return reference.log_sum_exp(torch.cat([label, self._tails[0].unsqueeze(-1)], -1))
 
     def log_normalizer(self) -> Tensor:
         """(...), the log-sum-exp of all."""
@@ -362,10 +363,12 @@ def _may_look(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _compared(log_p: Tensor, empty: Tensor, logits: _Logits, tail: str) -> tuple[Tensor, Tensor]:
+def _compared(
+    log_p: Tensor, empty: Tensor, rounding: float, logits: _Logits, tail: str
+) -> tuple[Tensor, Tensor]:
     """What the divergence compares: log p and log q, ``(..., k)`` or ``(..., k + 1)``.
 
-    ``empty`` are rows ``(...)`` that list nothing.
+    ``empty`` are rows ``(...)`` that list nothing; ``rounding`` is how far it takes sum p from 1.
     """
     log_q = logits.listed()
     if tail == "renormalize":
@@ -378,10 +381,12 @@ def _compared(log_p: Tensor, empty: Tensor, logits: _Logits, tail: str) -> tuple
     q_tail = logits.tail().unsqueeze(-1)
     total = log_p.exp().sum(-1, keepdim=True)
     # Rounded probabilities may sum to 1 or more: what is left then is unknown, and not so surely 0
-    # that a student's tail should cost infinitely much.
-    whole = total >= 1
+    # that a student's tail should cost infinitely much. Nor should what they miss to 1 where there
+    # are no other tokens, or the student has masked them all.
+    no_tail = q_tail == -math.inf
+    whole = total >= torch.where(no_tail, 1 - rounding, 1.0)
     log_p = torch.where(whole, log_p - total.log(), log_p)
-    unknown = torch.where(q_tail == -math.inf, -math.inf, math.log(_UNKNOWN_TAIL))
+    unknown = torch.where(no_tail, -math.inf, math.log(_UNKNOWN_TAIL))
     p_tail = torch.where(whole, unknown, torch.log1p(-torch.where(whole, 0.0, total)))
     return torch.cat([log_p, p_tail], -1), torch.cat([log_q, q_tail], -1) - log_normalizer
 

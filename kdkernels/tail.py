@@ -189,5 +189,5 @@ def _reference(
     tail = torch.where(is_listed[..., :-1], -torch.inf, tail)
     # A softmax over +inf is none.
     tail = torch.where(tail == torch.inf, torch.nan, tail)
-    log_sum_exps = [(tail / temperature).logsumexp(-1) for temperature in options.temperatures]
+    log_sum_exps = [reference.log_sum_exp(tail / t) for t in options.temperatures]
     return logits.gather(-1, listed.clamp(min=0)), torch.stack(log_sum_exps)

@@ -206,16 +206,20 @@ def test_strides(backend, shape, dtype):
 
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalize", "drop"])
-def test_a_whole_teacher_is_an_ordinary_one(backend, tail):
-    student, teacher = correlated_pair(4, 33)
-    indices = torch.stack([torch.randperm(33) for _ in range(4)])
+@pytest.mark.parametrize("divergence", ["jsd", "forward_kl", "reverse_kl"])
+def test_a_whole_teacher_is_an_ordinary_one(backend, tail, divergence):
+    student, teacher = correlated_pair(20, 33)  # whose probabilities sum to more than 1 or to less
+    indices = torch.stack([torch.randperm(33) for _ in range(20)])
     logprobs = teacher.log_softmax(-1).gather(-1, indices)
-    actual = run(backend, student, indices, logprobs, tail=tail, divergence="jsd")
+    actual = run(backend, student, indices, logprobs, tail=tail, divergence=divergence)
     leaf = student.double().requires_grad_()
-    expected = kd_loss(leaf, teacher.double(), divergence="jsd")
+    expected = kd_loss(leaf, teacher.double(), divergence=divergence)
     expected.backward()
     result = Result(expected.detach(), leaf.grad, None)
-    assert_matches(actual, result, "jsd", torch.float32)
+    assert_matches(actual, result, divergence, torch.float32)
+    if tail == "bucket":
+        rounded = run(backend, student, indices, logprobs.bfloat16(), divergence=divergence)
+        assert_close(rounded.loss, result.loss, (0.05, 0.0))
 
 
 @pytest.mark.parametrize("divergence", [d for d in ONE_OF_EACH if d.name != "soft_cross_entropy"])
@@ -345,6 +349,34 @@ def test_infinite_logits(backend):
         assert_gradient(actual.gradient[finite], expected.gradient[finite], 5e-6)
     actual = run(backend, student, indices, logprobs, reduction="none")
     assert actual.loss[[0, 2]].isposinf().all()
+
+
+@pytest.mark.parametrize("tail", ["bucket", "drop", "sampled"])
+@pytest.mark.parametrize("with_labels", [False, True])
+def test_a_tail_of_masked_columns_has_no_gradient(backend, tail, with_labels):
+    """All that the teacher does not list is -inf, as where a mask allows few tokens."""
+    student, teacher = correlated_pair(3, 90)
+    indices, logprobs = top(teacher, 6)
+    logprobs = logprobs.log_softmax(-1)
+    masked = torch.ones_like(student, dtype=torch.bool).scatter(-1, indices, False)
+    student[masked] = -INF
+    student[2] = -INF  # which is no softmax at all
+    options = {"temperature": 2.0, "return_metrics": True} if with_labels else {}
+    options |= {"labels": indices[:, 1], "ce_weight": 0.5} if with_labels else {}
+    actual = run(backend, student, indices, logprobs, tail=tail, reduction="none", **options)
+    listed = student.gather(-1, indices)[:2]
+    leaf = listed.double().requires_grad_()
+    temperature = options.get("temperature", 1.0)
+    log_q = (leaf / temperature).log_softmax(-1)
+    expected = temperature**2 * ForwardKL().value(logprobs[:2].double(), log_q).sum(-1)
+    if with_labels:
+        expected = expected - 0.5 * leaf.log_softmax(-1)[:, 1]
+    expected.sum().backward()
+    assert_close(actual.loss[:2], expected.detach(), tolerances.OTHER_LOSS)
+    assert not actual.gradient[:2][masked[:2]].any()
+    assert_gradient(actual.gradient[:2].gather(-1, indices[:2]), leaf.grad, 5e-6)
+    assert actual.loss[2].isnan()
+    assert actual.gradient[2].isnan().all()
 
 
 def test_a_tail_that_rounding_hides_costs_little(backend):

@@ -68,7 +68,7 @@ def test_in_place_refuses_memory_that_overlaps_itself(kernel):
     student, indices, logprobs = entries(3)
     logits = (move(student[:1], kernel.device).requires_grad_() * 1.0).expand(3, VOCAB)
     loss = loss_of(kernel, logits, indices, logprobs, inplace_grad=True)
-    with pytest.raises(ValueError, match="inplace_grad: student_logits .* overlap themselves"):
+    with pytest.raises(ValueError, match=r"inplace_grad: student_logits .* overlap themselves"):
         loss.backward()
 
 
