@@ -158,8 +158,8 @@ class LinearKDLoss(_Loss):
 
 
 class _SparseLoss(_Loss):
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(self, *positional: Any, **options: Any) -> None:
+        super().__init__(*positional, **options)
         divergence = self.options.get("divergence", ForwardKL())
         check_tail(self.options.get("tail", "bucket"), divergence)
 

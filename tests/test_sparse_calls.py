@@ -276,6 +276,8 @@ def test_modules_check_their_options_when_made(make):
     ):
         with pytest.raises(ValueError, match=message):
             make(**options)
+    with pytest.raises(TypeError, match=f"{make.__name__} got 'bucket' by position, expected"):
+        make("bucket")
     for option in ("teacher_softcap", "labels", "teacher_indices"):
         with pytest.raises(TypeError, match=f"{option} is not an option"):
             make(**{option: 1.0})
