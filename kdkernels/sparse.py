@@ -59,7 +59,8 @@ def sparse_kd_loss(
 
     - ``"bucket"``: one token more, of probability 1 - sum p of the teacher and of all that the
       student gives them. What is compared are two distributions over k + 1 tokens, so the
-      divergence is a lower bound of the full one, and 0 where the student equals the teacher.
+      divergence is a lower bound of the full one (``alpha_beta`` may be above it where its
+      parameters sum to more than 1), and 0 where the student equals the teacher.
       Where rounding makes sum p 1 or more, the teacher's tail counts as 2^-24.
     - ``"renormalize"``: nothing. Both models are renormalised over the listed tokens; the student's
       other logits get no gradient.

@@ -16,7 +16,7 @@ from kdkernels import sparse_kd_loss
 from kdkernels.divergences import Divergence
 
 from . import tolerances
-from .cases import correlated_pair, labels_for, normal
+from .cases import ONE_OF_EACH, correlated_pair, labels_for, normal
 from .harness import REFERENCE, InPlace, assert_gradient, move
 from .test_sparse import oracle, run, top
 
@@ -360,3 +360,18 @@ def test_the_documented_bound():
     ]
     for smaller, larger in zip(parts, [*parts[1:], whole], strict=True):
         assert (smaller <= larger * (1 + tolerances.PLAIN_LOSS[0])).all()
+
+
+@pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=str)
+def test_the_documented_bound_for_all_divergences(divergence):
+    """Of an alpha-beta divergence only where its parameters sum to no more than 1."""
+    student, teacher = correlated_pair(50, VOCAB)
+    options = {"divergence": divergence, "reduction": "none"}
+    whole = kdkernels.kd_loss(student, teacher, **options)
+    parts = [sparse_kd_loss(student, *top(teacher, k), **options) for k in (1, 5, 30, 90)]
+    for smaller, larger in zip(parts, [*parts[1:], whole], strict=True):
+        assert (smaller <= larger * (1 + tolerances.OTHER_LOSS[0])).all()
+    if divergence.name == "alpha_beta":
+        above = kdkernels.AlphaBeta(2.0, 1.0)
+        whole = kdkernels.kd_loss(student, teacher, divergence=above)
+        assert sparse_kd_loss(student, *top(teacher, 5), divergence=above) > whole
