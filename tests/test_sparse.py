@@ -428,6 +428,17 @@ def test_extreme_values(backend, temperature):
     assert_gradient(actual.gradient, expected.gradient, 1e-5)
 
 
+def test_a_temperature_below_the_spacing_of_logits(backend):
+    """What is listed must not count as tail where logits cannot be told apart from less by it."""
+    student, teacher = correlated_pair(2, 500)
+    student = (student + 1e4).round()
+    indices, logprobs = top(teacher, 9)
+    options = {"temperature": 1e-5, "temperature_squared": False, "tail": "drop"}
+    actual = run(backend, student, indices, logprobs, **options)
+    expected = oracle(student, indices, logprobs, tail="drop", temperature=1e-5)
+    assert_close(actual.loss, expected.loss * 1e10, (1e-6, 0.0))
+
+
 @pytest.mark.parametrize("shape", [(0, 9), (2, 0, 9)], ids=str)
 def test_no_rows(backend, shape):
     student = torch.zeros(shape)

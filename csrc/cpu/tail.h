@@ -80,7 +80,8 @@ class TailRow {
     // reference, which is a logit of the tail.
     const bool hotter = params_.at_1 && params_.temperature < 1;
     const float negligible = 70 * 0.6931472f * (hotter ? 1 : params_.temperature);
-    const float hidden = reference > kLowestLogit ? reference - negligible : -kInfinity;
+    float hidden = reference - negligible;
+    if (reference <= kLowestLogit || reference - hidden < negligible / 2) hidden = -kInfinity;
     bool fits = true;
     for_tail_blocks(params_.vocab, [&](int64_t begin, int n, int64_t first, int64_t last) {
       const auto push = [&](auto x) {
