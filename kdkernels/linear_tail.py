@@ -15,9 +15,9 @@ from torch import Tensor
 from .autograd import check_backward, check_no_transform
 from .linear_models import SomeRows, Student
 from .linear_ops import check_memory, fake_gradients
-from .ops import library
+from .ops import IMPLEMENTATIONS, library
 from .options import LinearOptions, TailOptions
-from .tail import IMPLEMENTATIONS, SCALARS, log_sum_exps
+from .tail import SCALARS, log_sum_exps
 
 _HEAD = "Tensor[] hidden, Tensor[] weight, Tensor? bias, Tensor listed, Tensor kept"
 _LINEAR = (

@@ -18,7 +18,7 @@ from .backends.rows import gradient_like
 from .options import METRICS, LogitsOptions
 from .watchers import goes_straight
 
-_IMPLEMENTATIONS = {"cpu": cpu, "cuda": cuda, "triton": triton}
+IMPLEMENTATIONS = {"cpu": cpu, "cuda": cuda, "triton": triton}
 
 _TENSORS = "Tensor teacher, Tensor? labels, Tensor? token_weight, Tensor? normalizer, str backend"
 SCALARS = (
@@ -54,7 +54,7 @@ def _implement(name: str) -> Callable[[Callable], Callable]:
 
 @_implement("logits_loss")
 def _logits_loss(student, teacher, labels, token_weight, normalizer, backend, *scalars):
-    run = _IMPLEMENTATIONS[backend].logits_loss
+    run = IMPLEMENTATIONS[backend].logits_loss
     options = LogitsOptions(*scalars)
     loss, metrics, _ = run(student, teacher, labels, token_weight, normalizer, options, None)
     return loss, _or_empty(metrics, loss)
@@ -77,7 +77,7 @@ def _logits_loss_and_grad_(student, teacher, labels, token_weight, normalizer, b
 
 @_implement("scale_gradient_")
 def _scale_gradient_(gradient, grad_output, row_scale, backend):
-    _IMPLEMENTATIONS[backend].scale_gradient(gradient, grad_output, row_scale)
+    IMPLEMENTATIONS[backend].scale_gradient(gradient, grad_output, row_scale)
     # Also where nothing changed: the gradient is handed out, a second backward must not reuse it.
     torch.autograd.graph.increment_version(gradient)
 
@@ -92,7 +92,7 @@ def _run(tensors, backend, options, inplace):
         gradient = torch.empty_like(student)  # what gradient_like comes to, sooner
     else:
         gradient = gradient_like(student, memory.empty_strided)
-    run = _IMPLEMENTATIONS[backend].logits_loss
+    run = IMPLEMENTATIONS[backend].logits_loss
     outputs = run(*tensors, options, gradient)
     if inplace:
         torch.autograd.graph.increment_version(student)
@@ -168,7 +168,7 @@ def loss(
 ) -> tuple[Tensor, Tensor | None]:
     """Loss and metrics (None or empty where there are none) of the tensors of loss_and_grad."""
     if straight:
-        return _IMPLEMENTATIONS[backend].logits_loss(*tensors, options, None)[:2]
+        return IMPLEMENTATIONS[backend].logits_loss(*tensors, options, None)[:2]
     return _ops.logits_loss.default(*tensors, backend, *options)
 
 

@@ -36,11 +36,7 @@ def kd_loss(
     o: LogitsOptions,
 ) -> tuple[Tensor, Tensor | None]:
     """The loss and, with ``o.metrics``, the stacked metrics ``(5, ...)``."""
-    device = student.device.type
-    plain: contextlib.AbstractContextManager = contextlib.nullcontext()
-    if torch.amp.is_autocast_available(device):
-        plain = torch.autocast(device, enabled=False)
-    with plain:
+    with without_autocast(student.device):
         return _kd_loss(student, teacher, labels, token_weight, normalizer, divergence, o)
 
 
@@ -88,6 +84,13 @@ def _kd_loss(
 
     metrics = stacked_metrics(values, rows) if o.metrics else None
     return reduced(loss, rows, normalizer, o).to(out), metrics
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """The dtypes of the definition are its own."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:

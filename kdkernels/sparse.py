@@ -7,7 +7,6 @@ works on every backend.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import Protocol
 
@@ -184,11 +183,7 @@ def loss_of(
     tail: str,
 ) -> Tensor | tuple[Tensor, Metrics]:
     """What :func:`sparse_kd_loss` returns."""
-    device = student.like.device.type
-    plain: contextlib.AbstractContextManager = contextlib.nullcontext()
-    if torch.amp.is_autocast_available(device):
-        plain = torch.autocast(device, enabled=False)
-    with plain:
+    with reference.without_autocast(student.like.device):
         loss, stacked = _loss(student, indices, logprobs, labels, call, divergence, tail)
     return with_metrics(loss, stacked, labels) if call.options.metrics else loss
 

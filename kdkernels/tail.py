@@ -13,13 +13,9 @@ from torch import Tensor
 
 from . import memory, reference
 from .autograd import check_backward, check_no_transform
-from .backends import cpu, cuda, triton
 from .backends.rows import gradient_like
-from .ops import check_overlap, library
+from .ops import IMPLEMENTATIONS, check_overlap, library
 from .options import TailOptions
-
-IMPLEMENTATIONS = {"cpu": cpu, "cuda": cuda, "triton": triton}
-
 
 SCALARS = "float temperature, bool at_1, float scale, float softcap, SymInt vocab"
 _GRADIENTS = "Tensor tails, Tensor grad_tails, Tensor grad_listed"
