@@ -12,7 +12,8 @@ from .divergences import Divergence, ForwardKL, as_divergence
 from .functional import Metrics
 from .linear_tail import Head
 from .options import LinearOptions
-from .sparse import check_entries, check_tail, loss_of
+from .sparse import loss_of
+from .sparse_entries import check_entries, check_tail
 from .tail import Student
 
 

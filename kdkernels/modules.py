@@ -14,7 +14,8 @@ from .divergences import ForwardKL, as_divergence
 from .functional import Metrics, kd_loss
 from .linear import linear_kd_loss
 from .linear_sparse import linear_sparse_kd_loss
-from .sparse import check_tail, sparse_kd_loss
+from .sparse import sparse_kd_loss
+from .sparse_entries import check_tail
 
 _PER_CALL = (
     "student_logits",

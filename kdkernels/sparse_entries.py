@@ -1,0 +1,108 @@
+"""What a sparse teacher lists: its checks, and tokens and log-probabilities made of it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import checks, reference
+from .divergences import Divergence, ForwardKL, SoftCrossEntropy
+
+#: How far rounding may take a sum of listed probabilities above 1: bfloat16 keeps 3 digits.
+MOST_PROBABILITY = 1.05
+
+
+def entries(
+    indices: Tensor, logprobs: Tensor, kept: Tensor, tail: str, vocab: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens (-1 for none), their log p (-inf for none), and rows where they make no sense."""
+    indices = torch.where(kept.unsqueeze(-1), indices.to(torch.int64), -1)
+    outside = (indices < -1) | (indices >= vocab)
+    if _may_look(indices) and bool(outside.any()):
+        raise ValueError(
+            f"teacher_indices: got {int(indices[outside][0])}, expected -1 (an empty slot) or 0 to "
+            f"{vocab - 1}"
+        )
+    bad = outside.any(-1)
+    empty = (indices == -1) | outside
+    indices = torch.where(empty, -1, indices)
+    log_p = logprobs.detach().to(reference.compute_dtype(indices.device))
+    log_p = torch.where(empty, -math.inf, log_p)
+    if tail in ("bucket", "drop"):
+        excess = log_p.exp().sum(-1) > MOST_PROBABILITY
+        if _may_look(indices) and bool(excess.any()):
+            raise ValueError(
+                f"teacher_logprobs: probabilities of a row sum to "
+                f"{float(log_p.exp().sum(-1)[excess][0]):.6g}, expected at most 1: pass "
+                "log-probabilities, not logits, or tail='renormalize'"
+            )
+        bad = bad | excess
+    if tail == "sampled":
+        indices, log_p = _merged(indices, log_p)
+    return indices, log_p, bad
+
+
+def _merged(indices: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The same samples with each token once, its weights added up."""
+    ascending, order = indices.sort(-1)
+    weights = (log_weights - log_weights.amax(-1, keepdim=True).clamp(min=-1e300)).exp()
+    first = ascending.diff(dim=-1, prepend=torch.full_like(ascending[..., :1], -2)) != 0
+    slot = first.cumsum(-1) - 1
+    merged = torch.full_like(ascending, -1).scatter(-1, slot, ascending)
+    total = torch.zeros_like(weights).scatter_add(-1, slot, weights.gather(-1, order))
+    return merged, torch.where(merged < 0, -math.inf, total.log())
+
+
+def listed_twice(ascending: Tensor) -> Tensor:
+    """Rows ``(...)`` in which a token stands twice."""
+    twice = (ascending[..., 1:] == ascending[..., :-1]) & (ascending[..., 1:] >= 0)
+    if _may_look(ascending) and bool(twice.any()):
+        token = int(ascending[..., 1:][twice][0])
+        raise ValueError(f"teacher_indices: a row lists {token} twice, expected different tokens")
+    return twice.any(-1)
+
+
+def _may_look(tensor: Tensor) -> bool:
+    """Whether a look at values costs no waiting for a device."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_entries(name: str, student: Tensor, indices: Tensor, logprobs: Tensor) -> None:
+    """Checks a sparse teacher beside logits or hidden states of that name."""
+    if not isinstance(indices, Tensor) or indices.dtype not in (torch.int64, torch.int32):
+        kind = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
+        raise TypeError(f"teacher_indices is {kind}, expected an int64 or int32 torch.Tensor")
+    if indices.dim() != student.dim() or indices.shape[:-1] != student.shape[:-1]:
+        raise ValueError(
+            f"teacher_indices has shape {tuple(indices.shape)}, expected (..., k) with the leading "
+            f"shape of {name}, {tuple(student.shape[:-1])}"
+        )
+    if indices.shape[-1] == 0:
+        raise ValueError("teacher_indices has shape (..., 0), expected at least one slot per row")
+    checks.float_tensor("teacher_logprobs", logprobs)
+    if logprobs.shape != indices.shape:
+        raise ValueError(
+            f"teacher_logprobs has shape {tuple(logprobs.shape)}, expected that of "
+            f"teacher_indices, {tuple(indices.shape)}"
+        )
+    if logprobs.requires_grad:
+        raise ValueError(
+            "teacher_logprobs requires grad, expected a constant: pass teacher_logprobs.detach()"
+        )
+    for which, tensor in (("teacher_indices", indices), ("teacher_logprobs", logprobs)):
+        if tensor.device != student.device:
+            raise ValueError(
+                f"{which} is on {tensor.device}, expected the device of {name}, {student.device}"
+            )
+
+
+def check_tail(tail: str, divergence: Divergence) -> None:
+    """Checks that a tail is known and goes with the divergence."""
+    checks.option("tail", tail)
+    if tail == "sampled" and not isinstance(divergence, (ForwardKL, SoftCrossEntropy)):
+        raise ValueError(
+            f"divergence is {divergence.name}, expected forward_kl or soft_cross_entropy with "
+            "tail='sampled': samples give no unbiased estimate of another"
+        )
