@@ -71,7 +71,7 @@ def cuda_instructions(report: dict, file: str) -> str:
 
 def triton_resources(report: dict, file: str) -> str:
     """Registers and instructions per divergence, at a vocabulary of 128256."""
-    large = [k for k in report["kernels"] if k["vocab"] == 128256]
+    large = [k for k in report["kernels"] if k["vocab"] == 128256 and not k["phase"]]
     kernels = [k for k in large if k["divergence"] not in ("scale", "tails")]
 
     def cell(target: str, divergence: str, **want: bool) -> str:

@@ -14,13 +14,13 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from kdkernels import kd_loss
+from kdkernels import collectives, kd_loss, scalars
 from kdkernels.divergences import DIVERGENCES
 
 from . import output
@@ -66,6 +66,37 @@ def with_tile(case: Case, tile: str) -> Step:
     return dataclasses.replace(step, run=run)
 
 
+@contextmanager
+def shared_with_nobody() -> Iterator[None]:
+    """Any group is of this process and of others that hold no columns and tell nothing."""
+    before = collectives.all_gather, scalars.process_group
+    collectives.all_gather = lambda x, group: x.unsqueeze(0)
+    scalars.process_group = lambda name, group: scalars.Processes("nobody", 0, 2)
+    try:
+        yield
+    finally:
+        collectives.all_gather, scalars.process_group = before
+
+
+def shard(case: LogitsCase) -> Step:
+    """The kernels of a shared vocabulary, which hold all of it."""
+
+    def loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+        with shared_with_nobody():
+            return kd_loss(
+                student,
+                teacher,
+                divergence=case.instance,
+                temperature=temperature,
+                group="nobody",
+                vocab_start=0,
+                vocab_size=case.vocab,
+                backend=BACKEND,
+            )
+
+    return case.step(loss)
+
+
 def check(device: Cpu | Cuda) -> int:
     """Kernels on small rows, aligned, unaligned, with tails; returns how many are wrong."""
     wrong = 0
@@ -75,12 +106,15 @@ def check(device: Cpu | Cuda) -> int:
         allowed = APPROXIMATE, max(APPROXIMATE, torch.finfo(dtype).eps)
         for divergence in DIVERGENCES:
             case = inputs.variant(divergence, inputs.what)
-            for tile in SMALL_TILES:
+            steps = {
+                tile or "chosen": functools.partial(with_tile, tile=tile) for tile in SMALL_TILES
+            }
+            for name, make in (steps | {"shard": shard}).items():
                 try:
-                    verify(case, on_device(case, device, tile), allowed)
+                    verify(case, on_device(case, device, make), allowed)
                 except Wrong as error:
                     wrong += 1
-                    print(tile or "chosen", dtype_name, divergence, vocab, error)
+                    print(name, dtype_name, divergence, vocab, error)
                 except ValueError as error:
                     if "cannot hold" not in str(error):  # registers hold KL divergences only
                         raise
@@ -92,13 +126,13 @@ def check(device: Cpu | Cuda) -> int:
     return wrong
 
 
-def on_device(case: LogitsCase, device: Cpu | Cuda, tile: str) -> Step:
+def on_device(case: LogitsCase, device: Cpu | Cuda, make: Callable[[LogitsCase], Step]) -> Step:
     """The case's inputs go there and the result comes back: its answer is computed on the host.
 
     So what a sanitizer sees of a device is little but our kernels.
     """
     tensors = {name: getattr(case, name).to(device.torch_device) for name in ("student", "teacher")}
-    step = with_tile(dataclasses.replace(case, **tensors), tile)
+    step = make(dataclasses.replace(case, **tensors))
 
     def run():
         loss, gradients = step.run()
@@ -160,11 +194,12 @@ def run_options(device: Cpu | Cuda, tile: str) -> None:
 
 
 def tune(device: Cpu | Cuda, arguments: argparse.Namespace, command: list[str]) -> dict:
-    """Every tile beside the chosen one; a tile that cannot hold a row says so."""
+    """Every tile beside the chosen one, and a shard; a tile that cannot hold a row says so."""
     tiles = {"chosen": "", **{tile: tile for tile in TILES}}
     providers = [
         Provider(name, functools.partial(with_tile, tile=tile)) for name, tile in tiles.items()
     ]
+    providers.append(Provider("shard", shard))
     budget = Budget(arguments.budget)
     report = {"environment": device.describe() | environment(command), "cases": [], "left_out": []}
     settings = list(itertools.product(("bfloat16", "float32"), arguments.vocab))

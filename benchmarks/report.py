@@ -17,6 +17,7 @@ from pathlib import Path
 
 from .compiled_tables import cpu_flops, cpu_instructions, cuda_instructions, triton_resources
 from .numerics_report import behaviour_table, numerics_table
+from .sharded import sharded_table
 from .tables import (
     FLOOR_NAMES,
     error,
@@ -34,6 +35,7 @@ DOCUMENTS = (
     "README.md",
     "docs/linear.md",
     "docs/numerics.md",
+    "docs/parallel.md",
     "docs/performance.md",
     "docs/sparse.md",
 )
@@ -200,6 +202,7 @@ TABLES: dict[str, Callable[[dict, str], str]] = {
     "shapes": shapes,
     "numerics": numerics_table,
     "behaviour": behaviour_table,
+    "sharded": sharded_table,
     "training": training_table,
     "small_call": small_call,
     "cpu_instructions": cpu_instructions,

@@ -28,8 +28,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from kdkernels.divergences import DIVERGENCES
-from kdkernels.options import METRICS, LogitsOptions, TailOptions
+from kdkernels.options import METRICS, SHARD_PHASES, LogitsOptions, TailOptions
 from kdkernels.triton import launch, schedule
+from kdkernels.triton.divergences import FUNCTIONS
 
 SCALE = "scale"  # in the place of a divergence: the kernel that scales a gradient
 TAILS = "tails"  # likewise: those of a sparse teacher
@@ -58,6 +59,7 @@ class Kernel(NamedTuple):
     gradient: bool = True
     options: bool = False  # labels and cross-entropy, weights, metrics, softcaps
     split: bool = False  # several programs per row
+    phase: str = ""  # of a shard of the vocabulary
     rows: int = 64
 
 
@@ -92,12 +94,28 @@ def kernels() -> list[Kernel]:
             result.append(Kernel(target, divergence, "float16", 128256, options=True))
             result.append(Kernel(target, divergence, "bfloat16", 128256, split=True))
             result.append(Kernel(target, divergence, "float16", 128256, options=True, split=True))
+        result += shard_kernels(target)
         # Sizes of 1 are compiled in as constants.
-        result.append(Kernel(target, "jsd", "float16", 1, rows=1, options=True))
+        for phase in ("", *SHARD_PHASES):
+            result.append(Kernel(target, "jsd", "float16", 1, rows=1, options=True, phase=phase))
         result += [Kernel(target, SCALE, dtype, 128256) for dtype in ("bfloat16", "float16")]
         for vocab, gradient, options in itertools.product((1000, 128256), (0, 1), (0, 1)):
             result.append(Kernel(target, TAILS, "bfloat16", vocab, bool(gradient), bool(options)))
     return result
+
+
+def shard_kernels(target: Target) -> list[Kernel]:
+    """One of two shards; its states are the same whatever the divergence."""
+    phases = [("jsd", "states")]
+    for divergence in DIVERGENCES:
+        phases.append((divergence, "sums"))
+        if not FUNCTIONS[divergence].slope_sums_to_zero:
+            phases.append((divergence, "gradient"))
+    return [
+        Kernel(target, divergence, dtype, 64128, options=options, phase=phase)
+        for divergence, phase in phases
+        for dtype, options in (("bfloat16", False), ("float16", True))
+    ]
 
 
 def device_of(target: Target) -> schedule.Device:
@@ -136,6 +154,13 @@ def compile_tails(kernel: Kernel):
     return function.warmup(*arguments, grid=(kernel.rows,), **launch.options_of(chosen))
 
 
+def compile_shard(kernel: Kernel, call: launch.ShardCall):
+    """The kernel of one phase of a shard."""
+    options = launch.options_of(launch.schedule_of(call, device_of(kernel.target)))
+    arguments = launch.arguments_of_shard(call)
+    return launch.shard_kernel.warmup(*arguments, grid=(kernel.rows,), **options)
+
+
 def compile_kernel(kernel: Kernel):
     """The compiled kernel of one configuration, from tensors without memory."""
     driver.set_active(_Driver(kernel.target))
@@ -163,16 +188,39 @@ def compile_kernel(kernel: Kernel):
         teacher_scale=1.0,
         teacher_softcap=cap,
         metrics=kernel.options,
+        group="",
+        rank=0,
+        processes=1,
+        vocab_start=0,
+        vocab_size=kernel.vocab,
     )
+    gradient = student.clone() if kernel.gradient else None
+    labels = torch.empty(kernel.rows, dtype=torch.int64, device="meta") if kernel.options else None
+    row_scale = per_row if half else None
+    if kernel.phase:
+        records = torch.empty(kernel.rows, 6, dtype=torch.float64, device="meta")
+        call = launch.ShardCall(
+            kernel.phase,
+            student,
+            student.clone(),
+            gradient,
+            labels,
+            per_row,
+            records,
+            records,
+            row_scale,
+            options,
+        )
+        return compile_shard(kernel, call)
     call = launch.Call(
         student,
         student.clone(),
-        student.clone() if kernel.gradient else None,
-        torch.empty(kernel.rows, dtype=torch.int64, device="meta") if kernel.options else None,
+        gradient,
+        labels,
         per_row if kernel.options else None,
         None,
         per_row,
-        per_row if half else None,
+        row_scale,
         torch.empty(len(METRICS), kernel.rows, device="meta") if kernel.options else None,
         options,
     )
@@ -210,6 +258,7 @@ def resources(kernel: Kernel) -> dict[str, object]:
         "gradient": kernel.gradient,
         "options": kernel.options,
         "split": kernel.split,
+        "phase": kernel.phase,
         "threads": 32 * compiled.metadata.num_warps,
         "registers": int(usage["REG"]),
         "stack": int(usage["STACK"]),  # what registers spill to

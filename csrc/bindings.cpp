@@ -67,6 +67,38 @@ void logits_cpu(int64_t rows, int64_t vocab, const RowsArgs& student, const Rows
   cpu::logits(params, threads);
 }
 
+ShardParams to_shard_params(int phase, int64_t rows, int64_t vocab, const RowsArgs& student,
+                            const RowsArgs& teacher, const std::optional<RowsArgs>& gradient,
+                            int divergence, float parameter_0, float parameter_1, float temperature,
+                            float student_scale, float student_softcap, float teacher_scale,
+                            float teacher_softcap, float kd_weight, float ce_weight, bool entropies,
+                            uintptr_t labels, uintptr_t weight, float gradient_scale,
+                            uintptr_t row_scale, uintptr_t states, uintptr_t sums) {
+  ShardParams params;
+  params.phase = static_cast<ShardPhase>(phase);
+  params.rows = rows;
+  params.vocab = vocab;
+  params.student = to_rows(student);
+  params.teacher = to_rows(teacher);
+  if (gradient) params.gradient = to_rows(*gradient);
+  params.divergence = divergence;
+  params.parameters[0] = parameter_0;
+  params.parameters[1] = parameter_1;
+  params.temperature = temperature;
+  params.student_transform = {student_scale, student_softcap};
+  params.teacher_transform = {teacher_scale, teacher_softcap};
+  params.kd_weight = kd_weight;
+  params.ce_weight = ce_weight;
+  params.entropies = entropies;
+  params.labels = pointer<int64_t>(labels);
+  params.token_weight = pointer<float>(weight);
+  params.gradient_scale = gradient_scale;
+  params.row_scale = pointer<float>(row_scale);
+  params.states = pointer<double>(states);
+  params.sums = pointer<double>(sums);
+  return params;
+}
+
 TailParams to_tail_params(int64_t rows, int64_t vocab, const RowsArgs& student,
                           const std::optional<RowsArgs>& gradient, float temperature, bool at_1,
                           float scale, float softcap, uintptr_t listed, int64_t listed_size,
@@ -160,6 +192,10 @@ void tail_cuda(int64_t rows, int64_t vocab, const RowsArgs& student,
   cuda::tail(params, device, pointer<void>(stream));
 }
 
+bool shard_cuda(const ShardParams& params, int device, uintptr_t stream) {
+  return cuda::shard(params, device, pointer<void>(stream));
+}
+
 void scale_cuda(int64_t rows, const RowsArgs& gradient, uintptr_t grad_output,
                 int64_t grad_output_stride, uintptr_t row_scale, int device, uintptr_t stream) {
   ScaleParams params;
@@ -190,6 +226,11 @@ PYBIND11_MODULE(_C, module) {
       });
   module.def("release_kept_memory", kd::cpu::release_kept_memory,
              "Gives memory that is kept for the next call back to the system; returns its bytes.");
+  py::class_<kd::ShardParams>(module, "ShardParams", py::module_local(),
+                              "One phase of a shard of the vocabulary, see csrc/core/params.h.")
+      .def(py::init(&kd::to_shard_params));
+  module.def("shard_cpu", kd::cpu::shard, py::call_guard<py::gil_scoped_release>(),
+             "One phase; whether the gradient is written then.");
   module.def("tail_cpu", kd::tail_cpu,
              "Log-sum-exps of the columns that are not listed, or their gradient.");
   module.def("scale_cpu", kd::scale_cpu, "gradient *= grad_output * row_scale, row by row.");
@@ -197,6 +238,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("cuda_why_not", kd::cuda::why_not,
              "Why a CUDA device cannot be served, or an empty string.");
   module.def("logits_cuda", kd::logits_cuda, "Launches loss, and gradient where one is given.");
+  module.def("shard_cuda", kd::shard_cuda, py::call_guard<py::gil_scoped_release>(),
+             "Launches one phase; whether the gradient is written then.");
   module.def("tail_cuda", kd::tail_cuda,
              "Launches log-sum-exps of the columns that are not listed, or their gradient.");
   module.def("scale_cuda", kd::scale_cuda, "Launches gradient *= grad_output * row_scale.");

@@ -35,6 +35,38 @@ def logits_cpu(
     threads: int,
     /,
 ) -> None: ...
+
+class ShardParams:
+    def __init__(
+        self,
+        phase: int,
+        rows: int,
+        vocab: int,
+        student: Rows,
+        teacher: Rows,
+        gradient: Rows | None,
+        divergence: int,
+        parameter_0: float,
+        parameter_1: float,
+        temperature: float,
+        student_scale: float,
+        student_softcap: float,
+        teacher_scale: float,
+        teacher_softcap: float,
+        kd_weight: float,
+        ce_weight: float,
+        entropies: bool,
+        labels: int,
+        weight: int,
+        gradient_scale: float,
+        row_scale: int,
+        states: int,
+        sums: int,
+        /,
+    ) -> None: ...
+
+def shard_cpu(params: ShardParams, threads: int, /) -> bool: ...
+def shard_cuda(params: ShardParams, device: int, stream: int, /) -> bool: ...
 def tail_cpu(
     rows: int,
     vocab: int,

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from . import autograd, checks, reference
+from . import autograd, checks, reference, scalars
 from .divergences import Divergence
+from .dtensors import Where, is_distributed, local_tensors
 from .options import METRICS
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 #: What ``return_metrics=True`` adds: per-token tensors of shape ``(...)``, None where undefined.
 Metrics = dict[str, Tensor | None]
@@ -31,6 +37,8 @@ def kd_loss(
     teacher_scale: float = 1.0,
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
+    group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
     inplace_grad: bool = False,
     return_metrics: bool = False,
     backend: str = "auto",
@@ -69,11 +77,18 @@ def kd_loss(
         temperature_squared: multiply the divergence by T^2 (Hinton et al. 2015), so that its
             gradient keeps its size as T grows.
         vocab_size: the number of leading columns that take part; the others get gradient 0.
-            Default: the smaller of the two widths.
+            Default: the smaller of the two widths; with ``group``, of all shards together.
         student_scale: multiplies the student's logits before softcap and temperature.
         teacher_scale: the same for the teacher.
         student_softcap: cap of ``cap * tanh(x / cap)`` on the scaled student logits, None for none.
         teacher_softcap: the same for the teacher.
+        group: a process group over which the vocabulary is sharded, as tensor-parallel heads leave
+            it: both logits hold this process's columns, all other arguments are the same
+            everywhere, and so is the loss. DTensors sharded over their last dimension say so
+            themselves.
+        vocab_start: the first column of this process's shard in the whole vocabulary, of
+            ``vocab_size``; shards follow each other in the order of ranks. Default: rank times
+            width, of shards of one width.
         inplace_grad: the gradient overwrites ``student_logits``, whose content is undefined
             afterwards; saves one (tokens, vocab) tensor. Not for leaves.
         return_metrics: also return a dict of detached float32 tensors ``(...)``: ``divergence``
@@ -101,8 +116,21 @@ def kd_loss(
         >>> round(loss.item(), 4), [round(g, 4) for g in student.grad[0].tolist()]
         (0.3986, [0.3986, -0.3986, 0.0])
     """
-    lead = checks.logits(student_logits, teacher_logits)
-    if checks.option("inplace_grad", inplace_grad):
+    where = Where(group, vocab_start, vocab_size)
+    if is_distributed(student_logits) or is_distributed(teacher_logits):
+        (student_logits, teacher_logits, labels, token_weight), where = local_tensors(
+            (
+                ("student_logits", student_logits, -1),
+                ("teacher_logits", teacher_logits, -1),
+                ("labels", labels, None),
+                ("token_weight", token_weight, None),
+            ),
+            where,
+        )
+    lead = checks.logits(student_logits, teacher_logits, shards=where.group is not None)
+    if scalars.option("inplace_grad", inplace_grad):
+        if where.group is not group:
+            raise ValueError("inplace_grad: student_logits is a DTensor, expected a plain tensor")
         _check_inplace(student_logits)
     call = checks.call(
         student_logits,
@@ -118,7 +146,7 @@ def kd_loss(
         reduction=reduction,
         normalizer=normalizer,
         temperature_squared=temperature_squared,
-        vocab_size=vocab_size,
+        vocab_size=where.vocab_size,
         student_scale=student_scale,
         teacher_scale=teacher_scale,
         student_softcap=student_softcap,
@@ -126,6 +154,8 @@ def kd_loss(
         inplace_grad=inplace_grad,
         return_metrics=return_metrics,
         backend=backend,
+        group=where.group,
+        vocab_start=where.vocab_start,
     )
     constants = teacher_logits, labels, call.token_weight, call.normalizer
     if call.backend == "reference":

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from . import gemm, payload
+from . import collectives, gemm, payload
 from .linear_plan import Plan, plan
 from .memory import empty
 from .options import LinearOptions, LogitsOptions
@@ -79,12 +79,12 @@ class Rows(SomeRows):
         return values.contiguous() if index is None else values[index]
 
     def _check_labels(self, labels: Tensor, weight: Tensor, o: LogitsOptions) -> None:
-        outside = (weight != 0) & ((labels < 0) | (labels >= o.vocab))
+        outside = (weight != 0) & ((labels < 0) | (labels >= o.vocab_size))
         if bool(outside.any()):
             row = int(outside.nonzero()[0])
             place = row if self.index is None else int(self.index[row])
             raise ValueError(
-                f"labels: row {place} holds {int(labels[row])}, expected 0 to {o.vocab - 1} "
+                f"labels: row {place} holds {int(labels[row])}, expected 0 to {o.vocab_size - 1} "
                 f"or ignore_index ({o.ignore_index})"
             )
 
@@ -111,9 +111,9 @@ class TeacherLogits:
     def __init__(self, logits: Tensor, rows: Rows, device: torch.device):
         self.logits, self.index, self.device = logits, rows.index_of(logits), device
 
-    def row_bytes(self) -> int:
-        """Of the memory that a row of a block takes."""
-        size = self.logits.shape[-1] * self.logits.dtype.itemsize
+    def row_bytes(self, width: int | None = None) -> int:
+        """Of the memory that a row of a block takes, as wide as it is or of that width."""
+        size = (width or self.logits.shape[-1]) * self.logits.dtype.itemsize
         if self.logits.device != self.device:
             return 2 * size  # one block in use, one on its way
         return 0 if self.index is None else size
@@ -139,9 +139,9 @@ class TeacherHead:
         self.weight = weight.to(self.dtype)  # (vocab, hidden)
         self.bias = None if bias is None else bias.to(self.dtype)
 
-    def row_bytes(self) -> int:
-        """Of the memory that a row of a block takes."""
-        return self.weight.shape[0] * self.logits_dtype.itemsize
+    def row_bytes(self, width: int | None = None) -> int:
+        """Of the memory that a row of a block takes, as wide as it is or of that width."""
+        return (width or self.weight.shape[0]) * self.logits_dtype.itemsize
 
     def blocks(self, spans: Sequence[payload.Span], memory: Tensor | None) -> Iterator[Tensor]:
         """(rows, vocab) logits of each span, in ``memory`` (bytes) where it is given."""
@@ -184,10 +184,10 @@ class Student:
         self.half = self.dtype == torch.float16
         self.results = [torch.float32 if self.half else w.dtype for w in weight]
 
-    def row_bytes(self) -> int:
+    def row_bytes(self, width: int | None = None) -> int:
         """Of a row of the logits, and of the copy that the products take where dtypes differ."""
         copy = 0 if self.logits_dtype == self.dtype else self.dtype.itemsize
-        return self.vocab * (self.logits_dtype.itemsize + copy)
+        return (width or self.vocab) * (self.logits_dtype.itemsize + copy)
 
     def weight_gradient_bytes(self) -> tuple[int, int]:
         """Of the largest in its dtype, and of all that several chunks sum up in float32."""
@@ -201,13 +201,25 @@ class Student:
         largest = max((n * dtype.itemsize for n, dtype in needed), default=0)
         return largest, sum(4 * n for n, dtype in needed if dtype != torch.float32)
 
-    def plan(self, teacher_row: int, chunk_bytes: int) -> Plan:
-        """How the rows are split beside a teacher whose rows take so many bytes."""
+    def plan(
+        self,
+        teacher: TeacherHead | TeacherLogits | None,
+        chunk_bytes: int,
+        o: LogitsOptions | None = None,
+    ) -> Plan:
+        """How the rows are split beside a teacher whose logits are there a block at a time."""
         # A gradient that is copied to another dtype exists for a block, not for a longer chunk.
         apart = self.logits_dtype != self.dtype
         largest, sums = (0, 0) if apart else self.weight_gradient_bytes()
+        width = None
+        if o is not None and o.group:
+            # Alike in all processes, whatever each of them holds: they meet in every block.
+            width = -(-o.vocab_size // o.processes)
+            largest = sums = 0
+        teacher_row = 0 if teacher is None else teacher.row_bytes(width)
         device = self.hidden[0].device.type
-        return plan(self.rows, self.row_bytes(), teacher_row, largest, sums, chunk_bytes, device)
+        student_row = self.row_bytes(width)
+        return plan(self.rows, student_row, teacher_row, largest, sums, chunk_bytes, device)
 
     def allocate(self, chunk: int) -> None:
         """Memory for logits of ``chunk`` rows and for the gradients."""
@@ -299,13 +311,13 @@ class Student:
                     out *= before / self.unit
             gemm.add_weight_gradient(out, gradient, part, accumulate=begin > 0)
 
-    def gradients(self, rows: SomeRows) -> list[Tensor]:
-        """In the order of needs_grad, empty where not needed."""
+    def gradients(self, rows: SomeRows, group: str = "") -> list[Tensor]:
+        """In the order of needs_grad, empty where not needed; of hidden states the group's sum."""
         hidden_dtype = torch.float32 if self.half else self.dtype
         hidden = [
             self.logits.new_empty(0, dtype=hidden_dtype)
             if g is None
-            else rows.everywhere(g, g.shape[-1])
+            else rows.everywhere(collectives.all_sum(g, group) if group else g, g.shape[-1])
             for g in self.hidden_gradients
         ]
         weight = [

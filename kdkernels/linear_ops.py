@@ -38,7 +38,7 @@ def _run(
     """Loss and metrics of the rows that take part; gradients stay with the student."""
     with_gradient = any(linear.needs_grad)
     device = student.hidden[0].device
-    split = student.plan(teacher.row_bytes(), linear.chunk_bytes)
+    split = student.plan(teacher, linear.chunk_bytes, o)
     student.allocate(split.chunk)
     spans = split.spans(rows.count)
     lent = student.memory_of_a_weight_gradient() if split.lend else None
@@ -101,7 +101,7 @@ def _linear_loss(
             else TeacherHead(teacher_hidden, teacher_weight, teacher_bias, rows, linear)
         )
         loss, metrics = _run(student, teacher, rows, linear, o)
-        gradients = student.gradients(rows) if any(linear.needs_grad) else []
+        gradients = student.gradients(rows, o.group) if any(linear.needs_grad) else []
         loss = rows.everywhere(loss) if o.reduction == "none" else loss
         return loss, rows.everywhere(metrics) if o.metrics else metrics, gradients
 

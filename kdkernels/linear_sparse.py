@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from . import checks, linear
+from . import checks, collectives, linear, linear_checks, scalars
 from .divergences import Divergence, ForwardKL, as_divergence
 from .functional import Metrics
 from .linear_tail import Head
@@ -15,6 +16,9 @@ from .options import LinearOptions
 from .sparse import loss_of
 from .sparse_entries import check_entries, check_tail
 from .tail import Student
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def linear_sparse_kd_loss(
@@ -40,6 +44,8 @@ def linear_sparse_kd_loss(
     vocab_size: int | None = None,
     student_scale: float = 1.0,
     student_softcap: float | None = None,
+    group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
     return_metrics: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Metrics]:
@@ -76,6 +82,9 @@ def linear_sparse_kd_loss(
         vocab_size: see there.
         student_scale: see there.
         student_softcap: see there.
+        group: see there. Weights and bias hold this process's rows of the head; hidden states are
+            the same everywhere, and their gradient is summed over the group.
+        vocab_start: see there.
         return_metrics: see there.
         backend: see there; ``"reference"`` computes all logits at once.
 
@@ -98,14 +107,14 @@ def linear_sparse_kd_loss(
         >>> round(loss.item(), 4), head.grad.shape
         (0.3924, torch.Size([3, 2]))
     """
-    hidden, weight = linear.terms(student_hidden), linear.terms(student_weight)
-    lead, _ = linear.check_student(hidden, weight, student_bias)
+    hidden, weight = linear_checks.terms(student_hidden), linear_checks.terms(student_weight)
+    lead, _ = linear_checks.check_student(hidden, weight, student_bias)
     check_entries("student_hidden", hidden[0], teacher_indices, teacher_logprobs)
     divergence = as_divergence(divergence)
     check_tail(tail, divergence)
-    chunk_bytes = checks.option("chunk_bytes", chunk_bytes)
-    dtype = linear.product_dtype(weight[0])
-    linear.check_logits_dtype(logits_dtype, dtype)
+    chunk_bytes = scalars.option("chunk_bytes", chunk_bytes)
+    dtype = linear_checks.product_dtype(weight[0])
+    linear_checks.check_logits_dtype(logits_dtype, dtype)
     like = weight[0].new_empty(0, weight[0].shape[0], dtype=logits_dtype or dtype)
     call = checks.call(
         like,
@@ -129,7 +138,10 @@ def linear_sparse_kd_loss(
         inplace_grad=False,
         return_metrics=return_metrics,
         backend=backend,
+        group=group,
+        vocab_start=vocab_start,
     )
+    hidden = [collectives.summed_in_backward(h, call.options) for h in hidden]
     student: Student | Head
     if call.backend == "reference":
         logits = linear.logits_of(hidden, weight, student_bias, logits_dtype)

@@ -18,6 +18,7 @@ from .linear_ops import check_memory, fake_gradients
 from .ops import IMPLEMENTATIONS, library
 from .options import LinearOptions, TailOptions
 from .tail import SCALARS, log_sum_exps
+from .top import Top
 
 _HEAD = "Tensor[] hidden, Tensor[] weight, Tensor? bias, Tensor listed, Tensor kept"
 _LINEAR = (
@@ -27,7 +28,7 @@ _LINEAR = (
 
 library.define(
     f"linear_tails({_HEAD}, bool with_top, {_LINEAR}, {SCALARS})"
-    " -> (Tensor listed_logits, Tensor tails, Tensor top)"
+    " -> (Tensor listed_logits, Tensor tails, Tensor top_logit, Tensor top)"
 )
 library.define(
     f"linear_tails_gradient({_HEAD}, Tensor tails, Tensor grad_tails, Tensor grad_listed, "
@@ -65,20 +66,21 @@ def _linear_tails(hidden, weight, bias, listed, kept, with_top, *scalars):
     with torch.autocast(listed.device.type, enabled=False):
         student = Student(hidden, weight, bias, rows, linear)
         listed = _pick(rows, listed, width)
-        split = student.plan(0, linear.chunk_bytes)
+        split = student.plan(None, linear.chunk_bytes)
         student.allocate(split.block)
         logits_of = student.logits.new_empty((rows.count, width))
         tails = logits_of.new_empty((o.results, rows.count), dtype=torch.float32)
-        top = listed.new_empty(rows.count if with_top else 0)
+        top = Top(*(x.new_empty(rows.count if with_top else 0) for x in (student.logits, listed)))
         for begin, end in split.spans(rows.count):
             logits, here = student.logits[: end - begin], listed[begin:end]
             student.write_logits(logits, begin, end)
             tails[:, begin:end] = run(logits, here, None, o)
             logits_of[begin:end] = logits.gather(-1, here.clamp(min=0))
             if with_top:
-                top[begin:end] = logits[:, : o.vocab].argmax(-1)
-        top = rows.everywhere(top) if with_top else top
-        return rows.everywhere(logits_of, width), rows.everywhere(tails), top
+                top.logit[begin:end], top.token[begin:end] = Top.of(logits, o.vocab)
+        if with_top:
+            top = Top(*(rows.everywhere(x) for x in top))
+        return rows.everywhere(logits_of, width), rows.everywhere(tails), *top
 
 
 def _linear_tails_gradient(
@@ -96,7 +98,7 @@ def _linear_tails_gradient(
         if student.half:
             row_scale = _row_scale(grad_tails, grad_listed)
             grad_tails, grad_listed = grad_tails / row_scale, grad_listed / row_scale.unsqueeze(1)
-        split = student.plan(0, linear.chunk_bytes)
+        split = student.plan(None, linear.chunk_bytes)
         student.allocate(split.chunk)
         for begin, end in split.spans(rows.count):
             offset, here = begin % split.chunk, slice(begin, end)
@@ -130,7 +132,8 @@ def _(hidden, weight, bias, listed, kept, with_top, *scalars):
     dtype = torch.float32 if linear.float32_logits else linear.student_dtype
     listed_logits = listed.new_empty(listed.shape, dtype=dtype)
     tails = listed.new_empty((o.results, *kept.shape), dtype=torch.float32)
-    return listed_logits, tails, listed.new_empty(kept.shape if with_top else 0)
+    top = (x.new_empty(kept.shape if with_top else 0) for x in (listed_logits, listed))
+    return listed_logits, tails, *top
 
 
 @torch.library.register_fake("kdkernels::linear_tails_gradient", lib=library)
@@ -146,17 +149,17 @@ class _LinearListedAndTails(torch.autograd.Function):
     def forward(ctx, count, linear, options, with_top, listed, kept, *student):
         hidden, weight, bias = student[:count], student[count:-1], student[-1]
         head = list(hidden), list(weight), bias
-        stored, tails, top = _ops.linear_tails.default(
+        stored, tails, *top = _ops.linear_tails.default(
             *head, listed, kept, with_top, *linear, *options
         )
         ctx.save_for_backward(listed, kept, tails, *student)
-        ctx.mark_non_differentiable(top)
+        ctx.mark_non_differentiable(*top)
         ctx.arguments = count, linear, options
         ctx.consumed = False
-        return stored.double(), log_sum_exps(tails, options), top
+        return stored.double(), log_sum_exps(tails, options), *top
 
     @staticmethod
-    def backward(ctx, grad_listed, grad_tails, _):
+    def backward(ctx, grad_listed, grad_tails, *_):
         check_backward(ctx, "linear_sparse_kd_loss", consumes=False)
         count, linear, options = ctx.arguments
         listed, kept, tails, *student = ctx.saved_tensors
@@ -201,10 +204,11 @@ class Head(NamedTuple):
         *,
         with_tails: bool,
         with_top: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, Top | None]:
         """See :meth:`kdkernels.tail.Student.listed_and_tails`."""
         check_no_transform("linear_sparse_kd_loss")
         student = *self.hidden, *self.weight, self.bias
         no_gradient = self.linear._replace(needs_grad=[False] * len(student))
         arguments = len(self.hidden), no_gradient, options, with_top, listed, kept
-        return _LinearListedAndTails.apply(*arguments, *student)
+        listed_logits, tails, *top = _LinearListedAndTails.apply(*arguments, *student)
+        return listed_logits, tails, Top(*top) if with_top else None

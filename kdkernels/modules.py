@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from . import checks
+from . import scalars
 from .divergences import ForwardKL, as_divergence
 from .functional import Metrics, kd_loss
 from .linear import linear_kd_loss
@@ -47,7 +47,7 @@ def check_options(options: dict[str, Any], known: list[str]) -> dict[str, Any]:
     for name, value in options.items():
         if name not in known:
             raise TypeError(f"{name} is not an option; expected {', '.join(known)}")
-        checks.option(name, value)
+        scalars.option(name, value)
     if "divergence" in options:
         options["divergence"] = as_divergence(options["divergence"])
     return options

@@ -7,12 +7,13 @@ alias.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from . import memory
+from . import memory, sharded
 from .backends import cpu, cuda, triton
 from .backends.rows import gradient_like
 from .options import METRICS, LogitsOptions
@@ -24,7 +25,8 @@ _TENSORS = "Tensor teacher, Tensor? labels, Tensor? token_weight, Tensor? normal
 SCALARS = (
     "str divergence, float parameter_0, float parameter_1, float temperature, float kd_weight, "
     "float ce_weight, int ignore_index, str reduction, SymInt vocab, float student_scale, "
-    "float student_softcap, float teacher_scale, float teacher_softcap, bool metrics"
+    "float student_softcap, float teacher_scale, float teacher_softcap, bool metrics, str group, "
+    "int rank, int processes, SymInt vocab_start, SymInt vocab_size"
 )
 
 library = torch.library.Library("kdkernels", "DEF")
@@ -44,6 +46,13 @@ library.define(
 )
 
 
+def _implementation(backend: str, options: LogitsOptions) -> Callable:
+    kernels = IMPLEMENTATIONS[backend]
+    if options.group:
+        return functools.partial(sharded.logits_loss, kernels.shard)
+    return kernels.logits_loss
+
+
 def _implement(name: str) -> Callable[[Callable], Callable]:
     def register(function: Callable) -> Callable:
         library.impl(name, function, "CompositeExplicitAutograd")
@@ -54,8 +63,8 @@ def _implement(name: str) -> Callable[[Callable], Callable]:
 
 @_implement("logits_loss")
 def _logits_loss(student, teacher, labels, token_weight, normalizer, backend, *scalars):
-    run = IMPLEMENTATIONS[backend].logits_loss
     options = LogitsOptions(*scalars)
+    run = _implementation(backend, options)
     loss, metrics, _ = run(student, teacher, labels, token_weight, normalizer, options, None)
     return loss, _or_empty(metrics, loss)
 
@@ -77,7 +86,8 @@ def _logits_loss_and_grad_(student, teacher, labels, token_weight, normalizer, b
 
 @_implement("scale_gradient_")
 def _scale_gradient_(gradient, grad_output, row_scale, backend):
-    IMPLEMENTATIONS[backend].scale_gradient(gradient, grad_output, row_scale)
+    if gradient.numel() > 0:  # a shard may have no columns
+        IMPLEMENTATIONS[backend].scale_gradient(gradient, grad_output, row_scale)
     # Also where nothing changed: the gradient is handed out, a second backward must not reuse it.
     torch.autograd.graph.increment_version(gradient)
 
@@ -92,8 +102,7 @@ def _run(tensors, backend, options, inplace):
         gradient = torch.empty_like(student)  # what gradient_like comes to, sooner
     else:
         gradient = gradient_like(student, memory.empty_strided)
-    run = IMPLEMENTATIONS[backend].logits_loss
-    outputs = run(*tensors, options, gradient)
+    outputs = _implementation(backend, options)(*tensors, options, gradient)
     if inplace:
         torch.autograd.graph.increment_version(student)
     return *outputs, gradient
@@ -168,7 +177,7 @@ def loss(
 ) -> tuple[Tensor, Tensor | None]:
     """Loss and metrics (None or empty where there are none) of the tensors of loss_and_grad."""
     if straight:
-        return IMPLEMENTATIONS[backend].logits_loss(*tensors, options, None)[:2]
+        return _implementation(backend, options)(*tensors, options, None)[:2]
     return _ops.logits_loss.default(*tensors, backend, *options)
 
 

@@ -14,6 +14,11 @@ REDUCTIONS = ("none", "sum", "mean")
 #: What the tokens are that a sparse teacher does not list.
 TAILS = ("bucket", "renormalize", "drop", "sampled")
 
+#: Of a shard of the vocabulary, as in csrc/core/params.h.
+SHARD_PHASES = ("states", "sums", "gradient")
+SHARD_STATES = ("student_base", "student_sum", "student_sum_at_1", "teacher_base", "teacher_sum")
+SHARD_SUMS = ("value", "slope", "shift", "largest_slope", "student_entropy", "teacher_entropy")
+
 
 class LogitsOptions(NamedTuple):
     """Scalars of the logits level; the fields are the tail of every operator's schema."""
@@ -26,12 +31,17 @@ class LogitsOptions(NamedTuple):
     ce_weight: float
     ignore_index: int
     reduction: str
-    vocab: int
+    vocab: int  # columns that take part here
     student_scale: float
     student_softcap: float  # 0: none
     teacher_scale: float
     teacher_softcap: float
     metrics: bool
+    group: str  # of processes that share the vocabulary, "" for none
+    rank: int  # of this one
+    processes: int
+    vocab_start: int  # of this process's columns
+    vocab_size: int  # of all of them
 
 
 class LinearOptions(NamedTuple):

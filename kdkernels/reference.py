@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import collectives, watchers
 from .divergences import Divergence
 from .options import METRICS, LogitsOptions
 
@@ -37,6 +38,15 @@ def kd_loss(
 ) -> tuple[Tensor, Tensor | None]:
     """The loss and, with ``o.metrics``, the stacked metrics ``(5, ...)``."""
     with without_autocast(student.device):
+        if o.group:
+            rows = rows_that_take_part(student, labels, token_weight, o)
+            share = rows.weight / normalizer_of(rows, normalizer, o)
+            target = torch.zeros_like(share) if labels is None else labels
+            per_row = [share, torch.where(rows.kept, target, 0)]
+            columns = collectives.columns_of_all(per_row, o, divergence)
+            student = collectives.whole_logits(student, columns, o)
+            teacher = collectives.whole_logits(teacher.detach(), columns, o)
+            o = o._replace(vocab=o.vocab_size)
         return _kd_loss(student, teacher, labels, token_weight, normalizer, divergence, o)
 
 
@@ -119,10 +129,10 @@ def rows_that_take_part(
     kept = weight != 0
     outside = torch.zeros_like(kept)
     if labels is not None:
-        outside = kept & ((labels < 0) | (labels >= o.vocab))
-        if labels.device.type == "cpu" and not torch.compiler.is_compiling() and outside.any():
+        outside = kept & ((labels < 0) | (labels >= o.vocab_size))
+        if watchers.may_look(labels) and bool(outside.any()):
             raise ValueError(
-                f"labels: got {int(labels[outside][0])}, expected 0 to {o.vocab - 1} or "
+                f"labels: got {int(labels[outside][0])}, expected 0 to {o.vocab_size - 1} or "
                 f"ignore_index ({o.ignore_index})"
             )
     return RowsThatTakePart(weight, kept, outside)
@@ -136,13 +146,17 @@ def reduced(
     loss = loss * rows.weight
     if o.reduction == "none":
         return loss
-    loss = loss.sum()
-    if o.reduction == "mean":
-        if normalizer is None:
-            total = rows.weight.sum()
-            normalizer = torch.where(total <= 0, 1.0, total)
-        loss = loss / normalizer.to(loss.dtype)
-    return loss
+    return loss.sum() / normalizer_of(rows, normalizer, o)
+
+
+def normalizer_of(rows: RowsThatTakePart, normalizer: Tensor | None, o: LogitsOptions) -> Tensor:
+    """What the loss is divided by, (); 1 where the reduction is no mean."""
+    if o.reduction != "mean":
+        return torch.ones_like(rows.weight.sum())
+    if normalizer is None:
+        normalizer = rows.weight.sum()
+        normalizer = torch.where(normalizer <= 0, 1.0, normalizer)
+    return normalizer.to(rows.weight.dtype)
 
 
 def stacked_metrics(values: dict[str, Tensor], rows: RowsThatTakePart) -> Tensor:

@@ -8,17 +8,23 @@ works on every backend.
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from . import checks, reference
+from . import checks, reference, scalars
 from .divergences import Divergence, ForwardKL, as_divergence
+from .dtensors import Where, is_distributed, local_tensors
 from .functional import Metrics, _check_inplace, with_metrics
 from .options import LogitsOptions, TailOptions
+from .sharded_sparse import ShardedStudent
 from .sparse_entries import MOST_PROBABILITY, check_entries, check_tail, entries, listed_twice
-from .tail import Student
+from .tail import AnyStudent, Student
+from .top import Top
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 #: A teacher's tail where rounding has hidden it: half a unit in the last place of float32's 1.
 _UNKNOWN_TAIL = 2.0**-24
@@ -43,6 +49,8 @@ def sparse_kd_loss(
     vocab_size: int | None = None,
     student_scale: float = 1.0,
     student_softcap: float | None = None,
+    group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
     inplace_grad: bool = False,
     return_metrics: bool = False,
     backend: str = "auto",
@@ -92,6 +100,9 @@ def sparse_kd_loss(
         vocab_size: the number of leading columns that take part, default all.
         student_scale: multiplies the student's logits before softcap and temperature.
         student_softcap: cap of ``cap * tanh(x / cap)`` on the scaled logits, None for none.
+        group: a process group over which the vocabulary is sharded, see :func:`kdkernels.kd_loss`;
+            tokens are numbered in the whole vocabulary, and the same everywhere.
+        vocab_start: see there.
         inplace_grad: the backward overwrites ``student_logits`` with its gradient. Not for leaves.
         return_metrics: also return per-token metrics as :func:`kdkernels.kd_loss` does: divergence
             and entropies of what ``tail`` compares; ``agreement`` is 1.0 where the student's top
@@ -120,12 +131,27 @@ def sparse_kd_loss(
         >>> round(loss.item(), 4), [round(g, 4) for g in student.grad[0].tolist()]
         (0.4161, [0.3099, -0.4137, 0.0758, 0.0279])
     """
-    checks.logits_tensor("student_logits", student_logits)
+    where = Where(group, vocab_start, vocab_size)
+    if is_distributed(student_logits):
+        tensors, where = local_tensors(
+            (
+                ("student_logits", student_logits, -1),
+                ("teacher_indices", teacher_indices, None),
+                ("teacher_logprobs", teacher_logprobs, None),
+                ("labels", labels, None),
+                ("token_weight", token_weight, None),
+            ),
+            where,
+        )
+        student_logits, teacher_indices, teacher_logprobs, labels, token_weight = tensors
+    checks.logits_tensor("student_logits", student_logits, least=0 if where.group else 1)
     lead = student_logits.shape[:-1]
     check_entries("student_logits", student_logits, teacher_indices, teacher_logprobs)
     divergence = as_divergence(divergence)
     check_tail(tail, divergence)
-    if inplace_grad:
+    if scalars.option("inplace_grad", inplace_grad):
+        if where.group is not group:
+            raise ValueError("inplace_grad: student_logits is a DTensor, expected a plain tensor")
         _check_inplace(student_logits)
     call = checks.call(
         student_logits,
@@ -141,7 +167,7 @@ def sparse_kd_loss(
         reduction=reduction,
         normalizer=normalizer,
         temperature_squared=temperature_squared,
-        vocab_size=vocab_size,
+        vocab_size=where.vocab_size,
         student_scale=student_scale,
         teacher_scale=1.0,
         student_softcap=student_softcap,
@@ -149,26 +175,11 @@ def sparse_kd_loss(
         inplace_grad=inplace_grad,
         return_metrics=return_metrics,
         backend=backend,
+        group=where.group,
+        vocab_start=where.vocab_start,
     )
     student = Student(student_logits, inplace_grad, call.backend)
     return loss_of(student, teacher_indices, teacher_logprobs, labels, call, divergence, tail)
-
-
-class AnyStudent(Protocol):
-    """Logits, or hidden states and a head; see :class:`kdkernels.tail.Student`."""
-
-    @property
-    def like(self) -> Tensor: ...
-
-    def listed_and_tails(
-        self,
-        listed: Tensor,
-        kept: Tensor,
-        options: TailOptions,
-        *,
-        with_tails: bool,
-        with_top: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None]: ...
 
 
 def loss_of(
@@ -198,10 +209,15 @@ def _loss(
     """The loss and, with ``options.metrics``, the stacked metrics ``(5, ...)``."""
     o = call.options
     rows = reference.rows_that_take_part(student.like, labels, call.token_weight, o)
-    indices, log_p, bad = entries(indices, logprobs, rows.kept, tail, o.vocab)
+    indices, log_p, bad = entries(indices, logprobs, rows.kept, tail, o.vocab_size)
     with_divergence = o.kd_weight != 0 or o.metrics
     if o.ce_weight == 0 and not o.metrics:
         labels = None  # they have said which rows take part
+    if o.group:
+        share = rows.weight / reference.normalizer_of(rows, call.normalizer, o)
+        label = torch.zeros_like(share) if labels is None else torch.where(rows.kept, labels, 0)
+        alike = torch.cat([log_p, share.unsqueeze(-1), label.unsqueeze(-1)], -1)
+        student = ShardedStudent(student, o, alike, (divergence, tail))
     logits = _Logits(
         student,
         indices,
@@ -335,10 +351,10 @@ def _normalized(log_p: Tensor, empty: Tensor) -> Tensor:
     return log_p - torch.where(empty, 0.0, log_p.logsumexp(-1)).unsqueeze(-1)
 
 
-def _agreement(student_top: Tensor | None, indices: Tensor, log_p: Tensor) -> Tensor:
+def _agreement(student_top: Top | None, indices: Tensor, log_p: Tensor) -> Tensor:
     """(...), 1.0 where the student's top token is the first most probable listed one."""
     assert student_top is not None
     log_p = log_p[..., : indices.shape[-1]]
     is_top = log_p == log_p.amax(-1, keepdim=True)
     top = torch.where(is_top, indices, torch.iinfo(torch.int64).max).amin(-1)
-    return (student_top == top).to(log_p.dtype)
+    return (student_top.token == top).to(log_p.dtype)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import checks, reference
+from . import checks, reference, scalars, watchers
 from .divergences import Divergence, ForwardKL, SoftCrossEntropy
 
 #: How far rounding may take a sum of listed probabilities above 1: bfloat16 keeps 3 digits.
@@ -20,7 +20,7 @@ def entries(
     """Tokens (-1 for none), their log p (-inf for none), and rows where they make no sense."""
     indices = torch.where(kept.unsqueeze(-1), indices.to(torch.int64), -1)
     outside = (indices < -1) | (indices >= vocab)
-    if _may_look(indices) and bool(outside.any()):
+    if watchers.may_look(indices) and bool(outside.any()):
         raise ValueError(
             f"teacher_indices: got {int(indices[outside][0])}, expected -1 (an empty slot) or 0 to "
             f"{vocab - 1}"
@@ -32,7 +32,7 @@ def entries(
     log_p = torch.where(empty, -math.inf, log_p)
     if tail in ("bucket", "drop"):
         excess = log_p.exp().sum(-1) > MOST_PROBABILITY
-        if _may_look(indices) and bool(excess.any()):
+        if watchers.may_look(indices) and bool(excess.any()):
             raise ValueError(
                 f"teacher_logprobs: probabilities of a row sum to "
                 f"{float(log_p.exp().sum(-1)[excess][0]):.6g}, expected at most 1: pass "
@@ -58,15 +58,10 @@ def _merged(indices: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
 def listed_twice(ascending: Tensor) -> Tensor:
     """Rows ``(...)`` in which a token stands twice."""
     twice = (ascending[..., 1:] == ascending[..., :-1]) & (ascending[..., 1:] >= 0)
-    if _may_look(ascending) and bool(twice.any()):
+    if watchers.may_look(ascending) and bool(twice.any()):
         token = int(ascending[..., 1:][twice][0])
         raise ValueError(f"teacher_indices: a row lists {token} twice, expected different tokens")
     return twice.any(-1)
-
-
-def _may_look(tensor: Tensor) -> bool:
-    """Whether a look at values costs no waiting for a device."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_entries(name: str, student: Tensor, indices: Tensor, logprobs: Tensor) -> None:
@@ -100,7 +95,7 @@ def check_entries(name: str, student: Tensor, indices: Tensor, logprobs: Tensor)
 
 def check_tail(tail: str, divergence: Divergence) -> None:
     """Checks that a tail is known and goes with the divergence."""
-    checks.option("tail", tail)
+    scalars.option("tail", tail)
     if tail == "sampled" and not isinstance(divergence, (ForwardKL, SoftCrossEntropy)):
         raise ValueError(
             f"divergence is {divergence.name}, expected forward_kl or soft_cross_entropy with "

@@ -6,7 +6,7 @@ over the logits in the forward, and one in the backward that writes their gradie
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from .autograd import check_backward, check_no_transform
 from .backends.rows import gradient_like
 from .ops import IMPLEMENTATIONS, check_overlap, library
 from .options import TailOptions
+from .top import Top
 
 SCALARS = "float temperature, bool at_1, float scale, float softcap, SymInt vocab"
 _GRADIENTS = "Tensor tails, Tensor grad_tails, Tensor grad_listed"
@@ -124,6 +125,23 @@ def log_sum_exps(tails: Tensor, options: TailOptions) -> Tensor:
     )
 
 
+class AnyStudent(Protocol):
+    """Logits, or hidden states and a head; see :class:`kdkernels.tail.Student`."""
+
+    @property
+    def like(self) -> Tensor: ...
+
+    def listed_and_tails(
+        self,
+        listed: Tensor,
+        kept: Tensor,
+        options: TailOptions,
+        *,
+        with_tails: bool,
+        with_top: bool,
+    ) -> tuple[Tensor, Tensor, Top | None]: ...
+
+
 class Student(NamedTuple):
     """A student of logits ``(..., vocab)``."""
 
@@ -144,7 +162,7 @@ class Student(NamedTuple):
         *,
         with_tails: bool,
         with_top: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, Top | None]:
         """What a sparse loss needs of the student.
 
         Args:
@@ -157,11 +175,14 @@ class Student(NamedTuple):
         Returns:
             Listed logits ``(..., m)`` as stored, and anything where -1 is listed; log-sum-exps
             ``(1 + at_1, ...)`` of all other transformed logits at ``options.temperatures``, and
-            anything where ``kept`` is False; both float64 and differentiable. And the top token
-            ``(...)``.
+            anything where ``kept`` is False; both float64 and differentiable. And the top token.
         """
         student, _, backend = self
-        top = student[..., : options.vocab].argmax(-1) if with_top else None
+        top = Top.of(student, options.vocab) if with_top else None
+        if student.shape[-1] == 0:  # as a shard may have it
+            nothing = student.sum(-1).double()
+            tails = (nothing - torch.inf).expand(len(options.temperatures), *kept.shape)
+            return nothing.unsqueeze(-1).expand(listed.shape), tails, top
         if not with_tails:
             kept = torch.zeros_like(kept)
         if backend == "reference":
@@ -186,4 +207,5 @@ def _reference(
     # A softmax over +inf is none.
     tail = torch.where(tail == torch.inf, torch.nan, tail)
     log_sum_exps = [reference.log_sum_exp(tail / t) for t in options.temperatures]
-    return logits.gather(-1, listed.clamp(min=0)), torch.stack(log_sum_exps)
+    listed_logits = student.gather(-1, listed.clamp(min=0)).to(compute)
+    return listed_logits, torch.stack(log_sum_exps)

@@ -38,6 +38,11 @@ except ImportError:
         return False
 
 
+def may_look(tensor: Tensor) -> bool:
+    """Whether a look at values costs no waiting for a device, and is no part of a graph."""
+    return tensor.device.type == "cpu" and not is_compiling()
+
+
 def goes_straight(*tensors: Tensor | None) -> bool:
     """Whether calling an operator would only run its implementation on plain CPU tensors.
 

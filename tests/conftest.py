@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from .harness import BACKENDS
+from .processes import Processes
 
 try:
     from hypothesis import HealthCheck, settings
@@ -89,6 +90,12 @@ def linear_backend(request, monkeypatch, poison):
 def linear_kernel(request, monkeypatch, poison):
     """One configuration of each backend that has kernels of its own."""
     return _enter(request.param, monkeypatch)
+
+
+@pytest.fixture
+def three(monkeypatch):
+    """Three threads that take each other for processes."""
+    return Processes(3, monkeypatch)
 
 
 @pytest.fixture

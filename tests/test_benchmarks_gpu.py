@@ -12,6 +12,7 @@ import torch
 from benchmarks import device, gpu
 from benchmarks.case import Step
 from benchmarks.providers import textbook
+from kdkernels import sharded
 
 from .test_benchmarks import bench, small_device  # noqa: F401  a fixture
 
@@ -97,12 +98,24 @@ def test_check(monkeypatch, capsys):
 
 
 @pytest.mark.usefixtures("cpu_in_its_place")
+def test_check_finds_a_wrong_shard(monkeypatch, capsys):
+    settled = sharded._divergence
+    monkeypatch.setattr(sharded, "_divergence", lambda sums: settled(sums) * 1.001)
+    with pytest.raises(SystemExit) as error:
+        gpu.main(["check"])
+    assert error.value.code == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.startswith("shard ") for line in lines[:-1])
+
+
+@pytest.mark.usefixtures("cpu_in_its_place")
 def test_tune(tmp_path):
     file = tmp_path / "tiles.json"
     gpu.main(["tune", "--rows", "4", "--vocab", "64", "--rounds", "1", "--output", str(file)])
     cases = json.loads(file.read_text())["cases"]
     assert [case["dtype"] for case in cases] == ["bfloat16", "bfloat16", "float32", "float32"]
     assert all("ms" in case["results"]["streaming:1x256"] for case in cases)
+    assert all("ms" in case["results"]["shard"] for case in cases)
 
 
 def test_table(tmp_path, capsys):

@@ -20,9 +20,9 @@ from kdkernels import (
     SkewForwardKL,
     SkewReverseKL,
     SymmetricKL,
-    checks,
     kd_loss,
     modules,
+    scalars,
 )
 
 S, T = torch.zeros(2, 3, 8), torch.zeros(2, 3, 8)
@@ -32,6 +32,7 @@ META = torch.zeros(2, 3, 8, device="meta")
 with warnings.catch_warnings():  # that it is a prototype
     warnings.simplefilter("ignore")
     NESTED = torch.nested.nested_tensor([torch.zeros(3, 8), torch.zeros(2, 8)])
+LEARNT = torch.tensor(2.0, requires_grad=True)
 
 LOGITS = [
     # student, teacher, exception, the message
@@ -108,6 +109,8 @@ OPTIONS = [
     ("token_weight", LABELS, TypeError, "token_weight is torch.int64, expected .*float32"),
     ("token_weight", S, ValueError, r"token_weight has shape \(2, 3, 8\), expected \(2, 3\)"),
     ("token_weight", META[..., 0], ValueError, "token_weight is on meta, expected cpu"),
+    ("token_weight", LEARNT.expand(2, 3), ValueError, r"token_weight requires grad, .*detach\(\)"),
+    ("normalizer", LEARNT, ValueError, r"normalizer requires grad, .*detach\(\)"),
     ("token_weight", 1.0, TypeError, "token_weight is a float, expected a torch.Tensor"),
     ("reduction", "average", ValueError, "reduction is 'average', expected one of none, sum, mean"),
     ("reduction", None, ValueError, "reduction is None, expected one of none, sum, mean"),
@@ -180,7 +183,7 @@ def test_modules_check_their_options_when_made(make):
 
 
 def test_every_option_has_a_check():
-    assert {*modules.OPTIONS, *modules.LINEAR_OPTIONS} <= checks._OPTIONS.keys()
+    assert {*modules.OPTIONS, *modules.LINEAR_OPTIONS} <= scalars._OPTIONS.keys()
 
 
 def test_numbers_of_numpy():

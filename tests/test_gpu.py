@@ -27,6 +27,7 @@ from .harness import (
 )
 from .linear_cases import Case, make_case, some_labels
 from .linear_cases import oracle as linear_oracle
+from .processes import Processes
 from .test_sparse import oracle as sparse_oracle
 from .test_sparse import top
 
@@ -115,6 +116,20 @@ def test_nothing_waits_for_the_device(gpu, name, dtype, inplace):
         step(gpu, student, teacher, options, inplace)
         with torch.no_grad():
             kd_loss(student, teacher, backend=gpu.backend, **options)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_nothing_waits_where_a_vocabulary_is_shared(gpu, monkeypatch, name):
+    two = Processes(2, monkeypatch)
+    shards = [x.chunk(2, -1) for x in correlated_pair(ROWS, 2 * VOCAB)]
+    shards = [[to_device(shard) for shard in both] for both in shards]
+    options = {key: to_device(value) for key, value in CALLS[name].items()}
+
+    def one(rank):
+        step(gpu, *(both[rank] for both in shards), {**options, "group": two.group})
+
+    with no_waiting():
+        two.run(one)
 
 
 CHUNKS = [None, 5 * 413 * 4]

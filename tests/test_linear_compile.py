@@ -73,6 +73,6 @@ def test_opcheck(dtype):
                     *(case.teacher_hidden, case.teacher_weight, case.teacher_bias, None),
                     *(labels, weight, count, None),
                     *linear,
-                    *choice._replace(vocab=VOCAB),
+                    *choice._replace(vocab=VOCAB, vocab_size=VOCAB),
                 ),
             )

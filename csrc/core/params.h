@@ -64,6 +64,44 @@ struct LogitsParams {
   float* metrics = nullptr;  // (kMetrics, rows)
 };
 
+// A shard of the vocabulary: the columns of every row pair that this process holds; others hold the
+// rest. A call is up to three launches. Between them the processes tell each other what their
+// shards came to, and add it up.
+enum class ShardPhase : int { kStates, kSums, kGradient };
+
+// Of a row: sums of exp((x - base) / T) over transformed logits x, or of exp(x - base). All -inf:
+// base kLowestLogit and sum 0; a sum over NaN or +inf is NaN or infinite.
+enum ShardState {
+  kStudentBase,
+  kStudentSum,
+  kStudentSumAt1,
+  kTeacherBase,
+  kTeacherSum,
+  kShardStates
+};
+
+// Of a row: sums over terms, by softmaxes of the whole vocabulary.
+enum ShardSum {
+  kValueSum,
+  kSlopeSum,
+  kShiftSum,      // of q - p
+  kLargestSlope,  // in size; stays in its shard
+  kStudentEntropySum,
+  kTeacherEntropySum,
+  kShardSums
+};
+
+// What it inherits: the weight of a row is token_weight, which the normalizer has divided; labels
+// are columns of this shard, negative where another has them. Without them there is no hard-label
+// term. The gradient is that of kd_weight's and ce_weight's terms; kSums writes it if slopes are
+// known to sum to 0, else kGradient does. Rows of weight 0 get zeros everywhere.
+struct ShardParams : LogitsParams {
+  ShardPhase phase = ShardPhase::kStates;
+  bool entropies = false;    // in kSums
+  double* states = nullptr;  // (rows, kShardStates), out in kStates, else of the whole vocabulary
+  double* sums = nullptr;    // (rows, kShardSums), out in kSums, of the whole one in kGradient
+};
+
 // Log-sum-exps of a row's columns that are not listed, or their gradient where one is given.
 struct TailParams {
   int64_t rows = 0;

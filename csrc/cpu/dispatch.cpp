@@ -7,7 +7,7 @@
 #include <memory>
 #include <stdexcept>
 
-#include "../core/divergences.h"
+#include "../core/shard.h"
 #include "kernel.h"
 #include "memory.h"
 
@@ -72,6 +72,15 @@ double normalizer_of(const LogitsParams& params, const std::vector<float>& weigh
   double total = 0;
   for (const float weight : weights) total += weight;
   return total > 0 || std::isnan(total) ? total : 1;
+}
+
+// Caches keep less than this until a backward reads it; then a gradient need not pass through them.
+// One in place is there already.
+bool streams_past_caches(const LogitsParams& params) {
+  constexpr int64_t kPastCaches = int64_t{16} << 20;
+  const Rows& gradient = params.gradient;
+  return gradient.data && gradient.data != params.student.data &&
+         params.rows * gradient.width * item_size(gradient.dtype) >= kPastCaches;
 }
 
 // Memory of this thread's own, kept for its next call; null where there is none left.
@@ -141,13 +150,7 @@ void logits(const LogitsParams& params, int threads) {
   const RowsFunction rows = (with_gradient ? set.loss_and_gradient : set.loss)[params.divergence];
 
   std::vector<double> row_loss(params.rows);
-  // Caches keep less than this until a backward reads it; then it need not pass through them. A
-  // gradient in place is there already.
-  constexpr int64_t kPastCaches = int64_t{16} << 20;
-  const Rows& gradient = params.gradient;
-  const bool streams = with_gradient && gradient.data != params.student.data &&
-                       params.rows * gradient.width * item_size(gradient.dtype) >= kPastCaches;
-  const RowPlan plan{weights.data(), normalizer, row_loss.data(), streams};
+  const RowPlan plan{weights.data(), normalizer, row_loss.data(), streams_past_caches(params)};
   for_rows(params.rows, params.vocab, 2 * scratch_row(params.vocab), threads,
            [&](int64_t begin, int64_t end, int64_t next, float* scratch) {
              rows(params, plan, begin, end, next, scratch);
@@ -160,6 +163,16 @@ void logits(const LogitsParams& params, int threads) {
     total += row_loss[row];
   }
   if (params.reduction != Reduction::kNone) *params.loss = (float)(total / normalizer);
+}
+
+bool shard(const ShardParams& params, int threads) {
+  const ShardFunction rows = active().shard[params.divergence];
+  const RowPlan plan{params.token_weight, 1, nullptr, streams_past_caches(params)};
+  for_rows(params.rows, params.vocab, 2 * scratch_row(params.vocab), threads,
+           [&](int64_t begin, int64_t end, int64_t next, float* scratch) {
+             rows(params, plan, begin, end, next, scratch);
+           });
+  return KD_NAMESPACE::writes_gradient(params);
 }
 
 void tail(const TailParams& params, int threads) {

@@ -17,6 +17,9 @@ std::vector<std::string> divergences();
 // Throws std::invalid_argument, before anything is written, for a label outside the vocabulary.
 void logits(const LogitsParams& params, int threads);
 
+// One phase; true where the gradient is written then.
+bool shard(const ShardParams& params, int threads);
+
 // The caller has checked what is listed.
 void tail(const TailParams& params, int threads);
 

@@ -1,5 +1,5 @@
 #define KD_NAMESPACE avx2
-#include "rows.h"
+#include "instruction_set.h"
 
 namespace kd {
 

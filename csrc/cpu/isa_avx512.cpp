@@ -1,5 +1,5 @@
 #define KD_NAMESPACE avx512
-#include "rows.h"
+#include "instruction_set.h"
 
 namespace kd {
 

@@ -1,6 +1,6 @@
 // AVX-512 with conversion of floats to bfloat16 in hardware.
 #define KD_NAMESPACE avx512bf16
-#include "rows.h"
+#include "instruction_set.h"
 
 namespace kd {
 

@@ -19,6 +19,8 @@ struct RowPlan {
 // scratch holds 2 x scratch_row(vocab) floats, 64-byte aligned.
 using RowsFunction = void (*)(const LogitsParams&, const RowPlan&, int64_t begin, int64_t end,
                               int64_t next, float* scratch);
+using ShardFunction = void (*)(const ShardParams&, const RowPlan&, int64_t begin, int64_t end,
+                               int64_t next, float* scratch);
 using TailFunction = void (*)(const TailParams&, int64_t begin, int64_t end);
 using ScaleFunction = void (*)(const ScaleParams&, int64_t begin, int64_t end);
 
@@ -28,6 +30,7 @@ struct InstructionSet {
   const char* name;
   RowsFunction loss[kDivergences];
   RowsFunction loss_and_gradient[kDivergences];
+  ShardFunction shard[kDivergences];
   ScaleFunction scale;
   TailFunction tail;
 };

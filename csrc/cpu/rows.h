@@ -16,13 +16,11 @@
 #pragma once
 
 #include "row_blocks.h"
-#include "scale.h"
-#include "tail.h"
 
 namespace kd::KD_NAMESPACE {
 
 template <class Divergence>
-class RowPair : RowBlocks {
+class RowPair : protected RowBlocks {
  public:
   RowPair(const LogitsParams& params, const RowPlan& plan, const Divergence& divergence,
           int64_t row, int64_t next, float* scratch)
@@ -61,7 +59,7 @@ class RowPair : RowBlocks {
     return weight_ * loss;
   }
 
- private:
+ protected:
   bool uses_divergence() const { return params_.kd_weight != 0 || params_.metrics; }
   bool uses_cross_entropy() const {
     return params_.labels && (params_.ce_weight != 0 || params_.metrics);
@@ -76,28 +74,39 @@ class RowPair : RowBlocks {
 
   // Relative to the largest of `sample` logits; keeps their exponentials.
   bool read_softmaxes(int64_t sample) {
-    const float student_max = largest_logit(student_, sample, student_block_);
-    student_softmax_ = Softmax(student_max, c_);
+    start(largest_logit(student_, sample, student_block_),
+          uses_divergence() ? largest_logit(teacher_, sample, teacher_block_) : 0);
     const bool apart = uses_cross_entropy() && params_.temperature != 1;
-    if (apart) softmax_at_1_ = Softmax(student_max, kLog2E);
-    if (uses_divergence())
-      teacher_softmax_ = Softmax(largest_logit(teacher_, sample, teacher_block_), c_);
+    KLSums kl;
+    const bool fits = push_logits(apart, uses_divergence(), may_be_far() ? &kl : nullptr);
+    if (may_be_far() && fits) kl_ = KL(kl, student_softmax_, teacher_softmax_, exact_temperature_);
+    if (!apart) softmax_at_1_ = student_softmax_;
+    return fits;
+  }
+
+  // Softmaxes relative to these logits.
+  void start(float student_reference, float teacher_reference) {
+    student_softmax_ = Softmax(student_reference, c_);
+    softmax_at_1_ = Softmax(student_reference, kLog2E);
+    teacher_softmax_ = Softmax(teacher_reference, c_);
+  }
+
+  // Adds the row pair to the softmaxes, and to the sums of KL divergences if there are some; keeps
+  // exponentials. False where a logit is too far above its reference.
+  KD_INLINE bool push_logits(bool at_1, bool teacher, KLSums* kl) {
     const Upcoming student_row(params_.student, row_), teacher_row(params_.teacher, row_);
     bool fits = true;
-    KLSums kl;
     for_blocks(params_.vocab, [&](int64_t begin, int n) {
       view(student_, begin, n, student_block_, [&](auto s) {
         fits &= student_softmax_.push(s, n, student_kept_ + begin, student_row, begin + n);
-        if (apart) fits &= softmax_at_1_.push(s, n, gradient_block_, student_row, begin + n);
-        if (!uses_divergence()) return;
+        if (at_1) fits &= softmax_at_1_.push(s, n, gradient_block_, student_row, begin + n);
+        if (!teacher) return;
         view(teacher_, begin, n, teacher_block_, [&](auto t) {
           fits &= teacher_softmax_.push(t, n, teacher_kept_ + begin, teacher_row, begin + n);
-          if (may_be_far()) compare(s, t, begin, n, kl);
+          if (kl) compare(s, t, begin, n, *kl);
         });
       });
     });
-    if (may_be_far() && fits) kl_ = KL(kl, student_softmax_, teacher_softmax_, exact_temperature_);
-    if (!apart) softmax_at_1_ = student_softmax_;
     return fits;
   }
 
@@ -168,15 +177,24 @@ class RowPair : RowBlocks {
     }
     const Sums sums = term_sweep<kGradient, false>();
     if constexpr (kGradient && !Divergence::kSlopeSumsToZero) gradient_sweep(sums);
-    return sums.value;
+    return settled(sums);
   }
 
   struct Sums {
-    double value;  // the divergence
-    double slope;  // the sum of slopes
-    double unit;   // of a slope, in nats
-    double size;   // of their sum or the largest, whichever is larger
+    double value;        // the divergence
+    double slope;        // the sum of slopes
+    double unit = 1;     // of a slope, in nats
+    double largest = 0;  // slope, in size, where it may be larger than their sum
+    double shift = 0;    // the sum of q - p
   };
+
+  // The divergence from sums of near terms.
+  static double settled(const Sums& sums) {
+    double value = sums.value;
+    // sum q - p is 0; what it comes to is how far rounding of the softmax sums moved all log q.
+    if (Divergence::kFeelsShift && ::fabs(sums.slope) <= FLT_MAX) value -= sums.shift * sums.slope;
+    return value < 0 ? 0 : value;  // rounding of what nearly cancels
+  }
 
   // Value and slope of every term, and the gradient too where the slopes are known to sum to 0.
   template <bool kGradient, bool kFar>
@@ -230,16 +248,14 @@ class RowPair : RowBlocks {
         if constexpr (kFeelsShift) shift_sum += sum(shifts);
       });
     });
-    // sum q - p is 0; what it comes to is how far rounding of the softmax sums moved all log q.
-    if (kFeelsShift && ::fabs(slope_sum) <= FLT_MAX) value_sum -= shift_sum * slope_sum;
-    if (value_sum < 0) value_sum = 0;  // rounding of what nearly cancels
-    double size = ::fabs(slope_sum);
-    if constexpr (kSizes) size = larger(size, (double)largest(sizes));
-    if constexpr (kFar)
-      return {divergence_.far_value(value_sum, slope_sum, points.weights), slope_sum,
-              divergence_.far_unit(points.weights), size};
-    else
-      return {value_sum, slope_sum, 1, size};
+    Sums sums{value_sum, slope_sum};
+    sums.shift = shift_sum;
+    if constexpr (kSizes) sums.largest = largest(sizes);
+    if constexpr (kFar) {
+      sums.unit = divergence_.far_unit(points.weights);
+      sums.value = divergence_.far_value(value_sum < 0 ? 0 : value_sum, slope_sum, points.weights);
+    }
+    return sums;
   }
 
   // Of a far row by a KL divergence: forward (q - p) + reverse q (log q - log p - KL(q || p)).
@@ -282,7 +298,8 @@ class RowPair : RowBlocks {
     const float slope_sum = (float)(sums.slope * sums.unit);
     // Covers NaN and both infinities: an infinite divergence of q has no gradient.
     if (!(::fabsf(slope_sum) <= FLT_MAX)) return gradient_.fill(0, params_.vocab, NAN);
-    const float factor = fit_float16_range((float)(sums.size * sums.unit));
+    const double size = larger(sums.largest, ::fabs(sums.slope));
+    const float factor = fit_float16_range((float)(size * sums.unit));
     const float scale = kd_scale_ * (float)sums.unit * factor;
     const float of_exponential = (float)(sums.slope * student_softmax_.scale());
     for_blocks(params_.vocab, [&](int64_t begin, int n) {
@@ -363,18 +380,6 @@ void run_rows(const LogitsParams& params, const RowPlan& plan, int64_t begin, in
     }
   }
   if (plan.streams) fence();
-}
-
-constexpr InstructionSet instruction_set(const char* name) {
-#define KD_LOSS(name, Divergence) run_rows<Divergence, false>,
-#define KD_LOSS_AND_GRADIENT(name, Divergence) run_rows<Divergence, true>,
-  return {name,
-          {KD_DIVERGENCES(KD_LOSS)},
-          {KD_DIVERGENCES(KD_LOSS_AND_GRADIENT)},
-          scale_rows,
-          tail_rows};
-#undef KD_LOSS
-#undef KD_LOSS_AND_GRADIENT
 }
 
 }  // namespace kd::KD_NAMESPACE

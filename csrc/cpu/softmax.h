@@ -95,6 +95,10 @@ class Softmax {
   bool valid() const { return state_.valid(); }
   bool empty() const { return state_.sum == 0; }
 
+  // The sum of exp((x - reference) / T); and of all logits, where others have the rest of them.
+  double total() const { return state_.sum; }
+  void set_total(double sum) { state_.sum = sum; }
+
   // What exponentials are relative to.
   float reference() const { return state_.max; }
 

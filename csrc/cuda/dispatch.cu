@@ -1,7 +1,8 @@
 #include "scale.cuh"
+#include "shard_states.cuh"
 #include "tail.cuh"
 
-#include "../core/divergences.h"
+#include "../core/shard.h"
 
 #include <cstdio>
 #include <cstdlib>
@@ -15,6 +16,10 @@ namespace kd::cuda {
 // In rows.cuh, compiled in a file per divergence.
 template <class Divergence>
 void run_rows(const LogitsParams& call, const Device& device, const Tile* wanted, void* stream);
+
+// In shard.cuh, likewise.
+template <class Divergence>
+void run_shard(ShardParams call, void* stream);
 
 namespace {
 
@@ -49,6 +54,12 @@ bool tile_override(Tile& tile) {
   return true;
 }
 
+void check_vocab(int64_t vocab) {
+  if (vocab > kMaxVocab)
+    throw std::invalid_argument("a vocabulary of " + std::to_string(vocab) + " is above " +
+                                std::to_string(kMaxVocab));
+}
+
 void check_rows(int64_t rows) {
   if (rows > kMaxRows)
     throw std::invalid_argument(std::to_string(rows) + " rows are more than " +
@@ -60,21 +71,36 @@ using RowsFunction = void (*)(const LogitsParams&, const Device&, const Tile*, v
 constexpr RowsFunction kRows[] = {KD_DIVERGENCES(KD_RUN_ROWS)};
 #undef KD_RUN_ROWS
 
+using ShardFunction = void (*)(ShardParams, void*);
+#define KD_RUN_SHARD(name, Divergence) run_shard<Divergence>,
+constexpr ShardFunction kShards[] = {KD_DIVERGENCES(KD_RUN_SHARD)};
+#undef KD_RUN_SHARD
+
 }  // namespace
 
 std::string why_not(int device) { return why_not(scale_kernel, device); }
 
 void logits(const LogitsParams& params, int device, void* stream) {
   if (params.rows == 0) return;
-  if (params.vocab > kMaxVocab)
-    throw std::invalid_argument("a vocabulary of " + std::to_string(params.vocab) + " is above " +
-                                std::to_string(kMaxVocab));
+  check_vocab(params.vocab);
   check_rows(params.rows);
   const Capturable capturable;
   use_device(device);
   Tile tile;
   const bool wanted = tile_override(tile);
   kRows[params.divergence](params, device_of(device), wanted ? &tile : nullptr, stream);
+}
+
+bool shard(const ShardParams& call, int device, void* stream) {
+  check_vocab(call.vocab);
+  check_rows(call.rows);
+  const Capturable capturable;
+  use_device(device);
+  if (call.phase == ShardPhase::kStates)
+    run_shard_states(call, stream);
+  else
+    kShards[call.divergence](call, stream);
+  return writes_gradient(call);
 }
 
 void tail(const TailParams& call, int device, void* stream) {

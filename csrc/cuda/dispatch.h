@@ -15,6 +15,9 @@ std::string why_not(int device);
 // with ignore_index, a null normalizer is 1, reduction is none.
 void logits(const LogitsParams& params, int device, void* stream);
 
+// One phase; true where it writes the gradient.
+bool shard(const ShardParams& params, int device, void* stream);
+
 void tail(const TailParams& params, int device, void* stream);
 
 void scale(const ScaleParams& params, int device, void* stream);

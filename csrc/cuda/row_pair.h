@@ -15,7 +15,8 @@
 namespace kd::cuda {
 
 template <class Divergence, class Row, bool kOptions>
-class RowPair : RowStates<Divergence, Row, kOptions> {
+class RowPair : protected RowStates<Divergence, Row, kOptions> {
+ protected:
   using Base = RowStates<Divergence, Row, kOptions>;
   using Base::index_;
   using Base::params_;
@@ -53,21 +54,28 @@ class RowPair : RowStates<Divergence, Row, kOptions> {
 
     if (row_.gradient) {
       if (gradient_is_nan)
-        fill(team_, row_.gradient, row_.dtype(), 0, params_.vocab, NAN);
+        fill_vocab_with_nan();
       else if (kOptions && !kd_gradient)
         hard_label_gradient();
-      if (params_.vocab < params_.gradient.width)
-        fill(team_, row_.gradient, row_.dtype(), params_.vocab, params_.gradient.width, 0);
+      clear_padding();
     }
     if (team_.first() == 0) write_results(cross_entropy, both_valid);
   }
 
- private:
+ protected:
   KD_DEVICE void set_scales() {
     float scale = summary().scale;
     if (kOptions && !student_softcap()) scale *= params_.student_transform.scale;
     kd_scale_ = scale * params_.kd_weight * params_.inverse_temperature;
     if (kOptions && params_.labels) ce_scale_ = scale * params_.ce_weight;
+  }
+
+  KD_DEVICE void fill_vocab_with_nan() const {
+    fill(team_, row_.gradient, row_.dtype(), 0, params_.vocab, NAN);
+  }
+  KD_DEVICE void clear_padding() const {
+    if (params_.vocab < params_.gradient.width)
+      fill(team_, row_.gradient, row_.dtype(), params_.vocab, params_.gradient.width, 0);
   }
 
   KD_DEVICE const State& state_at_1() const { return summary().student_at_1; }
@@ -97,7 +105,8 @@ class RowPair : RowStates<Divergence, Row, kOptions> {
     return {params_.c, params_.inverse_temperature, student(), teacher()};
   }
 
-  KD_DEVICE void write_entropies() {
+  // Sums of q log q and p log p over the team.
+  KD_DEVICE Entropies entropies() {
     const Probabilities probabilities = this->probabilities();
     Sum of_q, of_p;
     row_.for_each_of_student([&](const auto&, auto& s) {
@@ -118,7 +127,11 @@ class RowPair : RowStates<Divergence, Row, kOptions> {
       sums.student += slot.entropies.student;
       sums.teacher += slot.entropies.teacher;
     });
-    sums.student = warp_sum(sums.student), sums.teacher = warp_sum(sums.teacher);
+    return {warp_sum(sums.student), warp_sum(sums.teacher)};
+  }
+
+  KD_DEVICE void write_entropies() {
+    const Entropies sums = entropies();
     if (team_.first() == 0) {
       metric(kStudentEntropy) = student().valid() ? not_below_0((float)-sums.student) : NAN;
       metric(kTeacherEntropy) = teacher().valid() ? not_below_0((float)-sums.teacher) : NAN;
@@ -139,7 +152,7 @@ class RowPair : RowStates<Divergence, Row, kOptions> {
         if (with_gradient) kl_gradient();
         return;
       } else {
-        const double slope_sum = term_sweep(read_anew(summary().far_points), false);
+        const double slope_sum = evaluate(read_anew(summary().far_points), false);
         if (is_far(divergence_, params_.term.far_from())) {
           if (with_gradient) gradient_sweep(read_anew(summary().far_points), slope_sum);
           return;
@@ -148,7 +161,7 @@ class RowPair : RowStates<Divergence, Row, kOptions> {
       }
     }
     const Probabilities probabilities = this->probabilities();
-    const double slope_sum = term_sweep(probabilities, with_gradient);
+    const double slope_sum = evaluate(probabilities, with_gradient);
     if constexpr (!Divergence::kSlopeSumsToZero)
       if (with_gradient)
         gradient_sweep(Row::kHeld ? probabilities.again() : probabilities, slope_sum);
@@ -164,10 +177,24 @@ class RowPair : RowStates<Divergence, Row, kOptions> {
     return params_.term.far(point, of.weights);
   }
 
-  // Sets the divergence and returns the sum of the slopes. Writes the gradient where they are known
-  // to sum to 0.
+  // Sets the divergence and returns the sum of the slopes.
   template <class Points>
-  KD_DEVICE double term_sweep(const Points& probabilities, bool with_gradient) {
+  KD_DEVICE double evaluate(const Points& probabilities, bool with_gradient) {
+    const TermSums sums = term_sweep(probabilities, with_gradient);
+    divergence_ = sums.value;
+    if constexpr (is_far_v<Points>) {
+      divergence_ = params_.term.far_value(divergence_, sums.slope, probabilities.weights);
+    } else if constexpr (Divergence::kFeelsShift) {
+      // sum q - p is 0; what it comes to is how far rounding of the softmax sums moved all log q.
+      if (sums.slope <= FLT_MAX && sums.slope >= -FLT_MAX) divergence_ -= sums.shift * sums.slope;
+      if (divergence_ < 0) divergence_ = 0;
+    }
+    return sums.slope;
+  }
+
+  // Sums of all terms. Writes the gradient where slopes are known to sum to 0.
+  template <class Points>
+  KD_DEVICE TermSums term_sweep(const Points& probabilities, bool with_gradient) {
     constexpr bool kFeelsShift = Divergence::kFeelsShift && !is_far_v<Points>;
     Sums sums;
     row_.refresh();
@@ -200,19 +227,16 @@ class RowPair : RowStates<Divergence, Row, kOptions> {
         row_.keep(place, slopes);
       }
     });
-    const double slope_sum = add_up<is_far_v<Points>>(sums, with_gradient);
-    if constexpr (is_far_v<Points>)
-      divergence_ = params_.term.far_value(divergence_, slope_sum, probabilities.weights);
-    return slope_sum;
+    return add_up<is_far_v<Points>>(sums, with_gradient);
   }
 
   // Far slopes are of moderate size.
   template <bool kFar>
   static constexpr bool kFeelsLargest = Divergence::kSlopesCancel && !kFar;
 
-  // Sums over the team; returns that of the slopes. A finished gradient leaves in between.
+  // Over the team. A finished gradient leaves in between.
   template <bool kFar>
-  KD_DEVICE double add_up(const Sums& sums, [[maybe_unused]] bool with_gradient) {
+  KD_DEVICE TermSums add_up(const Sums& sums, [[maybe_unused]] bool with_gradient) {
     constexpr bool kFeelsShift = Divergence::kFeelsShift && !kFar;
     constexpr bool kSlopes = !Divergence::kSlopeSumsToZero;
     TermSums mine{warp_sum(sums.value.value())}, all;
@@ -232,15 +256,10 @@ class RowPair : RowStates<Divergence, Row, kOptions> {
         largest_slope_ = fmaxf(largest_slope_, (float)slot.sums[kFar].largest);
     });
     if constexpr (kFeelsLargest<kFar>) largest_slope_ = warp_max(largest_slope_);
-    divergence_ = warp_sum(all.value);
+    all.value = warp_sum(all.value);
     if constexpr (kSlopes) all.slope = warp_sum(all.slope);
-    // sum q - p is 0; what it comes to is how far rounding of the softmax sums moved all log q.
-    if constexpr (kFeelsShift) {
-      const double shift = warp_sum(all.shift);
-      if (all.slope <= FLT_MAX && all.slope >= -FLT_MAX) divergence_ -= shift * all.slope;
-      if (divergence_ < 0) divergence_ = 0;
-    }
-    return all.slope;
+    if constexpr (kFeelsShift) all.shift = warp_sum(all.shift);
+    return all;
   }
 
   KD_DEVICE void kl_gradient() {
@@ -274,8 +293,7 @@ class RowPair : RowStates<Divergence, Row, kOptions> {
     if constexpr (is_far_v<Points>) of_q *= s_inverse;
     const float slope_sum = (float)of_q;
     // Covers NaN and both infinities: an infinite divergence of q has no gradient.
-    if (!(abs(slope_sum) <= FLT_MAX))
-      return fill(team_, row_.gradient, row_.dtype(), 0, params_.vocab, NAN);
+    if (!(abs(slope_sum) <= FLT_MAX)) return fill_vocab_with_nan();
     const float scale = kd_scale_ * (float)unit * fit_float16_range((float)(sum * unit));
     row_.refresh();
     if constexpr (Row::kKeeps) {
@@ -360,14 +378,18 @@ class RowPair : RowStates<Divergence, Row, kOptions> {
     row_.put_gradient(place, gradient);
   }
 
+  KD_DEVICE void write_row_scale() const {
+    if (params_.row_scale)
+      params_.row_scale[index_] =
+          weight() * this->inverse_normalizer() / (params_.gradient_scale * range_factor_);
+  }
+
   KD_DEVICE void write_results(float cross_entropy, bool both_valid) const {
     double loss = 0;  // a term of weight 0 may be infinite
     if (params_.kd_weight != 0) loss += params_.kd_weight * divergence_;
     if (kOptions && params_.ce_weight != 0) loss += (double)params_.ce_weight * cross_entropy;
     params_.loss[index_] = (float)(weight() * loss);
-    if (params_.row_scale)
-      params_.row_scale[index_] =
-          weight() * this->inverse_normalizer() / (params_.gradient_scale * range_factor_);
+    write_row_scale();
     if (!kOptions || !params_.metrics) return;
     metric(kDivergence) = (float)divergence_;
     metric(kCrossEntropy) = cross_entropy;

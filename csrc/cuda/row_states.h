@@ -18,7 +18,7 @@ template <class Divergence>
 struct alignas(16) RowSummary {
   State student, teacher, student_at_1;
   FarPoints<Divergence> far_points;
-  float scale = 0;  // what the gradient of a term of weight 1 is multiplied by
+  float scale = 0;
   // Words, as a copy of padding would go through memory.
   int agree = 0;          // on the top token
   int far = 0;            // see csrc/core/divergences.h
@@ -38,6 +38,11 @@ class RowStates {
   }
   KD_DEVICE float inverse_normalizer() const {
     return reciprocal((params_.normalizer ? *params_.normalizer : 1.0) * params_.divisor);
+  }
+
+  // What the gradient of a term of weight 1 is multiplied by.
+  KD_DEVICE float scale() const {
+    return params_.row_scale ? params_.gradient_scale : weight() * inverse_normalizer();
   }
 
   KD_DEVICE bool uses_divergence() const {
@@ -100,8 +105,7 @@ class RowStates {
       team_.tell(kOfStates, team_.mine().states.pair, mine.pair);
     }
     float scale = 0;
-    if (team_.in_first_warp())  // from memory, while others are waited for
-      scale = params_.row_scale ? params_.gradient_scale : weight() * inverse_normalizer();
+    if (team_.in_first_warp()) scale = this->scale();  // from memory, while others are waited for
     team_.meet();
     if (team_.in_first_warp()) summarize(scale);
     __syncthreads();

@@ -57,7 +57,7 @@ void run_rows(const LogitsParams& call, const Device& device, const Tile* wanted
                                                  grid_of(problem, tile, 1)));
   if (!serves && wanted)
     throw std::invalid_argument("the tile that was asked for cannot hold this row pair here");
-  if (!serves) tile = streaming_tile(problem);
+  if (!serves) tile = streaming_tile(problem.vocab);
   const auto kernel = kernel_of<Divergence>(problem, tile.kernel);
   launch_in_parts(params, params.rows, [&](int64_t rows) {
     launch(kernel, grid_of(problem, tile, rows), stream, params);

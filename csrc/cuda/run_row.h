@@ -6,9 +6,13 @@
 namespace kd::cuda {
 
 // A row of weight 0: exact zeros, whatever the logits hold.
-KD_DEVICE void write_masked_row(const LaunchParams& params, const Team& team, int64_t row) {
+KD_DEVICE void clear_gradient(const LaunchParams& params, const Team& team, int64_t row) {
   if (params.gradient.data)
     fill(team, params.gradient_rows[row], params.gradient.dtype, 0, params.gradient.width, 0);
+}
+
+KD_DEVICE void write_masked_row(const LaunchParams& params, const Team& team, int64_t row) {
+  clear_gradient(params, team, row);
   if (team.first() != 0) return;
   params.loss[row] = 0;
   if (params.row_scale) params.row_scale[row] = 0;

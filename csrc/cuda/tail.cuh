@@ -72,17 +72,10 @@ class ListedColumns {
 // The sum of a row's tail at one temperature, merged over the CTA.
 KD_DEVICE void write_log_sum(const Team& team, const State& mine, float c, float* reference,
                              float* log_sum) {
-  State* const slots = shared_memory<State>();
-  const State of_warp = warp_merge(mine, c);
-  if (team.lane == 0) slots[threadIdx.x / 32] = of_warp;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    State all;
-    for (unsigned i = 0; i < team.warps; ++i) all.merge(slots[i], c);
+  merge_in_cta(team, mine, c, [&](const State& all) {
     *reference = all.max;
     *log_sum = all.valid() ? all.log_sum(c) : all.sum == 0 ? -INFINITY : NAN;
-  }
-  __syncthreads();  // before the slots serve again
+  });
 }
 
 __global__ void __launch_bounds__(kTailThreads) tails_kernel(const TailLaunch launch) {

@@ -88,9 +88,9 @@ constexpr Tile resident_tile(const Problem& problem, Kernel kernel, int64_t half
   return {kernel, 16, kernel == Kernel::kRegisters ? 512 : 256};
 }
 
-constexpr Tile streaming_tile(const Problem& problem) {
+constexpr Tile streaming_tile(int64_t vocab) {
   int threads = 64;
-  while (threads < 256 && threads * 16 < problem.vocab) threads *= 2;
+  while (threads < 256 && threads * 16 < vocab) threads *= 2;
   return {Kernel::kStreaming, 1, threads};
 }
 
@@ -108,11 +108,11 @@ constexpr bool holds(const Problem& problem, const Tile& tile, const Device& dev
 }
 
 constexpr Tile choose(const Problem& problem, const Device& device, int64_t slot_bytes) {
-  if (device.major < 9) return streaming_tile(problem);
+  if (device.major < 9) return streaming_tile(problem.vocab);
   const bool registers = !problem.options && problem.register_vectors > 0;
   const Tile tile = resident_tile(problem, registers ? Kernel::kRegisters : Kernel::kShared,
                                   one_of_two(device), slot_bytes);
-  return holds(problem, tile, device, slot_bytes) ? tile : streaming_tile(problem);
+  return holds(problem, tile, device, slot_bytes) ? tile : streaming_tile(problem.vocab);
 }
 
 }  // namespace kd::cuda

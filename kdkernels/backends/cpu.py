@@ -9,7 +9,16 @@ from torch import Tensor
 
 from ..divergences import DIVERGENCES, Divergence
 from ..options import METRICS, REDUCTIONS, LogitsOptions, TailOptions
-from .rows import DTYPES, address, check_in_place, gradient_scale, in_rows, rows_of, tail_call
+from .rows import (
+    DTYPES,
+    address,
+    check_in_place,
+    gradient_scale,
+    in_rows,
+    rows_of,
+    shard_call,
+    tail_call,
+)
 
 try:
     from .. import _C
@@ -88,6 +97,27 @@ def logits_loss(
         torch.get_num_threads(),
     )
     return loss, metrics, row_scale
+
+
+def shard(
+    phase: str,
+    student: Tensor,  # (..., width), in rows
+    teacher: Tensor,  # (..., width), in rows
+    labels: Tensor | None,  # (...), contiguous
+    weight: Tensor,  # (...), contiguous
+    states: Tensor,  # (rows, 5) float64, contiguous
+    sums: Tensor | None,  # (rows, 6) float64, contiguous
+    o: LogitsOptions,
+    gradient: Tensor | None,  # (..., width)
+    row_scale: Tensor | None,  # (...)
+) -> bool:
+    """One phase of a shard of the vocabulary; whether the gradient is written then.
+
+    See ``ShardParams`` of csrc/core/params.h.
+    """
+    tensors = student, teacher, labels, weight, states, sums
+    call = shard_call(phase, *tensors, o, gradient, row_scale, _KERNEL[o.divergence])
+    return _C.shard_cpu(_C.ShardParams(*call), torch.get_num_threads())
 
 
 def _floats(shape: tuple[int, ...]) -> Tensor:

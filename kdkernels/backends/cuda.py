@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,7 +14,16 @@ from torch import Tensor
 from ..divergences import DIVERGENCES, Divergence
 from ..options import METRICS, LogitsOptions, TailOptions
 from .device import row_plan
-from .rows import DTYPES, address, check_in_place, gradient_scale, in_rows, rows_of, tail_call
+from .rows import (
+    DTYPES,
+    address,
+    check_in_place,
+    gradient_scale,
+    in_rows,
+    rows_of,
+    shard_call,
+    tail_call,
+)
 
 try:
     from .. import _C
@@ -21,6 +31,8 @@ except ImportError as error:  # a source tree that was not built
     _missing = str(error)
 else:
     _missing = ""
+
+T = TypeVar("T")
 
 _KERNEL = {name: index for index, name in enumerate(DIVERGENCES)}
 _MAX_VOCAB = 2**30
@@ -66,11 +78,11 @@ def why_not(student: Tensor, teacher: Tensor, divergence: Divergence) -> list[st
     return reasons
 
 
-def _launch(function: Callable[..., None], on: Tensor, *arguments: object) -> None:
+def _launch(function: Callable[..., T], on: Tensor, *arguments: object) -> T:
     """Calls ``function`` for the device of ``on`` and its current stream."""
     with torch.cuda.device(on.device):
         stream = torch.cuda.current_stream()
-        function(*arguments, stream.device_index, stream.cuda_stream)
+        return function(*arguments, stream.device_index, stream.cuda_stream)
 
 
 def logits_loss(
@@ -127,6 +139,24 @@ def logits_loss(
         return loss, metrics, row_scale
     total = loss.sum() / plan.divisor
     return total if plan.normalizer is None else total / plan.normalizer, metrics, row_scale
+
+
+def shard(
+    phase: str,
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    weight: Tensor,
+    states: Tensor,
+    sums: Tensor | None,
+    o: LogitsOptions,
+    gradient: Tensor | None,
+    row_scale: Tensor | None,
+) -> bool:
+    """One phase of a shard of the vocabulary, as in ``backends/cpu.py``."""
+    tensors = student, teacher, labels, weight, states, sums
+    call = shard_call(phase, *tensors, o, gradient, row_scale, _KERNEL[o.divergence])
+    return _launch(_C.shard_cuda, student, _C.ShardParams(*call))
 
 
 def tails(student: Tensor, listed: Tensor, kept: Tensor | None, o: TailOptions) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..memory import dense_strides
-from ..options import LogitsOptions, TailOptions
+from ..options import SHARD_PHASES, LogitsOptions, TailOptions
 
 #: Dtypes that compiled backends take, as numbered by csrc/core/params.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -105,6 +105,47 @@ def gradient_scale(o: LogitsOptions) -> float:
     """
     bound = (2 * abs(o.kd_weight) / o.temperature + abs(o.ce_weight)) * o.student_scale
     return math.ldexp(1.0, max(-100, min(100, 12 - math.frexp(bound)[1]))) if bound else 1.0
+
+
+def shard_call(
+    phase: str,
+    student: Tensor,  # (..., width), in rows
+    teacher: Tensor,  # (..., width), in rows
+    labels: Tensor | None,  # (...) int64, contiguous
+    weight: Tensor,  # (...) float32, contiguous
+    states: Tensor,  # (rows, 5) float64
+    sums: Tensor | None,  # (rows, 6) float64
+    o: LogitsOptions,
+    gradient: Tensor | None,  # (..., width)
+    row_scale: Tensor | None,  # (...) float32
+    kernel: int,
+) -> tuple[Any, ...]:
+    """The arguments of ``_C.ShardParams``, see csrc/core/params.h."""
+    return (
+        SHARD_PHASES.index(phase),
+        math.prod(student.shape[:-1]),
+        o.vocab,
+        rows_of(student),
+        rows_of(teacher),
+        None if gradient is None else rows_of(gradient),
+        kernel,
+        o.parameter_0,
+        o.parameter_1,
+        o.temperature,
+        o.student_scale,
+        o.student_softcap,
+        o.teacher_scale,
+        o.teacher_softcap,
+        o.kd_weight,
+        o.ce_weight,
+        o.metrics,
+        address(labels),
+        address(weight),
+        1.0 if row_scale is None else gradient_scale(o),
+        address(row_scale),
+        address(states),
+        address(sums),
+    )
 
 
 def tail_call(

@@ -76,6 +76,25 @@ def logits_loss(
     return row_loss if o.reduction == "none" else row_loss.sum(), metrics, row_scale
 
 
+def shard(
+    phase: str,
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    weight: Tensor,
+    states: Tensor,
+    sums: Tensor | None,
+    o: LogitsOptions,
+    gradient: Tensor | None,
+    row_scale: Tensor | None,
+) -> bool:
+    """One phase of a shard of the vocabulary, as in ``backends/cpu.py``."""
+    from ..triton import launch
+
+    per_row = labels, weight, states, sums, row_scale
+    return launch.shard(launch.ShardCall(phase, student, teacher, gradient, *per_row, o))
+
+
 def tails(student: Tensor, listed: Tensor, kept: Tensor | None, o: TailOptions) -> Tensor:
     """References and log-sum-exps ``(o.results, ...)`` of the columns that are not listed."""
     from ..triton import launch

@@ -13,10 +13,11 @@ from torch import Tensor
 from ..backends.device import row_plan
 from ..backends.rows import gradient_scale, row_strides
 from ..divergences import REGISTERED
-from ..options import LogitsOptions, TailOptions
+from ..options import SHARD_PHASES, LogitsOptions, TailOptions
 from . import schedule
 from .divergences import FUNCTIONS, Functions
 from .rows import PerRow, Weights, loss_kernel, scale_kernel
+from .shard import Records, shard_kernel
 from .split import FIELDS, split_kernel
 from .sweeps import AS_IS, SCALED, SOFTCAPPED, Divergence, Far, Logits, Rows, Wanted
 from .tail import Listed, tails_gradient_kernel, tails_kernel
@@ -118,6 +119,31 @@ class Call(NamedTuple):
     options: LogitsOptions
 
 
+class ShardCall(NamedTuple):
+    """Tensors and options of one phase of a shard of the vocabulary."""
+
+    phase: str  # of SHARD_PHASES
+    student: Tensor  # (..., width_s)
+    teacher: Tensor  # (..., width_t)
+    gradient: Tensor | None  # (..., width_s), out of the phase that can, may be the student
+    labels: Tensor | None  # (...), columns of the shard, negative where another has them
+    weight: Tensor  # (...)
+    states: Tensor  # (rows, 5)
+    sums: Tensor | None  # (rows, 6)
+    row_scale: Tensor | None  # (...), out with the gradient
+    options: LogitsOptions
+
+    @property
+    def writes_gradient(self) -> bool:
+        """Whether it is this phase that does."""
+        if self.gradient is None or self.phase == "states":
+            return False
+        if self.phase == "gradient":
+            return True
+        divergence = _divergence(self.options, split=True)
+        return self.options.kd_weight != 0 and divergence.SLOPE_SUMS_TO_ZERO.value
+
+
 def _wanted(call: Call) -> Wanted:
     o, gradient = call.options, call.gradient is not None
     return Wanted(
@@ -131,7 +157,7 @@ def _wanted(call: Call) -> Wanted:
     )
 
 
-def schedule_of(call: Call, device: schedule.Device) -> schedule.Schedule:
+def schedule_of(call: Call | ShardCall, device: schedule.Device) -> schedule.Schedule:
     """How the rows of a call are cut into programs."""
     o = call.options
     pair_bytes = o.vocab * (call.student.element_size() + call.teacher.element_size())
@@ -189,6 +215,47 @@ def split_arguments(like: Tensor, rows: int, chosen: schedule.Schedule) -> tuple
     return workspace, like.new_zeros((rows, 2), dtype=torch.int32)
 
 
+def _wanted_of_shard(call: ShardCall) -> Wanted:
+    o, labels = call.options, call.labels is not None
+    gradient = call.gradient is not None and call.phase != "states"
+    return Wanted(
+        DIVERGENCE=tl.constexpr(o.kd_weight != 0 or o.metrics),
+        CROSS_ENTROPY=tl.constexpr(labels),
+        METRICS=tl.constexpr(o.metrics and call.phase == "sums"),
+        GRADIENT=tl.constexpr(gradient),
+        KD_GRADIENT=tl.constexpr(gradient and o.kd_weight != 0),
+        CE_GRADIENT=tl.constexpr(gradient and o.ce_weight != 0 and labels),
+        ROW_SCALE=tl.constexpr(gradient and call.row_scale is not None),
+    )
+
+
+def arguments_of_shard(call: ShardCall) -> tuple[Any, ...]:
+    """What ``shard_kernel`` takes before its options."""
+    o = call.options
+    gradient_factor = 1.0 if call.row_scale is None else gradient_scale(o)
+    return (
+        _logits(call.student, o.student_scale, o.student_softcap),
+        _logits(call.teacher, o.teacher_scale, o.teacher_softcap),
+        None if call.gradient is None else _rows(call.gradient),
+        PerRow(call.labels, call.weight, None, None, call.row_scale, None),
+        Records(call.states, call.sums),
+        o.vocab,
+        Weights(o.temperature, o.kd_weight, o.ce_weight, 1.0, gradient_factor),
+        _divergence(o, split=True),
+        _wanted_of_shard(call),
+        SHARD_PHASES.index(call.phase),
+        call.writes_gradient,
+    )
+
+
+def shard(call: ShardCall) -> bool:
+    """One phase of a shard; whether it wrote the gradient."""
+    chosen = schedule_of(call, schedule.device_of(call.student.device))
+    with _on(call.student):
+        shard_kernel[(call.weight.numel(),)](*arguments_of_shard(call), **options_of(chosen))
+    return call.writes_gradient
+
+
 def schedule_of_scaling(gradient: Tensor, device: schedule.Device) -> schedule.Schedule:
     """How the rows of a gradient are cut into programs."""
     width = gradient.shape[-1]
@@ -206,9 +273,9 @@ def arguments_of_scaling(
 
 def scale(gradient: Tensor, grad_output: Tensor, row_scale: Tensor | None) -> None:
     """gradient *= grad_output * row_scale, in place; grad_output is () or (...)."""
-    rows = math.prod(gradient.shape[:-1])
-    if rows == 0:
+    if gradient.numel() == 0:
         return
+    rows = math.prod(gradient.shape[:-1])
     chosen = schedule_of_scaling(gradient, schedule.device_of(gradient.device))
     with _on(gradient):
         scale_kernel[(min(rows, schedule.SCALING_PROGRAMS),)](

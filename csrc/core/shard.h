@@ -1,0 +1,19 @@
+// Which launch of a shard of the vocabulary writes its gradient.
+#pragma once
+
+#include "divergences.h"
+#include "params.h"
+
+namespace kd::KD_NAMESPACE {
+
+// Whether this one does.
+inline bool writes_gradient(const ShardParams& params) {
+#define KD_SLOPE_SUMS_TO_ZERO(name, Divergence) Divergence::kSlopeSumsToZero,
+  constexpr bool kSlopeSumsToZero[] = {KD_DIVERGENCES(KD_SLOPE_SUMS_TO_ZERO)};
+#undef KD_SLOPE_SUMS_TO_ZERO
+  if (!params.gradient.data || params.phase == ShardPhase::kStates) return false;
+  return params.phase == ShardPhase::kGradient ||
+         (params.kd_weight != 0 && kSlopeSumsToZero[params.divergence]);
+}
+
+}  // namespace kd::KD_NAMESPACE

@@ -1,0 +1,29 @@
+// Softmax states as the processes of a sharded vocabulary tell each other: relative to
+// exp(base / T), where State's are relative to a power of two.
+#pragma once
+
+#include "softmax.h"
+#include "tiles.h"
+
+namespace kd::cuda {
+
+// Of a state with `max` as the base; 0 where all logits are -inf.
+KD_DEVICE double sum_from_max(const State& state, float c) {
+  return state.sum == 0 ? 0 : state.corrected_sum(c) * ::exp2(-state.excess(c));
+}
+
+// Any base will do. An invalid sum gives an invalid state.
+KD_DEVICE State state_from(double base, double sum, double temperature, float c) {
+  State state{kLowestLogit, sum};
+  if (!state.valid()) return state;
+  if (sum < 0.5 || sum > (double)kMaxVocab) {  // far from the largest logit
+    base += ::log(sum) * temperature;
+    sum = 1;
+  }
+  state.max = (float)base;
+  state.sum = sum * ::exp2(base * c - state.shift(c));
+  state.sum -= state.corrected_sum(c) - state.sum;
+  return state;
+}
+
+}  // namespace kd::cuda

@@ -1,0 +1,179 @@
+"""What processes tell each other that share a vocabulary; each holds a shard of its columns."""
+
+from __future__ import annotations
+
+import numbers
+import zlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import watchers
+from .options import LogitsOptions
+
+if TYPE_CHECKING:
+    from .divergences import Divergence
+
+
+def _group_of(name: str) -> Any:
+    resolve: Any = dist.distributed_c10d._resolve_process_group
+    return resolve(name)
+
+
+def all_gather(x: Tensor, group: str) -> Tensor:
+    """The tensors of all processes, stacked in the order of their ranks."""
+    processes = _group_of(group)
+    size = dist.get_world_size(processes)
+    result = x.new_empty((size * x.shape[0], *x.shape[1:]))
+    # The newer name of the same function, where there is one.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(result, x.contiguous(), group=processes)
+    return result.unflatten(0, (size, -1))
+
+
+def all_sum(x: Tensor, group: str) -> Tensor:
+    """The sum of the processes' tensors, added up in float32, or float64 where they are."""
+    total = x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
+    dist.all_reduce(total, group=_group_of(group))
+    return total.to(x.dtype)
+
+
+#: Of values per row.
+ROWS_DIFFER = "labels, token_weight or normalizer: they differ between the group's processes"
+
+
+def header_of(message: Tensor, o: LogitsOptions, *others: Divergence | str) -> Tensor:
+    """(1, fields): what this process holds, and what all have to agree on.
+
+    ``others`` are a divergence and strings that are no options.
+    """
+    header = message.new_zeros((1, message.shape[-1]))
+    # Filled one by one: a tensor made of them would have to be copied to the device.
+    header[:, 0] = o.vocab_start
+    header[:, 1] = o.vocab
+    if not torch.compiler.is_compiling():
+        agreed = o._replace(vocab=0, vocab_start=0, rank=0, group="")
+        header[:, 2] = zlib.crc32(repr((agreed, *map(_as_text, others))).encode())
+    return header
+
+
+def _as_text(value: Divergence | str) -> str:
+    """Alike in all processes: other fields of a custom divergence may say where they lie."""
+    if isinstance(value, str):
+        return value
+    fields = [float(x) for x in vars(value).values() if isinstance(x, numbers.Real)]
+    return repr((value.name, fields))
+
+
+def is_whole(headers: Tensor, o: LogitsOptions) -> Tensor:
+    """Whether the shards lie end to end and are of one call, (); on a CPU raises if not."""
+    start, columns, options = headers[:, 0], headers[:, 1], headers[:, 2]
+    end = start + columns
+    whole = (start[0] == 0) & (end[-1] == o.vocab_size) & (start[1:] == end[:-1]).all()
+    alike = (options == options[0]).all()
+    if watchers.may_look(headers):
+        if not whole:
+            shards = [f"{int(a)} to {int(b)}" for a, b in zip(start, end, strict=True)]
+            raise ValueError(
+                f"vocab_start: the processes of the group hold columns {', '.join(shards)}, "
+                f"expected shards that follow each other up to vocab_size, {o.vocab_size}"
+            )
+        if not alike:
+            raise ValueError("group: its processes do not pass the same options")
+    return whole & alike
+
+
+def columns_of_all(per_row: list[Tensor], o: LogitsOptions, divergence: Divergence) -> list[int]:
+    """How many columns each process has, for the reference: waits for a GPU.
+
+    Raises where processes do not pass the same, among it two values ``(...)`` per row.
+    """
+    nothing = torch.zeros_like(per_row[0])  # as wide as a header
+    message = torch.stack([x.double().nan_to_num().flatten() for x in (*per_row, nothing)], -1)
+    header = header_of(message, o, divergence)
+    everyone = all_gather(torch.cat([message, header]), o.group).cpu()
+    is_whole(everyone[:, -1], o)
+    if bool((everyone[:, :-1] != everyone[0, :-1]).any()):
+        raise ValueError(ROWS_DIFFER)
+    return everyone[:, -1, 1].long().tolist()
+
+
+def whole_logits(shard: Tensor, columns: list[int], o: LogitsOptions) -> Tensor:
+    """(..., vocab_size) of every process's ``(..., width)``, for the reference."""
+    return _Whole.apply(shard, columns, o)
+
+
+class _Whole(torch.autograd.Function):
+    """The loss of the whole is computed by every process; a shard's gradient is its part of it."""
+
+    @staticmethod
+    def forward(ctx, shard, columns, o):
+        ctx.width, ctx.o = shard.shape[-1], o
+        padded = shard.new_zeros((*shard.shape[:-1], max(columns)))
+        padded[..., : o.vocab] = shard[..., : o.vocab]
+        rows = shard.shape[:-1].numel()
+        shards = all_gather(padded.view(rows, max(columns)), o.group)
+        shards = shards.view(o.processes, *padded.shape)
+        return torch.cat([x[..., :n] for x, n in zip(shards, columns, strict=True)], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        o = ctx.o
+        mine = gradient[..., o.vocab_start : o.vocab_start + o.vocab]
+        return torch.nn.functional.pad(mine, (0, ctx.width - o.vocab)), None, None
+
+
+# Opaque to torch.compile, which sees shapes only.
+library = torch.library.Library("kdkernels", "FRAGMENT")
+library.define("all_gather(Tensor x, str group, int processes) -> Tensor")
+library.define("all_sum(Tensor x, str group) -> Tensor")
+library.impl("all_gather", lambda x, group, _: all_gather(x, group), "CompositeExplicitAutograd")
+library.impl("all_sum", lambda x, group: all_sum(x, group), "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("kdkernels::all_gather", lib=library)
+def _(x, group, processes):
+    return x.new_empty((processes, *x.shape))
+
+
+@torch.library.register_fake("kdkernels::all_sum", lib=library)
+def _(x, group):
+    return torch.empty_like(x)
+
+
+def gathered(x: Tensor, o: LogitsOptions) -> Tensor:
+    """:func:`all_gather`, for a loss that every process computes: its gradient is x's part."""
+    return _Gathered.apply(x, o)
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, o):
+        ctx.rank = o.rank
+        return torch.ops.kdkernels.all_gather.default(x, o.group, o.processes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        return gradient[ctx.rank], None
+
+
+def summed_in_backward(x: Tensor, o: LogitsOptions) -> Tensor:
+    """The tensor, which all processes hold; its gradient is the sum of what each gives."""
+    return _SummedInBackward.apply(x, o.group) if o.group else x
+
+
+class _SummedInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        return torch.ops.kdkernels.all_sum.default(gradient, ctx.group), None

@@ -1,0 +1,98 @@
+"""DTensors whose vocabulary is sharded, as plain tensors and where their shards lie.
+
+For logits only: a head's weight that is sharded over its first dimension may be FSDP's, whose
+processes have rows of their own.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Where(NamedTuple):
+    """Which shard of the vocabulary a process holds: arguments of the losses."""
+
+    group: Any
+    vocab_start: int | None
+    vocab_size: int | None
+
+
+def is_distributed(x: Any) -> bool:
+    """Whether it is a DTensor, whose class exists only once something has imported it."""
+    if x is None or type(x) is Tensor:
+        return False
+    return isinstance(x, getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ()))
+
+
+def local_tensors(
+    tensors: Sequence[tuple[str, Any, int | None]], where: Where
+) -> tuple[list[Any], Where]:
+    """Plain tensors, and where their shards lie.
+
+    Args:
+        tensors: names, tensors or None, and the dimensions along which the vocabulary lies, None
+            where it doesn't. Those along which it lies are DTensors, sharded there and alike;
+            others are replicated or plain.
+        where: what the caller was given.
+    """
+    if where.group is not None or where.vocab_start is not None:
+        raise ValueError(
+            "group or vocab_start is given, expected neither beside DTensors, which know their "
+            "shards: pass to_local() of all of them"
+        )
+    shards = [(name, x, dim) for name, x, dim in tensors if dim is not None]
+    for name, x, _ in shards:
+        if not is_distributed(x):
+            raise TypeError(
+                f"{name} is a plain tensor beside DTensors, expected one that is sharded like "
+                "them, or to_local() of all of them and group="
+            )
+    first_name, first, first_dim = shards[0]
+    mesh, size = first.device_mesh, first.shape[first_dim]
+    mesh_dim = _sharded_along(first_name, first, first_dim)
+    for name, x, dim in shards[1:]:
+        if x.device_mesh != mesh or _sharded_along(name, x, dim) != mesh_dim:
+            raise ValueError(
+                f"{name} has placements {x.placements} on {x.device_mesh}, expected the shards of "
+                f"{first_name}, {first.placements} on {mesh}"
+            )
+        if x.shape[dim] != size:
+            raise ValueError(
+                f"{name} has a vocabulary of {x.shape[dim]}, expected {size} as {first_name} has, "
+                "so that their shards lie alike"
+            )
+    columns = -(-size // mesh.size(mesh_dim))  # as torch.chunk: what is missing is so at the end
+    start = min(mesh.get_local_rank(mesh_dim) * columns, size)
+    values = [_local(name, x, dim) for name, x, dim in tensors]
+    vocab_size = size if where.vocab_size is None else where.vocab_size
+    return values, Where(mesh.get_group(mesh_dim), start, vocab_size)
+
+
+def _sharded_along(name: str, x: Any, dim: int) -> int:
+    """The one dimension of the mesh that shards ``dim``; nothing else may be sharded."""
+    kinds = sys.modules["torch.distributed.tensor"]
+    sharded = [i for i, p in enumerate(x.placements) if type(p) is kinds.Shard]
+    others = [p for p in x.placements if type(p) not in (kinds.Shard, kinds.Replicate)]
+    if others or len(sharded) != 1 or (x.placements[sharded[0]].dim - dim) % x.dim() != 0:
+        raise ValueError(
+            f"{name} is a DTensor with placements {x.placements}, expected Shard({dim}) in one "
+            "dimension of its mesh and Replicate() in others: redistribute it, or pass to_local() "
+            "of all tensors and group="
+        )
+    return sharded[0]
+
+
+def _local(name: str, x: Any, dim: int | None) -> Any:
+    if not is_distributed(x):
+        return x
+    kinds = sys.modules["torch.distributed.tensor"]
+    if dim is None and any(type(p) is not kinds.Replicate for p in x.placements):
+        raise ValueError(
+            f"{name} is a DTensor with placements {x.placements}, expected Replicate() or a plain "
+            "tensor"
+        )
+    return x.to_local()

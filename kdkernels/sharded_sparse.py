@@ -1,0 +1,75 @@
+"""The student's side of a sparse teacher where processes share the student's vocabulary.
+
+Each has the log-sum-exp of its own columns and some of the listed logits; what a sparse loss needs
+of the whole is their log-sum-exp and all of the listed ones.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import collectives, reference, watchers
+from .divergences import Divergence
+from .options import LogitsOptions, TailOptions
+from .tail import AnyStudent
+from .top import Top
+
+
+class ShardedStudent(NamedTuple):
+    """A student of which this process has some columns."""
+
+    shard: AnyStudent
+    o: LogitsOptions
+    alike: Tensor  # (..., n), what else all processes hold of a row
+    also: tuple[Divergence, str]  # and pass
+
+    @property
+    def like(self) -> Tensor:
+        """Of the same leading shape, device and precision."""
+        return self.shard.like
+
+    def listed_and_tails(
+        self,
+        listed: Tensor,
+        kept: Tensor,
+        options: TailOptions,
+        *,
+        with_tails: bool,
+        with_top: bool,
+    ) -> tuple[Tensor, Tensor, Top | None]:
+        """See :meth:`kdkernels.tail.Student.listed_and_tails`."""
+        o, slots = self.o, listed.shape[-1]
+        local = listed - o.vocab_start
+        here = (listed >= 0) & (local >= 0) & (local < o.vocab)
+        ascending, order = torch.where(here, local, -1).sort(-1)
+        stored, tails, top = self.shard.listed_and_tails(
+            ascending, kept, options, with_tails=with_tails, with_top=with_top
+        )
+        stored = torch.zeros_like(stored).scatter(-1, order, stored)
+        numbers = torch.cat([listed.double(), self.alike.double().nan_to_num(0.0, 1e4, -1e4)], -1)
+        slot = torch.arange(1, numbers.shape[-1] + 1, device=listed.device)
+        checksum = (numbers * slot).sum(-1, keepdim=True)
+        told = [torch.where(here, stored, 0.0), tails.movedim(0, -1), checksum]
+        if top is not None:
+            told += [top.logit.unsqueeze(-1), (top.token + o.vocab_start).unsqueeze(-1)]
+        rows = kept.numel()
+        message = torch.cat([x.double().reshape(rows, x.shape[-1]) for x in told], -1)
+        header = collectives.header_of(message, o, *self.also)
+        everyone = collectives.gathered(torch.cat([message, header]), o)
+        whole = collectives.is_whole(everyone[:, -1].detach(), o)
+        everyone = everyone[:, :-1].reshape(o.processes, *kept.shape, message.shape[-1])
+
+        checksum = everyone[..., slots + tails.shape[0]].detach()
+        alike = whole & (checksum == checksum[0]).all(0)
+        if watchers.may_look(alike) and not bool(alike.all()):
+            raise ValueError(f"teacher_indices, teacher_logprobs, {collectives.ROWS_DIFFER}")
+        nan = torch.where(alike, 1.0, torch.nan)
+        stored = everyone[..., :slots].sum(0) * nan.unsqueeze(-1)
+        tails = everyone[..., slots : slots + tails.shape[0]].movedim(-1, 0)
+        tails = reference.log_sum_exp(tails.movedim(1, -1)) * nan
+        if top is not None:
+            top = Top(*everyone.detach()[..., -2:].unbind(-1)).of_all()
+        return stored, tails, top

@@ -1,0 +1,29 @@
+"""The first largest logit of a row, which metrics ask for."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Top(NamedTuple):
+    """The first largest logit of every row, ``(...)`` each."""
+
+    logit: Tensor
+    token: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, vocab: int) -> Top:
+        """Among the leading columns; -inf where there are none."""
+        if vocab == 0:
+            nothing = logits.new_full(logits.shape[:-1], -math.inf)
+            return cls(nothing, torch.zeros_like(nothing, dtype=torch.int64))
+        return cls(*logits.detach()[..., :vocab].max(-1))
+
+    def of_all(self) -> Top:
+        """That of all processes, ``(...)``, from each of theirs, ``(processes, ...)``."""
+        top = self.logit.amax(0)
+        return Top(top, torch.where(self.logit == top, self.token, math.inf).amin(0))

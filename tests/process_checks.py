@@ -1,0 +1,378 @@
+"""What test_process_groups.py runs in every one of its processes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from kdkernels import JSD, KDLoss, kd_loss, linear_kd_loss, linear_sparse_kd_loss, sparse_kd_loss
+
+from .cases import correlated_pair, labels_for, normal
+
+SIZE = 2
+
+
+def _columns(x: torch.Tensor, rank: int, dim: int = -1) -> torch.Tensor:
+    """This process's half, a tensor of its own."""
+    return x.chunk(SIZE, dim)[rank].clone()
+
+
+def _whole_of(student, teacher, **options):
+    student = student.clone().requires_grad_()
+    loss = kd_loss(student, teacher, **options)
+    loss.backward()
+    return loss.detach(), student.grad
+
+
+OPTIONS = {
+    "labels": labels_for(6, vocab=64),
+    "ce_weight": 0.5,
+    "divergence": "jsd",
+    "temperature": 2.0,
+}
+
+
+def logits(rank):
+    student, teacher = correlated_pair(6, 64)
+    loss, gradient = _whole_of(student, teacher, **OPTIONS)
+    for group in (dist.group.WORLD, dist.new_group([0, 1])):
+        mine = _columns(student, rank).requires_grad_()
+        shared = kd_loss(mine, _columns(teacher, rank), group=group, **OPTIONS)
+        shared.backward()
+        torch.testing.assert_close(shared.detach(), loss, rtol=2e-6, atol=0)
+        torch.testing.assert_close(mine.grad, _columns(gradient, rank), rtol=1e-5, atol=1e-8)
+
+
+def linear(rank):
+    hidden, teacher_hidden = normal(5, 8, seed=1), normal(5, 12, seed=2)
+    weight, teacher_weight = normal(30, 8, seed=3), normal(30, 12, seed=4)
+    whole = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    loss = linear_kd_loss(*whole, teacher_hidden, teacher_weight)
+    loss.backward()
+    mine = hidden.clone().requires_grad_(), _columns(weight, rank, 0).requires_grad_()
+    teacher = teacher_hidden, _columns(teacher_weight, rank, 0)
+    shared = linear_kd_loss(*mine, *teacher, group=dist.group.WORLD)
+    shared.backward()
+    torch.testing.assert_close(shared, loss, rtol=2e-6, atol=0)
+    torch.testing.assert_close(mine[0].grad, whole[0].grad, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(mine[1].grad, _columns(whole[1].grad, rank, 0), rtol=1e-5, atol=1e-7)
+
+
+def reference(rank):
+    """The definition in float64, the hidden gradient of its heads included."""
+    hidden, weight = normal(5, 8, seed=1).double(), normal(30, 8, seed=3).double()
+    teacher = normal(5, 30, seed=2).double()
+    whole = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    linear_kd_loss(*whole, teacher_logits=teacher).backward()
+    mine = hidden.clone().requires_grad_(), _columns(weight, rank, 0).requires_grad_()
+    shard = _columns(teacher, rank)
+    linear_kd_loss(*mine, teacher_logits=shard, group=dist.group.WORLD).backward()
+    torch.testing.assert_close(mine[0].grad, whole[0].grad)
+    torch.testing.assert_close(mine[1].grad, _columns(whole[1].grad, rank, 0))
+
+
+def module(rank):
+    student, teacher = correlated_pair(6, 64)
+    criterion = KDLoss(group=dist.group.WORLD, divergence="reverse_kl")
+    shared = criterion(_columns(student, rank), _columns(teacher, rank))
+    torch.testing.assert_close(shared, kd_loss(student, teacher, divergence="reverse_kl"))
+
+
+def documented(rank):
+    """The code of docs/parallel.md, as it stands."""
+    document = Path(__file__).parent.parent / "docs" / "parallel.md"
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL):
+        exec(compile(block, "docs/parallel.md", "exec"), names)
+    group = dist.group.WORLD
+    student, teacher = correlated_pair(6, 64)
+    labels = OPTIONS["labels"]
+    mine = _columns(student, rank), _columns(teacher, rank)
+    listed = teacher.log_softmax(-1).topk(5)
+    hidden, teacher_hidden = normal(5, 8, seed=1), normal(5, 12, seed=2)
+    weight, teacher_weight = normal(30, 8, seed=3), normal(30, 12, seed=4)
+    heads = _columns(weight, rank, 0), _columns(teacher_weight, rank, 0)
+    sharded = _distributed(weight, rank, 0).requires_grad_()
+    pairs = [
+        (
+            names["loss_of_shards"](*mine, labels, group),
+            kd_loss(student, teacher, labels=labels, ce_weight=0.5, temperature=2.0),
+        ),
+        (
+            names["loss_of_heads"](hidden, heads[0], teacher_hidden, heads[1], group),
+            linear_kd_loss(hidden, weight, teacher_hidden, teacher_weight),
+        ),
+        (
+            names["loss_of_lists"](mine[0], listed.indices, listed.values, group),
+            sparse_kd_loss(student, listed.indices, listed.values),
+        ),
+        (
+            names["loss_of_uneven_shards"](*mine, 32 * rank, 64, group),
+            kd_loss(student, teacher),
+        ),
+        (
+            names["loss_of_dtensors"](
+                _distributed(student, rank), _distributed(teacher, rank), labels
+            ),
+            kd_loss(student, teacher, labels=labels, ce_weight=0.5),
+        ),
+        (
+            of_heads := names["loss_of_dtensor_heads"](
+                hidden, sharded, teacher_hidden, _distributed(teacher_weight, rank, 0)
+            ),
+            linear_kd_loss(hidden, weight, teacher_hidden, teacher_weight),
+        ),
+    ]
+    for shared, whole in pairs:
+        torch.testing.assert_close(shared, whole, rtol=5e-6, atol=0)
+    of_heads.backward()
+    assert type(sharded.grad) is names["DTensor"]
+
+
+def sparse(rank):
+    student, teacher = correlated_pair(6, 64)
+    logprobs, indices = teacher.log_softmax(-1).topk(5)
+    whole = student.clone().requires_grad_()
+    loss = sparse_kd_loss(whole, indices, logprobs, divergence="jsd")
+    loss.backward()
+    mine = _columns(student, rank).requires_grad_()
+    shared = sparse_kd_loss(mine, indices, logprobs, divergence="jsd", group=dist.group.WORLD)
+    shared.backward()
+    torch.testing.assert_close(shared, loss, rtol=5e-6, atol=0)
+    torch.testing.assert_close(mine.grad, _columns(whole.grad, rank), rtol=1e-5, atol=1e-8)
+
+
+def operators(rank):
+    x, name = normal(3, 4) + rank, dist.group.WORLD.group_name
+    torch.library.opcheck(torch.ops.kdkernels.all_gather.default, (x, name, SIZE))
+    torch.library.opcheck(torch.ops.kdkernels.all_sum.default, (x, name))
+
+
+def _same_when_compiled(loss_of, student):
+    """In one graph: operators are opaque, and what they tell others is inside."""
+    results = []
+    for function in (loss_of, torch.compile(loss_of, fullgraph=True, backend="aot_eager")):
+        leaf = student.clone().requires_grad_()
+        loss = function(leaf)
+        loss.backward()
+        results.append((loss.detach(), leaf.grad))
+    for eager, graph in zip(*results, strict=True):
+        assert torch.equal(eager, graph)
+
+
+def compiled(rank):
+    student, teacher = (_columns(x, rank) for x in correlated_pair(6, 64))
+    group = dist.group.WORLD
+    _same_when_compiled(lambda x: kd_loss(2 * x, teacher, group=group, divergence="jsd"), student)
+
+
+def compiled_heads(rank):
+    weight, teacher = (_columns(normal(30, 8, seed=i), rank, 0) for i in (3, 4))
+    hidden, group = normal(5, 8), dist.group.WORLD
+    _same_when_compiled(
+        lambda x: linear_kd_loss(2 * x, weight, hidden, teacher, group=group), hidden
+    )
+
+
+def compiled_sparse(rank):
+    logprobs, indices = correlated_pair(6, 30)[1].log_softmax(-1).topk(5)
+    weight, group = _columns(normal(30, 8, seed=3), rank, 0), dist.group.WORLD
+    _same_when_compiled(
+        lambda x: linear_sparse_kd_loss(2 * x, weight, indices, logprobs, group=group),
+        normal(6, 8),
+    )
+
+
+def _distributed(x, rank, dim=-1):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    return distribute_tensor(x, init_device_mesh("cpu", (SIZE,)), [Shard(dim)])
+
+
+def dtensors(rank):
+    """They say how they are sharded, also unevenly, and down to a process without columns."""
+    for vocab in (64, 33, 1):
+        student, teacher = correlated_pair(6, vocab)
+        options = {**OPTIONS, "labels": labels_for(6, vocab=vocab)}
+        loss, gradient = _whole_of(student, teacher, **options)
+        leaf = _distributed(student, rank).requires_grad_()
+        shared = kd_loss(leaf, _distributed(teacher, rank), **options)
+        shared.backward()
+        torch.testing.assert_close(shared.detach(), loss, rtol=2e-6, atol=1e-7)
+        torch.testing.assert_close(leaf.grad.full_tensor(), gradient, rtol=1e-5, atol=1e-7)
+
+
+def sparse_dtensors(rank):
+    for vocab in (33, 1):
+        for backend in ("cpu", "reference"):
+            options = {"backend": backend, "labels": labels_for(6, vocab=vocab), "ce_weight": 0.5}
+            student, teacher = correlated_pair(6, vocab)
+            listed = [_replicated(x) for x in teacher.log_softmax(-1).topk(min(5, vocab))]
+            whole = student.clone().requires_grad_()
+            loss = sparse_kd_loss(whole, listed[1].to_local(), listed[0].to_local(), **options)
+            loss.backward()
+            leaf = _distributed(student, rank).requires_grad_()
+            shared = sparse_kd_loss(leaf, listed[1], listed[0], return_metrics=True, **options)[0]
+            shared.backward()
+            torch.testing.assert_close(shared, loss, rtol=2e-6, atol=1e-7)
+            torch.testing.assert_close(leaf.grad.full_tensor(), whole.grad, rtol=1e-5, atol=1e-7)
+
+
+def dtensors_on_a_mesh_of_two_dimensions(rank):
+    """Replicated over one of them."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (1, SIZE))
+    student, teacher = correlated_pair(6, 64)
+    sharded = (distribute_tensor(x, mesh, [Replicate(), Shard(1)]) for x in (student, teacher))
+    torch.testing.assert_close(kd_loss(*sharded), kd_loss(student, teacher), rtol=2e-6, atol=0)
+
+
+def _replicated(x):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    return distribute_tensor(x, init_device_mesh("cpu", (SIZE,)), [Replicate()])
+
+
+def refused_dtensors(rank):
+    whole = correlated_pair(6, 64)
+    student, teacher = (_distributed(x, rank) for x in whole)
+    with pytest.raises(TypeError, match="teacher_logits is a plain tensor"):
+        kd_loss(student, teacher.to_local())
+    with pytest.raises(ValueError, match=r"teacher_logits is a DTensor .*Replicate"):
+        kd_loss(student, _replicated(whole[1]))
+    with pytest.raises(ValueError, match=r"student_logits .* expected Shard\(-1\)"):
+        kd_loss(*(_replicated(x) for x in whole))
+    with pytest.raises(ValueError, match="expected neither beside DTensors"):
+        kd_loss(student, teacher, group=dist.group.WORLD)
+    with pytest.raises(ValueError, match="so that their shards lie alike"):
+        kd_loss(student, _distributed(correlated_pair(6, 66)[1], rank))
+    with pytest.raises(ValueError, match="inplace_grad: student_logits is a DTensor"):
+        kd_loss(student, teacher, inplace_grad=True)
+    weight = _distributed(torch.ones(6), rank)
+    with pytest.raises(ValueError, match=r"token_weight is a DTensor .* expected Replicate\(\)"):
+        kd_loss(student, teacher, token_weight=weight)
+    head = _distributed(normal(30, 8), rank, 0)
+    with pytest.raises(TypeError, match=r"student_weight is a DTensor.*to_local\(\) and group="):
+        linear_kd_loss(normal(6, 8), head, teacher_logits=normal(6, 30))
+    with pytest.raises(ValueError, match="vocab_size is 0"):
+        kd_loss(student, teacher, vocab_size=0)
+    with pytest.raises(TypeError, match="labels is a DTensor, expected a plain tensor"):
+        kd_loss(*whole, labels=_replicated(labels_for(6, vocab=64)), ce_weight=1.0)
+    with pytest.raises(TypeError, match="normalizer is a DTensor"):
+        kd_loss(student, teacher, normalizer=weight.sum())
+
+
+def shards_that_are_no_whole(rank):
+    student, teacher = correlated_pair(6, 64)
+    for backend in ("cpu", "reference"):
+        call = {"group": dist.group.WORLD, "vocab_start": 32 * rank, "backend": backend}
+        with pytest.raises(ValueError, match=r"hold columns 0 to 32, 32 to 64, expected .* 66"):
+            kd_loss(_columns(student, rank), _columns(teacher, rank), vocab_size=66, **call)
+        call["vocab_start"] = 30 * rank
+        with pytest.raises(ValueError, match="hold columns 0 to 32, 30 to 62"):
+            kd_loss(_columns(student, rank), _columns(teacher, rank), vocab_size=64, **call)
+        call["vocab_start"] = 2 + 32 * rank
+        with pytest.raises(ValueError, match="hold columns 2 to 34, 34 to 66"):
+            kd_loss(_columns(student, rank), _columns(teacher, rank), vocab_size=66, **call)
+
+
+def calls_that_are_not_alike(rank):
+    student, teacher = (_columns(x, rank) for x in correlated_pair(6, 64))
+    for backend in ("cpu", "reference"):
+        call = {"group": dist.group.WORLD, "backend": backend}
+        with pytest.raises(ValueError, match="do not pass the same options"):
+            kd_loss(student, teacher, temperature=1.0 + rank, **call)
+        with pytest.raises(ValueError, match="do not pass the same options"):
+            kd_loss(student, teacher, divergence=("jsd", "tvd")[rank], **call)
+        labels = torch.full((6,), 10 + 32 * rank)
+        with pytest.raises(ValueError, match="labels, token_weight or normalizer: they differ"):
+            kd_loss(student, teacher, labels=labels, ce_weight=1.0, **call)
+        weight = torch.tensor([1.0, 1.0, float(rank), 1.0, 1.0, 1.0])
+        with pytest.raises(ValueError, match="labels, token_weight or normalizer: they differ"):
+            kd_loss(student, teacher, token_weight=weight, **call)
+        with pytest.raises(ValueError, match="labels, token_weight or normalizer: they differ"):
+            kd_loss(student, teacher, normalizer=torch.tensor(2.0 + rank), **call)
+        labels = torch.full((6,), 64)
+        with pytest.raises(ValueError, match="expected 0 to 63"):
+            kd_loss(student, teacher, labels=labels, **call)
+
+
+def sparse_calls_that_are_not_alike(rank):
+    """Everything that is not a shard, of which every process computes the same loss."""
+    student, teacher = correlated_pair(6, 64)
+    student = _columns(student, rank)
+    logprobs, indices = teacher.log_softmax(-1).topk(5)
+    weight = torch.tensor([1.0, 1.0, float(rank), 1.0, 1.0, 1.0])
+    for backend in ("cpu", "reference"):
+        call = {"group": dist.group.WORLD, "backend": backend}
+        for options in (
+            {"divergence": ("jsd", "tvd")[rank]},
+            {"divergence": JSD(0.1 + 0.1 * rank)},
+            {"tail": ("bucket", "drop")[rank]},
+        ):
+            with pytest.raises(ValueError, match="do not pass the same options"):
+                sparse_kd_loss(student, indices, logprobs, **options, **call)
+        with pytest.raises(ValueError, match=r"teacher_logprobs, .*: they differ"):
+            sparse_kd_loss(student, indices, logprobs - 0.01 * rank, **call)
+        for options in (
+            {"labels": indices[:, rank], "ce_weight": 1.0},  # both are listed
+            {"token_weight": weight},
+            {"normalizer": torch.tensor(2.0 + rank)},
+        ):
+            with pytest.raises(ValueError, match="they differ"):
+                sparse_kd_loss(student, indices, logprobs, **options, **call)
+
+
+def no_second_derivative(rank):
+    """It would miss what other shards' gradients have to do with this one's logits."""
+    student, teacher = (_columns(x, rank).double() for x in correlated_pair(6, 64))
+    logprobs, indices = correlated_pair(6, 64)[1].log_softmax(-1).topk(5)
+    leaf, group = student.requires_grad_(), dist.group.WORLD
+    losses = (
+        kd_loss(leaf, teacher, group=group),
+        sparse_kd_loss(leaf, indices, logprobs, group=group),
+    )
+    for loss in losses:
+        (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            gradient.square().sum().backward()
+
+
+def gradients_are_consumed(rank):
+    student, teacher = (_columns(x, rank) for x in correlated_pair(6, 64))
+    loss = kd_loss(student.requires_grad_(), teacher, group=dist.group.WORLD, backend="cpu")
+    loss.backward()
+    with pytest.raises(RuntimeError, match="a second backward"):
+        loss.backward()
+
+
+CHECKS = [
+    documented,
+    logits,
+    linear,
+    reference,
+    module,
+    sparse,
+    operators,
+    compiled,
+    compiled_heads,
+    compiled_sparse,
+    dtensors,
+    sparse_dtensors,
+    dtensors_on_a_mesh_of_two_dimensions,
+    refused_dtensors,
+    shards_that_are_no_whole,
+    calls_that_are_not_alike,
+    sparse_calls_that_are_not_alike,
+    no_second_derivative,
+    gradients_are_consumed,
+]
