@@ -17,7 +17,7 @@ from .processes import CUTS, Processes, check, sharded
 
 @pytest.mark.parametrize("divergence", cases.ALL, ids=repr)
 def test_a_shared_vocabulary(backend, three, divergence):
-    student, teacher = correlated_pair(4, 96)
+    student, teacher = correlated_pair(1 if backend.interpreted else 4, 96)
     student = cases.without_ties(student, teacher, 1.5, tolerances.TVD_TIE)
     options = {"temperature": 1.5, "reduction": "sum"}
     actual = sharded(
@@ -26,7 +26,7 @@ def test_a_shared_vocabulary(backend, three, divergence):
     check(actual, student, teacher, divergence, torch.float32, **options)
 
 
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("cut", ["uneven", "two", "empty"])
 @pytest.mark.parametrize("divergence", cases.ONE_OF_EACH, ids=repr)
 def test_labels_weights_and_metrics(backend, monkeypatch, cut, divergence):
     processes = Processes(len(CUTS[cut]), monkeypatch)
@@ -65,10 +65,10 @@ FLOAT, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16
 )
 @pytest.mark.parametrize("divergence", [ForwardKL(), JSD(), AlphaBeta(2, 0.5)], ids=repr)
 def test_dtypes(kernel, three, dtype, teacher_dtype, inplace, divergence):
-    student, teacher = (
-        x.to(d) for x, d in zip(correlated_pair(5, 96), (dtype, teacher_dtype), strict=True)
-    )
-    options = {"labels": labels_for(5, vocab=96), "ce_weight": 0.3, "student_softcap": 8.0}
+    rows = 2 if kernel.interpreted else 5
+    student, teacher = correlated_pair(rows, 96)
+    student, teacher = student.to(dtype), teacher.to(teacher_dtype)
+    options = {"labels": labels_for(rows, vocab=96), "ce_weight": 0.3, "student_softcap": 8.0}
     actual = sharded(
         three,
         kernel,

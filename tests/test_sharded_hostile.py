@@ -58,7 +58,7 @@ def test_rows_without_a_softmax(backend, three, divergence, poison_value):
 
 
 @pytest.mark.parametrize("divergence", cases.ONE_OF_EACH, ids=repr)
-@pytest.mark.parametrize("temperature", [0.05, 1.0, 50.0])
+@pytest.mark.parametrize("temperature", [0.05, 50.0])
 def test_large_logits_far_apart(backend, three, divergence, temperature):
     """Every shard has its own largest logit, thousands apart."""
     student, teacher = correlated_pair(4, 96, seed=3)
