@@ -33,14 +33,12 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-void logits_cpu(int64_t rows, int64_t vocab, const RowsArgs& student, const RowsArgs& teacher,
-                const std::optional<RowsArgs>& gradient, int divergence, float parameter_0,
-                float parameter_1, float temperature, float student_scale, float student_softcap,
-                float teacher_scale, float teacher_softcap, float kd_weight, float ce_weight,
-                uintptr_t labels, int64_t ignore_index, uintptr_t token_weight, int reduction,
-                uintptr_t normalizer, float gradient_scale, uintptr_t row_scale, uintptr_t loss,
-                uintptr_t metrics, int threads) {
-  LogitsParams params;
+// What every loss of a row pair takes.
+void set_pair(LogitsParams& params, int64_t rows, int64_t vocab, const RowsArgs& student,
+              const RowsArgs& teacher, const std::optional<RowsArgs>& gradient, int divergence,
+              float parameter_0, float parameter_1, float temperature, float student_scale,
+              float student_softcap, float teacher_scale, float teacher_softcap, float kd_weight,
+              float ce_weight) {
   params.rows = rows;
   params.vocab = vocab;
   params.student = to_rows(student);
@@ -54,6 +52,19 @@ void logits_cpu(int64_t rows, int64_t vocab, const RowsArgs& student, const Rows
   params.teacher_transform = {teacher_scale, teacher_softcap};
   params.kd_weight = kd_weight;
   params.ce_weight = ce_weight;
+}
+
+void logits_cpu(int64_t rows, int64_t vocab, const RowsArgs& student, const RowsArgs& teacher,
+                const std::optional<RowsArgs>& gradient, int divergence, float parameter_0,
+                float parameter_1, float temperature, float student_scale, float student_softcap,
+                float teacher_scale, float teacher_softcap, float kd_weight, float ce_weight,
+                uintptr_t labels, int64_t ignore_index, uintptr_t token_weight, int reduction,
+                uintptr_t normalizer, float gradient_scale, uintptr_t row_scale, uintptr_t loss,
+                uintptr_t metrics, int threads) {
+  LogitsParams params;
+  set_pair(params, rows, vocab, student, teacher, gradient, divergence, parameter_0, parameter_1,
+           temperature, student_scale, student_softcap, teacher_scale, teacher_softcap, kd_weight,
+           ce_weight);
   params.labels = pointer<int64_t>(labels);
   params.ignore_index = ignore_index;
   params.token_weight = pointer<float>(token_weight);
@@ -76,19 +87,9 @@ ShardParams to_shard_params(int phase, int64_t rows, int64_t vocab, const RowsAr
                             uintptr_t row_scale, uintptr_t states, uintptr_t sums) {
   ShardParams params;
   params.phase = static_cast<ShardPhase>(phase);
-  params.rows = rows;
-  params.vocab = vocab;
-  params.student = to_rows(student);
-  params.teacher = to_rows(teacher);
-  if (gradient) params.gradient = to_rows(*gradient);
-  params.divergence = divergence;
-  params.parameters[0] = parameter_0;
-  params.parameters[1] = parameter_1;
-  params.temperature = temperature;
-  params.student_transform = {student_scale, student_softcap};
-  params.teacher_transform = {teacher_scale, teacher_softcap};
-  params.kd_weight = kd_weight;
-  params.ce_weight = ce_weight;
+  set_pair(params, rows, vocab, student, teacher, gradient, divergence, parameter_0, parameter_1,
+           temperature, student_scale, student_softcap, teacher_scale, teacher_softcap, kd_weight,
+           ce_weight);
   params.entropies = entropies;
   params.labels = pointer<int64_t>(labels);
   params.token_weight = pointer<float>(weight);
@@ -154,19 +155,9 @@ void logits_cuda(int64_t rows, int64_t vocab, const RowsArgs& student, const Row
                  float gradient_scale, uintptr_t row_scale, uintptr_t loss, uintptr_t metrics,
                  int device, uintptr_t stream) {
   LogitsParams params;
-  params.rows = rows;
-  params.vocab = vocab;
-  params.student = to_rows(student);
-  params.teacher = to_rows(teacher);
-  if (gradient) params.gradient = to_rows(*gradient);
-  params.divergence = divergence;
-  params.parameters[0] = parameter_0;
-  params.parameters[1] = parameter_1;
-  params.temperature = temperature;
-  params.student_transform = {student_scale, student_softcap};
-  params.teacher_transform = {teacher_scale, teacher_softcap};
-  params.kd_weight = kd_weight;
-  params.ce_weight = ce_weight;
+  set_pair(params, rows, vocab, student, teacher, gradient, divergence, parameter_0, parameter_1,
+           temperature, student_scale, student_softcap, teacher_scale, teacher_softcap, kd_weight,
+           ce_weight);
   params.labels = pointer<int64_t>(labels);
   params.token_weight = pointer<float>(weight);
   params.reduction = Reduction::kNone;

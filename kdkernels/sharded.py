@@ -52,11 +52,11 @@ def logits_loss(
     if o.ce_weight == 0 and not o.metrics:
         labels = None  # they have said which rows take part
     row_scale = torch.zeros_like(weight) if _is_half(gradient) else None
+    local = None if labels is None else _local(labels, o)
 
     def run(phase: str, states: Tensor, sums: Tensor | None) -> bool:
         if weight.numel() == 0 or o.vocab == 0:
             return False
-        local = None if labels is None else _local(labels, o)
         arguments = student, teacher, local, weight, states, sums, o, gradient, row_scale
         return shard(phase, *arguments)
 

@@ -12,6 +12,14 @@ from torch import Tensor
 from ..memory import dense_strides
 from ..options import SHARD_PHASES, LogitsOptions, TailOptions
 
+_Rows = tuple[int, int, int, int, int, int]  # see rows_of
+# fmt: off
+_Pair = tuple[
+    int, int, _Rows, _Rows, "_Rows | None", int,
+    float, float, float, float, float, float, float, float, float,
+]
+# fmt: on
+
 #: Dtypes that compiled backends take, as numbered by csrc/core/params.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -107,6 +115,33 @@ def gradient_scale(o: LogitsOptions) -> float:
     return math.ldexp(1.0, max(-100, min(100, 12 - math.frexp(bound)[1]))) if bound else 1.0
 
 
+def pair_call(
+    student: Tensor,  # (..., width), in rows
+    teacher: Tensor,  # (..., width), in rows
+    gradient: Tensor | None,  # (..., width)
+    kernel: int,
+    o: LogitsOptions,
+) -> _Pair:
+    """What the kernels of every loss of a row pair take first."""
+    return (
+        math.prod(student.shape[:-1]),
+        o.vocab,
+        rows_of(student),
+        rows_of(teacher),
+        None if gradient is None else rows_of(gradient),
+        kernel,
+        o.parameter_0,
+        o.parameter_1,
+        o.temperature,
+        o.student_scale,
+        o.student_softcap,
+        o.teacher_scale,
+        o.teacher_softcap,
+        o.kd_weight,
+        o.ce_weight,
+    )
+
+
 def shard_call(
     phase: str,
     student: Tensor,  # (..., width), in rows
@@ -123,21 +158,7 @@ def shard_call(
     """The arguments of ``_C.ShardParams``, see csrc/core/params.h."""
     return (
         SHARD_PHASES.index(phase),
-        math.prod(student.shape[:-1]),
-        o.vocab,
-        rows_of(student),
-        rows_of(teacher),
-        None if gradient is None else rows_of(gradient),
-        kernel,
-        o.parameter_0,
-        o.parameter_1,
-        o.temperature,
-        o.student_scale,
-        o.student_softcap,
-        o.teacher_scale,
-        o.teacher_softcap,
-        o.kd_weight,
-        o.ce_weight,
+        *pair_call(student, teacher, gradient, kernel, o),
         o.metrics,
         address(labels),
         address(weight),
