@@ -1,8 +1,8 @@
 """Distillation from a sparse teacher: a few tokens and their log-probabilities per row.
 
 Only log-sum-exps of the student need the whole vocabulary (:mod:`kdkernels.tail`). The rest is a
-function of as many numbers as the teacher lists, in plain PyTorch and float64, so every divergence
-works on every backend.
+function of as many numbers as the teacher lists: the divergence is that of rows as short as that
+(:mod:`kdkernels.sparse_terms`), what is around it plain PyTorch in float64.
 """
 
 from __future__ import annotations
@@ -20,14 +20,12 @@ from .functional import Metrics, _check_inplace, with_metrics
 from .options import LogitsOptions, TailOptions
 from .sharded_sparse import ShardedStudent
 from .sparse_entries import MOST_PROBABILITY, check_entries, check_tail, entries, listed_twice
+from .sparse_terms import few_tokens, values_of
 from .tail import AnyStudent, Student
 from .top import Top
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-#: A teacher's tail where rounding has hidden it: half a unit in the last place of float32's 1.
-_UNKNOWN_TAIL = 2.0**-24
 
 
 def sparse_kd_loss(
@@ -227,27 +225,26 @@ def _loss(
         options=o,
     )
     bad = bad | logits.listed_twice
+    terms = []
     values: dict[str, Tensor] = {}
-    loss = logits.no_loss()
     if with_divergence:
         rounding = min(16 * torch.finfo(logprobs.dtype).eps, MOST_PROBABILITY - 1)
-        log_p, log_q = _compared(log_p, (indices < 0).all(-1), rounding, logits, tail)
-        bad = bad | (log_p.isnan() | log_q.isnan()).any(-1)
-        log_q = log_q * torch.where(bad, math.nan, 1.0).unsqueeze(-1)
-        value = divergence.value(log_p, log_q).sum(-1)
-        if tail != "drop":  # rounding may fall below 0, a divergence does not
-            value = torch.where(value < 0, value - value.detach(), value)
-        values["divergence"] = value
+        bad = bad | logits.listed_twice
+        log_p = log_p.masked_fill(bad.unsqueeze(-1), math.nan)
+        few = few_tokens(tail, log_p, logits, rows.kept, (indices < 0).all(-1), rounding)
+        of_rows = values_of(few, divergence, o.metrics, call.backend)
+        values["divergence"] = value = of_rows[0]
         if o.kd_weight != 0:
-            loss = loss + o.kd_weight * value
+            terms.append(o.kd_weight * value)
         if o.metrics:
-            values["teacher_entropy"] = reference.entropy(log_p)
-            values["student_entropy"] = reference.entropy(log_q)
-            values["agreement"] = torch.where(bad, math.nan, _agreement(logits.top, indices, log_p))
+            values["teacher_entropy"], values["student_entropy"] = of_rows[1:]
+            undefined = torch.where(value.isnan(), math.nan, 1.0)
+            values["agreement"] = undefined * _agreement(logits.top, indices, log_p)
     if labels is not None:
         values["cross_entropy"] = logits.cross_entropy() * torch.where(rows.outside, math.nan, 1.0)
         if o.ce_weight != 0:
-            loss = loss + o.ce_weight * values["cross_entropy"]
+            terms.append(o.ce_weight * values["cross_entropy"])
+    loss = sum(terms[1:], terms[0]) if terms else logits.no_loss()
     out = torch.float64 if student.like.dtype == torch.float64 else torch.float32
     metrics = reference.stacked_metrics(values, rows) if o.metrics else None
     return reference.reduced(loss, rows, call.normalizer, o).to(out), metrics
@@ -270,7 +267,7 @@ class _Logits:
         listed = indices
         if labels is not None:  # in a slot of its own unless the teacher lists it
             self._is_label = indices == labels.unsqueeze(-1)
-            apart = torch.where(self._is_label.any(-1), -1, labels)
+            apart = labels.masked_fill(self._is_label.any(-1), -1)
             listed = torch.cat([indices, apart.unsqueeze(-1)], -1)
         ascending, order = listed.sort(-1)
         self.listed_twice = listed_twice(ascending)
@@ -284,18 +281,17 @@ class _Logits:
         )
         stored = torch.zeros_like(stored).scatter(-1, order, stored)
         # Masked before all else: 0 * NaN in a backward would be NaN.
-        stored = torch.where(kept.unsqueeze(-1), stored, 0.0)
+        stored = stored.masked_fill(~kept.unsqueeze(-1), 0.0)
         logits = reference.transform(stored, o.student_scale, o.student_softcap)
-        logits = logits * torch.where(logits == math.inf, math.nan, 1.0)  # no softmax has it
-        self._logits = torch.where(listed < 0, -math.inf, logits)  # (..., k) or (..., k + 1)
-        self._tails = torch.where(kept, tails, 0.0)  # (1 or 2, ...)
+        self._logits = logits.masked_fill(listed < 0, -math.inf)  # (..., k) or (..., k + 1)
+        self._tails = tails.masked_fill(~kept, 0.0)  # (1 or 2, ...)
         self._k = indices.shape[-1]
         self._temperature = o.temperature
 
     def no_loss(self) -> Tensor:
         """Zeros ``(...)`` with a gradient of zeros, for a loss without terms."""
-        nothing = torch.zeros_like(self._logits, dtype=torch.bool)
-        return torch.where(nothing, self._logits, 0.0).sum(-1)
+        nothing = torch.ones_like(self._logits, dtype=torch.bool)
+        return self._logits.masked_fill(nothing, 0.0).sum(-1)
 
     def listed(self) -> Tensor:
         """(..., k) over temperature, -inf in empty slots."""
@@ -303,52 +299,18 @@ class _Logits:
 
     def tail(self) -> Tensor:
         """(...), the log-sum-exp of all that the teacher does not list."""
+        if self._logits.shape[-1] == self._k:
+            return self._tails[0]
         label = self._logits[..., self._k :] / self._temperature
         return reference.log_sum_exp(torch.cat([label, self._tails[0].unsqueeze(-1)], -1))
-
-    def log_normalizer(self) -> Tensor:
-        """(...), the log-sum-exp of all."""
-        return torch.cat([self.listed(), self.tail().unsqueeze(-1)], -1).logsumexp(-1)
 
     def cross_entropy(self) -> Tensor:
         """(...) against the labels, at temperature 1."""
         log_normalizer = torch.cat([self._logits, self._tails[-1].unsqueeze(-1)], -1).logsumexp(-1)
+        log_normalizer = log_normalizer * torch.where(log_normalizer == math.inf, math.nan, 1.0)
         is_listed = self._is_label.any(-1)
         at_label = torch.where(self._is_label, self._logits[..., : self._k], 0.0).sum(-1)
         return log_normalizer - torch.where(is_listed, at_label, self._logits[..., -1])
-
-
-def _compared(
-    log_p: Tensor, empty: Tensor, rounding: float, logits: _Logits, tail: str
-) -> tuple[Tensor, Tensor]:
-    """What the divergence compares: log p and log q, ``(..., k)`` or ``(..., k + 1)``.
-
-    ``empty`` are rows ``(...)`` that list nothing; ``rounding`` is how far it takes sum p from 1.
-    """
-    log_q = logits.listed()
-    if tail == "renormalize":
-        return _normalized(log_p, empty), _normalized(log_q, empty)
-    log_normalizer = logits.log_normalizer().unsqueeze(-1)
-    if tail == "sampled":
-        return _normalized(log_p, empty), log_q - log_normalizer
-    if tail == "drop":
-        return log_p, log_q - log_normalizer
-    q_tail = logits.tail().unsqueeze(-1)
-    total = log_p.exp().sum(-1, keepdim=True)
-    # Rounded probabilities may sum to 1 or more: what is left then is unknown, and not so surely 0
-    # that a student's tail should cost infinitely much. Nor should what they miss to 1 where there
-    # are no other tokens, or the student has masked them all.
-    no_tail = q_tail == -math.inf
-    whole = total >= torch.where(no_tail, 1 - rounding, 1.0)
-    log_p = torch.where(whole, log_p - total.log(), log_p)
-    unknown = torch.where(no_tail, -math.inf, math.log(_UNKNOWN_TAIL))
-    p_tail = torch.where(whole, unknown, torch.log1p(-torch.where(whole, 0.0, total)))
-    return torch.cat([log_p, p_tail], -1), torch.cat([log_q, q_tail], -1) - log_normalizer
-
-
-def _normalized(log_p: Tensor, empty: Tensor) -> Tensor:
-    """Over the listed tokens; an empty row stays as it is, and has no term."""
-    return log_p - torch.where(empty, 0.0, log_p.logsumexp(-1)).unsqueeze(-1)
 
 
 def _agreement(student_top: Top | None, indices: Tensor, log_p: Tensor) -> Tensor:

@@ -127,11 +127,32 @@ def test_a_tail_that_rounding_hides_costs_little(backend):
             assert actual.gradient.isfinite().all()
             assert (actual.loss <= exact * 1.01 + 0.05).all()
         assert whole.any() or rounded.dtype == torch.float32
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        coarse = run(backend, student, indices, rounded, divergence="reverse_kl", reduction="none")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    fine = run(backend, student, indices, rounded, divergence="reverse_kl", reduction="none")
+    assert torch.equal(coarse.loss, fine.loss)
     # Where the student has no tail either, there is none.
     student = torch.full_like(student, -INF).scatter(-1, indices, normal(5, 8))
     certain = (logprobs.double().softmax(-1) * (1 + 1e-6)).log()
     loss = run(backend, student, indices, certain).loss
     assert loss.isfinite()
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+def test_near_the_teacher(backend, tail, divergence):
+    """Log-probabilities err by some 2^-22, and a divergence D by that times sqrt(D)."""
+    teacher = 3 * normal(8, 700)
+    indices, logprobs = top(teacher, 20)
+    options = {"tail": tail, "divergence": divergence, "reduction": "none"}
+    for distance in (0.1, 1e-2, 1e-3, 1e-4):
+        student = teacher + distance * normal(8, 700, seed=1)
+        actual = run(backend, student, indices, logprobs, **options).loss.double()
+        expected = oracle(student, indices, logprobs, **options).loss
+        assert ((actual - expected).abs() <= 1e-6 * expected + 5e-7 * expected.sqrt()).all()
 
 
 @pytest.mark.parametrize("tail", TAILS)

@@ -1,0 +1,144 @@
+"""What a sparse loss compares, a few tokens a row, and the divergence of it."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .divergences import DIVERGENCES, Divergence
+from .options import METRICS, LogitsOptions
+
+#: A teacher's log tail where rounding has hidden it: half a unit in the last place of float32's 1.
+_UNKNOWN_TAIL = math.log(2.0**-24)
+
+_ops = torch.ops.kdkernels
+
+
+class _Student(Protocol):
+    def listed(self) -> Tensor: ...  # (..., k)
+    def tail(self) -> Tensor: ...  # (...)
+
+
+class FewTokens(NamedTuple):
+    """Logits of both models over the tokens that ``tail`` compares, float64."""
+
+    tail: str
+    teacher: Tensor  # (..., k), or (..., k + 1) with a last one for all that are not listed
+    student: Tensor  # likewise
+    kept: Tensor  # (...), bool, rows that have a term
+
+
+def few_tokens(
+    tail: str,
+    log_p: Tensor,  # (..., k)
+    student: _Student,
+    kept: Tensor,  # (...)
+    empty: Tensor,  # (...), rows that list nothing
+    rounding: float,  # how far it may take sum p from 1
+) -> FewTokens:
+    """What is compared, as ``tail`` of :func:`kdkernels.sparse_kd_loss` says."""
+    if tail != "bucket":
+        kept = kept & ~empty
+    if tail == "renormalize":
+        return FewTokens(tail, log_p, student.listed(), kept)
+    q_tail = student.tail().unsqueeze(-1)
+    p_tail = torch.full_like(q_tail, -math.inf)
+    if tail == "bucket":
+        p_tail = _tail_of(log_p, q_tail == -math.inf, rounding)
+    logits = torch.cat([student.listed(), q_tail], -1)
+    return FewTokens(tail, torch.cat([log_p, p_tail], -1), logits, kept)
+
+
+def _tail_of(log_p: Tensor, no_tail: Tensor, rounding: float) -> Tensor:
+    """log(1 - sum p), ``(..., 1)``; ``no_tail`` ``(..., 1)`` says where the student has none."""
+    total = log_p.exp().sum(-1, keepdim=True)
+    # Rounded probabilities may sum to 1 or more: what is left then is unknown, and not so surely 0
+    # that a student's tail should cost infinitely much. Nor should what they miss to 1 where there
+    # are no other tokens, or the student has masked them all.
+    none = no_tail & (total >= 1 - rounding)
+    return torch.log1p(-total).masked_fill(total >= 1, _UNKNOWN_TAIL).masked_fill(none, -math.inf)
+
+
+def values_of(
+    few: FewTokens, divergence: Divergence, entropies: bool, backend: str
+) -> tuple[Tensor, ...]:
+    """The divergence ``(...)``, and where asked for the entropies of teacher and student."""
+    # Terms of some tokens of a softmax are not what the kernels of the logits level sum.
+    if backend == "reference" or few.tail == "drop" or divergence.name not in DIVERGENCES:
+        return _by_definition(few, divergence, entropies)
+    return _by_kernel(few, divergence, entropies, backend)
+
+
+def _by_definition(few: FewTokens, divergence: Divergence, entropies: bool) -> tuple[Tensor, ...]:
+    kept = few.kept.unsqueeze(-1)
+    log_p, log_q = (torch.where(kept, x, 0.0) for x in (few.teacher, few.student))
+    log_q = log_q - log_q.logsumexp(-1, keepdim=True)
+    if few.tail == "drop":
+        log_p, log_q = log_p[..., :-1], log_q[..., :-1]
+    else:
+        log_p = log_p - log_p.logsumexp(-1, keepdim=True)
+    # NaN reaches the whole row and its gradient, through whatever the divergence selects.
+    bad = (log_p.isnan() | log_q.isnan()).any(-1, keepdim=True)
+    value = divergence.value(log_p, log_q * torch.where(bad, math.nan, 1.0)).sum(-1)
+    if few.tail != "drop":  # rounding may fall below 0, a divergence does not
+        value = torch.where(value < 0, value - value.detach(), value)
+    of_rows = [value]
+    if entropies:
+        of_rows += [reference.entropy(log_p), reference.entropy(log_q)]
+    return tuple(torch.where(few.kept, x, 0.0) for x in of_rows)
+
+
+def _by_kernel(
+    few: FewTokens, divergence: Divergence, entropies: bool, backend: str
+) -> tuple[Tensor, ...]:
+    options = LogitsOptions(
+        *divergence.kernel(),
+        temperature=1.0,
+        kd_weight=1.0,
+        ce_weight=0.0,
+        ignore_index=0,
+        reduction="none",
+        vocab=few.student.shape[-1],
+        student_scale=1.0,
+        student_softcap=0.0,
+        teacher_scale=1.0,
+        teacher_softcap=0.0,
+        metrics=entropies,
+        group="",
+        rank=0,
+        processes=1,
+        vocab_start=0,
+        vocab_size=few.student.shape[-1],
+    )
+    # Relative to the most probable token, to which float32 is to give most digits.
+    teacher, student = (
+        (x - x.detach().amax(-1, keepdim=True)).to(torch.float32)
+        for x in (few.teacher, few.student)
+    )
+    arguments = student, teacher, few.kept.to(torch.float32), options, backend
+    value, metrics = _OfFewTokens.apply(*arguments)
+    if not entropies:
+        return (value,)
+    return value, *(metrics[METRICS.index(f"{whose}_entropy")] for whose in ("teacher", "student"))
+
+
+class _OfFewTokens(torch.autograd.Function):
+    """The logits level; its gradient is small and kept, so that the backward can run again."""
+
+    @staticmethod
+    def forward(ctx, student, teacher, weight, options, backend):
+        value, metrics, _, gradient = _ops.logits_loss_and_grad.default(
+            student, teacher, None, weight, None, backend, *options
+        )
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(metrics)
+        return value, metrics
+
+    @staticmethod
+    def backward(ctx, grad_value, _):
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_value.unsqueeze(-1), None, None, None, None
