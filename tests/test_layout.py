@@ -158,7 +158,8 @@ def test_expanded_student(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_vocabularies(backend, dtype, vocab):
     # Rows of a width that is no multiple of a vector, so that most are not aligned either.
-    student, teacher = (x.to(dtype) for x in correlated_pair(5, vocab + 3))
+    rows = 2 if backend.interpreted else 5  # which has no alignment
+    student, teacher = (x.to(dtype) for x in correlated_pair(rows, vocab + 3))
     for divergence in ONE_OF_EACH:
         options = {"divergence": divergence, "vocab_size": vocab, "reduction": "none"}
         expected = oracle(student, teacher, **options)

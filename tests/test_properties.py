@@ -97,19 +97,20 @@ def test_gradient_of_a_row_sums_to_0(backend, divergence, seed, vocab):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=str)
 def test_same_bits_with_any_number_of_threads(kernel, threads, divergence, dtype):
-    student, teacher = (x.to(dtype) for x in correlated_pair(23, 5003))
-    labels = labels_for(23, vocab=5003)
+    rows = 5 if kernel.interpreted else 23  # it has no threads, and takes rows one by one
+    student, teacher = (x.to(dtype) for x in correlated_pair(rows, 5003))
+    labels = labels_for(rows, vocab=5003)
     labels[::3] = -100
     options = {
         "divergence": divergence,
         "labels": labels,
         "ce_weight": 0.5,
-        "token_weight": normal(23).abs(),
+        "token_weight": normal(rows).abs(),
         "return_metrics": True,
         "grad_output": torch.tensor(3.0),
     }
     results = []
-    for count in (1, 2, 3, 2):
+    for count in (1, 2) if kernel.interpreted else (1, 2, 3, 2):
         threads(count)
         results.append(run(kernel, student, teacher, **options))
     for other in results[1:]:
