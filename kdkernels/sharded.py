@@ -46,6 +46,9 @@ def logits_loss(
     else:
         student = in_rows(student)
     teacher = in_rows(teacher)
+    # What is computed per row keeps their strides, and kernels read one row after the other.
+    labels = None if labels is None else labels.contiguous()
+    token_weight = None if token_weight is None else token_weight.contiguous()
     part = reference.rows_that_take_part(student, labels, token_weight, o)
     weight = (part.weight / reference.normalizer_of(part, normalizer, o)).to(torch.float32)
     part = part._replace(kept=weight != 0)
@@ -168,9 +171,9 @@ def _merged(states: Tensor, o: LogitsOptions) -> Tensor:
 
 
 def _local(labels: Tensor, o: LogitsOptions) -> Tensor:
-    """Columns of this shard, contiguous; -1 where another has the label."""
+    """Columns of this shard; -1 where another has the label."""
     local = labels - o.vocab_start
-    return torch.where((local >= 0) & (local < o.vocab), local, -1).contiguous()
+    return torch.where((local >= 0) & (local < o.vocab), local, -1)
 
 
 def _at_labels(student: Tensor, labels: Tensor, o: LogitsOptions) -> Tensor:

@@ -272,6 +272,18 @@ def test_strided_logits(backend, three):
     check(actual, student, teacher, ForwardKL(), torch.float32, **options)
 
 
+@pytest.mark.parametrize("name", ["labels", "token_weight"])
+def test_transposed_rows(backend, three, name):
+    """Of a batch whose first dimension is the sequence: no kernel sees the strides of these."""
+    student, teacher = correlated_pair(2, 3, 96)
+    values = {"labels": labels_for(3, 2, vocab=96), "token_weight": cases.normal(3, 2).abs()}
+    options = {name: values[name].t(), "reduction": "none"}
+    if name == "labels":
+        options["ce_weight"] = 0.5
+    actual = sharded(three, backend, student, teacher, CUTS["uneven"], **options)
+    check(actual, student, teacher, ForwardKL(), torch.float32, **options)
+
+
 def test_a_group_of_one_is_no_group(backend, monkeypatch):
     one = Processes(1, monkeypatch)
     student, teacher = correlated_pair(4, 96)
