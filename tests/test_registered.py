@@ -12,7 +12,16 @@ from kdkernels import kd_loss
 
 from . import interpreter, tolerances
 from .cases import close_pair, correlated_pair, labels_for
-from .harness import TRITON, assert_close, assert_matches, assert_metrics, loss_of, oracle, run
+from .harness import (
+    TRITON,
+    assert_close,
+    assert_matches,
+    assert_metrics,
+    loss_of,
+    move,
+    oracle,
+    run,
+)
 
 pytestmark = pytest.mark.skipif(not interpreter.INSTALLED, reason="Triton is not installed")
 INF = math.inf
@@ -103,7 +112,7 @@ def test_on_the_reference_backend(hellinger):
 
 def test_compiled(hellinger):
     compiled = torch.compile(kd_loss, fullgraph=True, backend="aot_eager")
-    student, teacher = correlated_pair(3, 70)
+    student, teacher = (move(x, TRITON.device) for x in correlated_pair(3, 70))
     options = {"divergence": hellinger, "backend": "triton"}
     leaves = [student.clone().requires_grad_() for _ in range(2)]
     for function, leaf in zip((kd_loss, compiled), leaves, strict=True):
@@ -125,7 +134,7 @@ def test_an_unregistered_divergence_is_refused_with_advice():
         def value(self, log_p, log_q):
             return log_p.exp() - log_q.exp()
 
-    student, teacher = correlated_pair(3, 70)
+    student, teacher = (move(x, TRITON.device) for x in correlated_pair(3, 70))
     with pytest.raises(ValueError, match=r"triton: divergence Custom .*register_divergence"):
         kd_loss(student, teacher, divergence=Custom(), backend="triton")
 
