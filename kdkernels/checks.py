@@ -169,10 +169,22 @@ def _remembered(*arguments: Any) -> LogitsOptions:
     return _options(*arguments)
 
 
+#: What holds a tensor and is passed in its place, by the last word of the argument's name.
+_ATTRIBUTES = {"logits": "logits", "hidden": "last_hidden_state", "weight": "weight"}
+
+
+def _not_a_tensor(name: str, value: Any) -> TypeError:
+    message = f"{name} is a {type(value).__name__}, expected a torch.Tensor"
+    attribute = _ATTRIBUTES.get(name.split("_")[-1], "")
+    if isinstance(getattr(value, attribute, None), Tensor):
+        message += f": pass its .{attribute}"
+    return TypeError(message)
+
+
 def float_tensor(name: str, tensor: Tensor) -> None:
     """A tensor of a dtype that losses take."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
+        raise _not_a_tensor(name, tensor)
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{name} is {tensor.dtype}, expected float32, bfloat16, float16 or float64")
     if tensor.is_nested or tensor.layout != torch.strided:
@@ -232,13 +244,19 @@ def _per_token(
     dtypes: tuple[torch.dtype, ...],
 ) -> None:
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
+        raise _not_a_tensor(name, tensor)
     _plain(name, tensor)
     if tensor.dtype not in dtypes:
         expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            cast = "long" if torch.int64 in dtypes else "bool"  # token ids; a mask of 0 and 1
+            expected += f": pass {name}.{cast}()"
         raise TypeError(f"{name} is {tensor.dtype}, expected {expected}")
     if tensor.shape != lead:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(lead)}")
+        expected = str(tuple(lead))
+        if lead and tensor.shape == (*lead[:-1], lead[-1] + 1):
+            expected += f": logits[..., :-1, :] predict the next tokens', {name}[..., 1:]"
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {expected}")
     if tensor.device != student.device:
         raise ValueError(f"{name} is on {tensor.device}, expected {student.device}")
 

@@ -55,17 +55,21 @@ def check_student(
 ) -> tuple[torch.Size, torch.device]:
     """Checks hidden states and heads; returns their leading shape and device."""
     if not hidden or len(hidden) != len(weight):
-        raise ValueError(
+        message = (
             f"student_weight has {len(weight)} tensors, expected as many as student_hidden, "
             f"{len(hidden)}, and at least one"
         )
+        if len(weight) == 1 and len(hidden) > 1:  # those of all layers
+            message += ": the head takes a model's last hidden states, hidden_states[-1]"
+        raise ValueError(message)
     for h, w in zip(hidden, weight, strict=True):
         _check_head("student", h, w)
         # Autocast casts both, save for float64.
         cast = _autocast(w.device.type) and torch.float64 not in (h.dtype, w.dtype)
         if h.dtype != w.dtype and not cast:
             raise TypeError(
-                f"student_hidden is {h.dtype}, expected the dtype of student_weight, {w.dtype}"
+                f"student_hidden is {h.dtype}, expected the dtype of student_weight, {w.dtype}: "
+                "call under torch.autocast, which casts both, or cast one"
             )
         if h.shape[:-1] != hidden[0].shape[:-1] or w.shape[0] != weight[0].shape[0]:
             raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -37,7 +38,8 @@ LEARNT = torch.tensor(2.0, requires_grad=True)
 LOGITS = [
     # student, teacher, exception, the message
     (None, T, TypeError, "student_logits is a NoneType, expected a torch.Tensor"),
-    (S, [[0.0]], TypeError, "teacher_logits is a list, expected a torch.Tensor"),
+    (S, [[0.0]], TypeError, "teacher_logits is a list, expected a torch.Tensor$"),
+    (SimpleNamespace(logits=S), T, TypeError, r"student_logits is a .*: pass its \.logits$"),
     (S.numpy(), T, TypeError, "student_logits is a ndarray, expected a torch.Tensor"),
     (S.long(), T, TypeError, "student_logits is torch.int64, expected float32, bfloat16"),
     (S, T.bool(), TypeError, "teacher_logits is torch.bool, expected float32, bfloat16"),
@@ -89,12 +91,23 @@ OPTIONS = [
     ("divergence", "kl", ValueError, "divergence is 'kl', expected one of forward_kl, reverse_kl"),
     ("divergence", "alpha_beta", ValueError, r"divergence 'alpha_beta'.*AlphaBeta\(alpha, beta\)"),
     ("divergence", None, TypeError, "divergence is a NoneType, expected a name or a Divergence"),
-    ("divergence", JSD, TypeError, "divergence is a type, expected a name or a Divergence"),
+    (
+        "divergence",
+        JSD,
+        TypeError,
+        r"divergence is a type, expected a name or a Div.*, as JSD\(\.\.\.\) makes one",
+    ),
     ("divergence", 3, TypeError, "divergence is a int, expected a name or a Divergence"),
-    ("labels", LABELS.int(), TypeError, "labels is torch.int32, expected int64"),
-    ("labels", LABELS.float(), TypeError, "labels is torch.float32, expected int64"),
+    (
+        "labels",
+        LABELS.int(),
+        TypeError,
+        r"labels is torch.int32, expected int64: .*labels.long\(\)",
+    ),
+    ("labels", LABELS.float(), TypeError, "labels is torch.float32, expected int64$"),
     ("labels", LABELS[:1], ValueError, r"labels has shape \(1, 3\), expected \(2, 3\)"),
-    ("labels", LABELS.view(6), ValueError, r"labels has shape \(6,\), expected \(2, 3\)"),
+    ("labels", LABELS.view(6), ValueError, r"labels has shape \(6,\), expected \(2, 3\)$"),
+    ("labels", LABELS.new_zeros(2, 4), ValueError, r"expected \(2, 3\): .*labels\[\.\.\., 1:\]"),
     ("labels", LABELS.to("meta"), ValueError, "labels is on meta, expected cpu"),
     ("labels", [[0]], TypeError, "labels is a list, expected a torch.Tensor"),
     ("ignore_index", "x", TypeError, "ignore_index is a str, expected an int"),
@@ -106,7 +119,8 @@ OPTIONS = [
         ValueError,
         "ignore_index is 9223372036854775808, expected an int of 64",
     ),
-    ("token_weight", LABELS, TypeError, "token_weight is torch.int64, expected .*float32"),
+    ("token_weight", LABELS, TypeError, r"token_weight is torch.int64, .*float32.*weight.bool\(\)"),
+    ("token_weight", torch.ones(2, 4), ValueError, r"\(2, 3\): .*token_weight\[\.\.\., 1:\]"),
     ("token_weight", S, ValueError, r"token_weight has shape \(2, 3, 8\), expected \(2, 3\)"),
     ("token_weight", META[..., 0], ValueError, "token_weight is on meta, expected cpu"),
     ("token_weight", LEARNT.expand(2, 3), ValueError, r"token_weight requires grad, .*detach\(\)"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,16 @@ ARGUMENTS = [
     # what differs from a good call, exception, the message
     ({"chunk_bytes": 2**80}, ValueError, "chunk_bytes is .*, expected an int of 64 bits"),
     ({"student_hidden": None}, TypeError, "student_hidden is a NoneType, expected a torch.Tensor"),
+    (
+        {"student_hidden": SimpleNamespace(last_hidden_state=CASE.student_hidden)},
+        TypeError,
+        r"student_hidden is a .*, expected a torch.Tensor: pass its \.last_hidden_state",
+    ),
+    (
+        {"student_weight": torch.nn.Linear(16, 203)},
+        TypeError,
+        r"student_weight is a Linear, expected a torch.Tensor: pass its \.weight",
+    ),
     ({"student_hidden": CASE.student_hidden.long()}, TypeError, "student_hidden is torch.int64"),
     ({"student_hidden": torch.tensor(1.0)}, ValueError, r"student_hidden has shape \(\), expected"),
     (
@@ -28,7 +40,7 @@ ARGUMENTS = [
     (
         {"student_hidden": CASE.student_hidden.bfloat16()},
         TypeError,
-        "student_hidden is torch.bfloat16, expected the dtype of student_weight, torch.float32",
+        r"hidden is torch.bfloat16, expected .* student_weight, torch.float32: .*autocast",
     ),
     (
         {"student_hidden": CASE.student_hidden.to("meta")},
@@ -38,7 +50,7 @@ ARGUMENTS = [
     (
         {"student_hidden": [CASE.student_hidden] * 2},
         ValueError,
-        "student_weight has 1 tensors, expected as many as student_hidden, 2",
+        r"has 1 tensors, expected as many as student_hidden, 2, .*hidden_states\[-1\]",
     ),
     ({"student_hidden": [], "student_weight": []}, ValueError, "expected .* at least one"),
     (
