@@ -20,6 +20,8 @@ _CHANGE = re.compile(
     r"(final_)?logits?_(soft_?cap|scal|mup)|lm_head_multiplier|output_multiplier|dim_model_base"
 )
 
+_LORA = ("lora_A", "lora_B", "lora_dropout")  # of layers, by adapter
+
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -45,8 +47,12 @@ class LinearKDHead(nn.Module):
             ``student_scale`` or ``student_softcap`` (of the teacher's, ``teacher_scale`` or
             ``teacher_softcap``).
         TypeError: a head it cannot take: whose forward is not that of ``nn.Linear`` (its logits
-            may be more than the product), such as quantized heads, DoRA, a LoRA layer with a bias,
-            FSDP1's wrapper (wrap this module instead) or a head sharded over the vocabulary.
+            may be more than the product), such as quantized heads, DoRA and other adapters, a LoRA
+            layer with a bias, FSDP1's wrapper (wrap this module instead) or a head sharded over the
+            vocabulary.
+
+    As a submodule of a model it puts the head's weight into ``state_dict`` a second time, of which
+    a Hugging Face model's ``save_pretrained`` may keep only this one: delete it before.
 
     Forward hooks of the head that expect logits see the loss. Inside ``torch.compile``, heads
     without hooks compile into one graph.
@@ -68,7 +74,7 @@ class LinearKDHead(nn.Module):
         self.options = check_options(options, LINEAR_OPTIONS)
         lm_head = _head_of("student", lm_head, options)
         self.lm_head = lm_head
-        _check_layer("lm_head", getattr(lm_head, "base_layer", lm_head))
+        _check_layer("lm_head", _without_adapters(lm_head))
         if teacher_head is not None:
             teacher_head = _head_of("teacher", teacher_head, options)
             _check_layer("teacher_head", teacher_head)
@@ -189,6 +195,18 @@ def _call_all(modules: list[nn.Module], inputs: list[Tensor], forward: Callable)
     return _call(modules[0], inside, inputs[0])
 
 
+def _without_adapters(head: Any) -> Any:
+    """The layer that LoRA's products are added to; raises for what else may surround one."""
+    if not hasattr(head, "base_layer"):
+        return head
+    if not all(isinstance(getattr(head, name, None), nn.ModuleDict) for name in _LORA):
+        raise TypeError(
+            f"lm_head is a {type(head).__module__}.{type(head).__name__}, whose logits may be more "
+            "than LoRA's products: expected an nn.Linear or a LoRA layer"
+        )
+    return head.base_layer
+
+
 def _active_adapters(head: Any) -> list[str]:
     """Names of the LoRA adapters whose product is added to the head's."""
     if getattr(head, "disable_adapters", False) or getattr(head, "merged", False):
@@ -210,7 +228,8 @@ def _check_layer(name: str, layer: nn.Module) -> None:
         raise TypeError(
             f"{name} is a {type(layer).__name__} whose forward is not that of nn.Linear: its "
             "logits may be more than hidden @ weight.T + bias. Call linear_kd_loss with the weight "
-            "that they come from; FSDP1 wraps LinearKDHead itself instead of the head"
+            "that they come from; FSDP1 wraps LinearKDHead itself instead of the head; of PEFT's "
+            "modules_to_save pass the trained one, lm_head.modules_to_save['default']"
         )
     if isinstance(layer.weight, nn.UninitializedParameter):
         raise TypeError(f"{name}.weight has no shape yet, expected (vocab, hidden)")

@@ -244,12 +244,15 @@ def test_what_it_refuses():
         def forward(self, x):
             return 2 * super().forward(x)
 
-    dora, biased = LoRA(student_head()), LoRA(student_head())
+    dora, biased, other = (LoRA(student_head()) for _ in range(3))
     dora.use_dora["default"] = True
     biased.lora_B["default"] = nn.Linear(4, VOCAB)
     patched = student_head()
     patched.forward = lambda x: x
+    del other.lora_A
     hidden = make_case().student_hidden
+    with pytest.raises(TypeError, match=r"lm_head is a .*\.LoRA, .*an nn\.Linear or a LoRA layer"):
+        LinearKDHead(other)
     for head in (
         Scaled(16, VOCAB),
         nn.Embedding(VOCAB, 16),
