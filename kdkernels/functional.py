@@ -93,7 +93,8 @@ def kd_loss(
             afterwards; saves one (tokens, vocab) tensor. Not for leaves.
         return_metrics: also return a dict of detached float32 tensors ``(...)``: ``divergence``
             (before weights and T^2), ``cross_entropy`` (None without labels), ``teacher_entropy``,
-            ``student_entropy``, ``agreement`` (1.0 where both have the same top token).
+            ``student_entropy``, ``agreement`` (1.0 where both have the same top token). All are 0
+            in rows that take no part.
         backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``. A named one
             never falls back.
 
