@@ -1,4 +1,4 @@
-"""What docs/choosing.md says, and the code of README.md, docs/choosing.md and docs/linear.md."""
+"""What docs/choosing.md says, its code and that of README.md, docs/linear.md, docs/sparse.md."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from kdkernels import (
     SkewReverseKL,
     SymmetricKL,
     kd_loss,
+    sparse_kd_loss,
 )
 
 from .cases import normal
@@ -30,8 +31,12 @@ STUDENT, TEACHER = normal(*ROWS, VOCAB, seed=0), normal(*ROWS, VOCAB, seed=1)
 LABELS = torch.arange(14).view(ROWS).index_fill(1, torch.tensor([0, 1]), -100)
 
 
-def blocks(page: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.S)
+def blocks(page: str, heading: str = "") -> list[str]:
+    """The Python code of a page, or of one section."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    if heading:
+        text = text.split(f"## {heading}\n")[1].split("\n## ")[0]
+    return re.findall(r"```python\n(.*?)```", text, re.S)
 
 
 def run(code: str, page: str, names: dict[str, Any]) -> Any:
@@ -137,3 +142,30 @@ def test_what_looks_wrong():
             assert (metric[LABELS == -100] == 0).all(), name
     nothing = torch.full_like(LABELS, -100)
     assert kd_loss(STUDENT, TEACHER, labels=nothing, normalizer=torch.tensor(0)).isnan()
+
+
+def test_from_a_server():
+    """What a server returns of a prompt: the top k of every position, and the token itself."""
+    names: dict[str, Any] = {}
+    for block in blocks("docs/sparse.md", "From a server"):
+        run(block, "docs/sparse.md", names)
+    student, teacher, labels, k = STUDENT[1], TEACHER[1], LABELS[1], 5
+    log_p = teacher.log_softmax(-1)
+    returned: list[dict[int, SimpleNamespace] | None] = [None]
+    for row, label in zip(log_p[:-1], labels[1:], strict=True):
+        listed = [label.clamp_min(0), *row.topk(k).indices]
+        returned.append({int(i): SimpleNamespace(logprob=float(row[i])) for i in listed})
+    indices, logprobs = names["from_prompt_logprobs"](returned, k)
+    top = log_p[:-1].topk(k)
+    assert torch.equal(indices, top.indices)
+    assert torch.equal(logprobs, top.values)
+    indices, logprobs = names["from_prompt_logprobs"](returned, k + 3)  # fewer are listed
+    assert (indices == -1).any(-1).all()
+    assert sparse_kd_loss(student[:-1], indices, logprobs) > 0
+
+    temperature = 2.0
+    actual = names["at_another_temperature"](student[:-1], *top[::-1], temperature)
+    log_p = (teacher / temperature).log_softmax(-1)[:-1].gather(-1, top.indices)
+    options = {"temperature": temperature, "tail": "renormalize"}
+    expected = sparse_kd_loss(student[:-1], top.indices, log_p, **options)
+    torch.testing.assert_close(actual, expected)
