@@ -78,7 +78,13 @@ def _kd_loss(
         log_p = F.log_softmax(t_logits / o.temperature, dim=-1)
         # NaN reaches the whole row and its gradient, through whatever the divergence selects.
         bad = (log_p.isnan() | log_q.isnan()).any(-1, keepdim=True)
-        value = divergence.value(log_p, log_q * torch.where(bad, math.nan, 1.0)).sum(-1)
+        terms = divergence.value(log_p, log_q * torch.where(bad, math.nan, 1.0))
+        if terms.shape != log_p.shape:
+            raise ValueError(
+                f"divergence: value of {type(divergence).__name__} has shape {tuple(terms.shape)}, "
+                f"expected a term for each logit, {tuple(log_p.shape)}: their sum is taken here"
+            )
+        value = terms.sum(-1)
         # Rounding may fall below 0, a divergence does not.
         values["divergence"] = torch.where(value < 0, value - value.detach(), value)
         if o.kd_weight != 0:

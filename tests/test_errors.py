@@ -297,6 +297,15 @@ def test_unknown_keywords():
         KDLoss(2.0)
 
 
+def test_a_divergence_that_is_summed_already():
+    class Summed(kdkernels.Divergence):
+        def value(self, log_p, log_q):
+            return (log_p - log_q).square().sum(-1)
+
+    with pytest.raises(ValueError, match=r"value of Summed has shape \(2, 3\), .* \(2, 3, 8\)"):
+        kd_loss(S, T, divergence=Summed())
+
+
 def test_backends_say_why_not():
     with pytest.raises(ValueError, match=r"cpu: student_logits is torch.float64.*takes float32"):
         kd_loss(S.double(), T, backend="cpu")
