@@ -14,12 +14,10 @@ import torch
 from torch import Tensor
 
 from . import memory, sharded
-from .backends import cpu, cuda, triton
+from .backends import IMPLEMENTATIONS
 from .backends.rows import gradient_like
 from .options import METRICS, LogitsOptions
 from .watchers import goes_straight
-
-IMPLEMENTATIONS = {"cpu": cpu, "cuda": cuda, "triton": triton}
 
 _TENSORS = "Tensor teacher, Tensor? labels, Tensor? token_weight, Tensor? normalizer, str backend"
 SCALARS = (

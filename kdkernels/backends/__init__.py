@@ -11,18 +11,19 @@ from torch import Tensor
 from ..divergences import Divergence
 from . import cpu, cuda, triton
 
-#: In order of preference: the usual refusal, for another device, comes first where it costs least.
-BACKENDS = ("cpu", "cuda", "triton", "reference")
+#: Those with kernels, in order of preference: the usual refusal, for another device, comes first
+#: where it costs least.
+IMPLEMENTATIONS = {"cpu": cpu, "cuda": cuda, "triton": triton}
 
-_WITH_KERNELS = {"cuda": cuda, "cpu": cpu, "triton": triton}
+BACKENDS = (*IMPLEMENTATIONS, "reference")
 
 
 def why_not(
     backend: str, student: Tensor, teacher: Tensor, divergence: Divergence, inplace_grad: bool
 ) -> list[str]:
     """Why ``backend`` cannot serve a call; empty if it can."""
-    if backend in _WITH_KERNELS:
-        return _WITH_KERNELS[backend].why_not(student, teacher, divergence)
+    if backend in IMPLEMENTATIONS:
+        return IMPLEMENTATIONS[backend].why_not(student, teacher, divergence)
     if inplace_grad:
         return ["its gradient comes from autograd and cannot overwrite student_logits"]
     return []
