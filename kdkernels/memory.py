@@ -9,10 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-try:
-    from . import _C
-except ImportError:  # a source tree that was not built
-    _C = None  # type: ignore[assignment]
+from .extension import _C
 
 #: Bytes from which memory is kept here. malloc reuses some of its own below 32 MiB, and none above.
 LARGE = 2**22

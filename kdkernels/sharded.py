@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import collectives, reference, watchers
-from .backends.rows import check_in_place, in_rows
+from .backends.rows import check_in_place, has_row_scale, in_rows
 from .options import SHARD_STATES, SHARD_SUMS, LogitsOptions
 from .reference import RowsThatTakePart
 from .top import Top
@@ -54,7 +54,7 @@ def logits_loss(
     part = part._replace(kept=weight != 0)
     if o.ce_weight == 0 and not o.metrics:
         labels = None  # they have said which rows take part
-    row_scale = torch.zeros_like(weight) if _is_half(gradient) else None
+    row_scale = torch.zeros_like(weight) if has_row_scale(gradient) else None
     local = None if labels is None else _local(labels, o)
 
     def run(phase: str, states: Tensor, sums: Tensor | None) -> bool:
@@ -94,10 +94,6 @@ def logits_loss(
     metrics = reference.stacked_metrics(values, part) if o.metrics else None
     loss = reference.reduced(loss, part, normalizer, o).to(torch.float32)
     return loss, metrics, row_scale
-
-
-def _is_half(gradient: Tensor | None) -> bool:
-    return gradient is not None and gradient.dtype == torch.float16
 
 
 def _empty_states(weight: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import kdkernels
-from kdkernels.backends import cpu, cuda
+from kdkernels import extension
+from kdkernels.backends import cuda
 
 from . import interpreter, tolerances
 
@@ -34,9 +35,9 @@ class Backend:
 
 
 def _cpu_backends() -> list[Backend]:
-    if cpu._missing:
-        return [Backend("cpu", "cpu", skip=f"kdkernels._C is not built: {cpu._missing}")]
-    here = cpu._C.instruction_sets()
+    if extension.missing:
+        return [Backend("cpu", "cpu", skip=extension.missing)]
+    here = extension._C.instruction_sets()
     return [
         Backend(
             f"cpu-{isa}",

@@ -7,13 +7,15 @@ import math
 import torch
 from torch import Tensor
 
-from ..divergences import DIVERGENCES, Divergence
+from ..divergences import Divergence
+from ..extension import _C, missing
 from ..options import METRICS, REDUCTIONS, LogitsOptions, TailOptions
 from .rows import (
-    DTYPES,
     address,
     check_in_place,
+    extension_refusals,
     gradient_scale,
+    has_row_scale,
     in_rows,
     pair_call,
     rows_of,
@@ -21,32 +23,15 @@ from .rows import (
     tail_call,
 )
 
-try:
-    from .. import _C
-except ImportError as error:  # a source tree that was not built
-    _missing = str(error)
-else:
-    _missing = ""
-
 _CPU = torch.device("cpu")
-
-_KERNEL = {name: index for index, name in enumerate(DIVERGENCES)}
 
 
 def why_not(student: Tensor, teacher: Tensor, divergence: Divergence) -> list[str]:
     """Why this backend cannot serve a call; empty if it can."""
-    reasons = []
-    if _missing:
-        reasons.append(f"the extension kdkernels._C is not built ({_missing})")
+    reasons = [missing] if missing else []
     if not student.is_cpu:
         reasons.append(f"the tensors are on {student.device}")
-    for name, dtype in (("student_logits", student.dtype), ("teacher_logits", teacher.dtype)):
-        if dtype not in DTYPES:
-            reasons.append(f"{name} is {dtype}, it takes float32, bfloat16 or float16")
-    # By type: a subclass of a built-in divergence may define another value.
-    if DIVERGENCES.get(divergence.name) is not type(divergence):
-        reasons.append(f"divergence {type(divergence).__name__} is not compiled")
-    return reasons
+    return reasons + extension_refusals(student, teacher, divergence)
 
 
 def logits_loss(
@@ -62,7 +47,7 @@ def logits_loss(
     lead = student.shape[:-1]
     if gradient is student:
         check_in_place(student)
-    with_scale = gradient is not None and gradient.dtype == torch.float16
+    with_scale = has_row_scale(gradient)
     loss = _floats(lead) if o.reduction == "none" else _float()
     metrics = _floats((len(METRICS), *lead)) if o.metrics else None
     row_scale = _floats(lead) if with_scale else None
@@ -71,7 +56,7 @@ def logits_loss(
     labels = None if labels is None else labels.contiguous()
     token_weight = None if token_weight is None else token_weight.contiguous()
     _C.logits_cpu(
-        *pair_call(student, teacher, gradient, _KERNEL[o.divergence], o),
+        *pair_call(student, teacher, gradient, o),
         address(labels),
         o.ignore_index,
         address(token_weight),
@@ -103,7 +88,7 @@ def shard(
     See ``ShardParams`` of csrc/core/params.h.
     """
     tensors = student, teacher, labels, weight, states, sums
-    call = shard_call(phase, *tensors, o, gradient, row_scale, _KERNEL[o.divergence])
+    call = shard_call(phase, *tensors, o, gradient, row_scale)
     return _C.shard_cpu(_C.ShardParams(*call), torch.get_num_threads())
 
 

@@ -11,14 +11,16 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..divergences import DIVERGENCES, Divergence
+from ..divergences import Divergence
+from ..extension import _C, missing
 from ..options import METRICS, LogitsOptions, TailOptions
 from .device import row_plan
 from .rows import (
-    DTYPES,
     address,
     check_in_place,
+    extension_refusals,
     gradient_scale,
+    has_row_scale,
     in_rows,
     pair_call,
     rows_of,
@@ -26,18 +28,10 @@ from .rows import (
     tail_call,
 )
 
-try:
-    from .. import _C
-except ImportError as error:  # a source tree that was not built
-    _missing = str(error)
-else:
-    _missing = ""
-
 T = TypeVar("T")
 
-_KERNEL = {name: index for index, name in enumerate(DIVERGENCES)}
 _MAX_VOCAB = 2**30
-_built = not _missing and hasattr(_C, "logits_cuda")
+_built = hasattr(_C, "logits_cuda")
 _device_reasons: dict[int, str] = {}
 
 
@@ -54,8 +48,8 @@ def _device_reason(index: int) -> str:
 
 def device_reasons(index: int = 0) -> list[str]:
     """Why no call on CUDA device ``index`` can be served; empty if some can."""
-    if _missing:
-        return [f"the extension kdkernels._C is not built ({_missing})"]
+    if missing:
+        return [missing]
     reasons = [] if torch.version.cuda else ["this PyTorch is built without CUDA"]
     if reason := _device_reason(index):
         reasons.append(reason)
@@ -68,12 +62,7 @@ def why_not(student: Tensor, teacher: Tensor, divergence: Divergence) -> list[st
     on_cuda = device.type == "cuda"
     reasons = [] if on_cuda else [f"the tensors are on {device}, not on a CUDA device"]
     reasons += device_reasons((device.index if on_cuda else None) or 0)
-    for name, tensor in (("student_logits", student), ("teacher_logits", teacher)):
-        if tensor.dtype not in DTYPES:
-            reasons.append(f"{name} is {tensor.dtype}, it takes float32, bfloat16 or float16")
-    # By type: a subclass of a built-in divergence may define another value.
-    if DIVERGENCES.get(divergence.name) is not type(divergence):
-        reasons.append(f"divergence {type(divergence).__name__} is not compiled")
+    reasons += extension_refusals(student, teacher, divergence)
     if min(student.shape[-1], teacher.shape[-1]) > _MAX_VOCAB:
         reasons.append(f"the vocabulary is above 2**{_MAX_VOCAB.bit_length() - 1}")
     return reasons
@@ -101,7 +90,7 @@ def logits_loss(
     if gradient is student:
         check_in_place(student)
     student, teacher = in_rows(student), in_rows(teacher)
-    with_scale = gradient is not None and gradient.dtype == torch.float16
+    with_scale = has_row_scale(gradient)
     floats = functools.partial(torch.empty, dtype=torch.float32, device=student.device)
     loss = floats(lead)
     metrics = floats((len(METRICS), *lead) if o.metrics else 0)
@@ -112,7 +101,7 @@ def logits_loss(
         _launch(
             _C.logits_cuda,
             student,
-            *pair_call(student, teacher, gradient, _KERNEL[o.divergence], o),
+            *pair_call(student, teacher, gradient, o),
             address(labels),
             address(plan.weight),
             address(plan.normalizer),
@@ -142,7 +131,7 @@ def shard(
 ) -> bool:
     """One phase of a shard of the vocabulary, as in ``backends/cpu.py``."""
     tensors = student, teacher, labels, weight, states, sums
-    call = shard_call(phase, *tensors, o, gradient, row_scale, _KERNEL[o.divergence])
+    call = shard_call(phase, *tensors, o, gradient, row_scale)
     return _launch(_C.shard_cuda, student, _C.ShardParams(*call))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..divergences import DIVERGENCES, Divergence
 from ..memory import dense_strides
 from ..options import SHARD_PHASES, LogitsOptions, TailOptions
 
@@ -22,6 +23,27 @@ _Pair = tuple[
 
 #: Dtypes that compiled backends take, as numbered by csrc/core/params.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+#: Divergences of ``kdkernels._C``, as numbered by csrc/core/divergences.h.
+_KERNELS = {name: index for index, name in enumerate(DIVERGENCES)}
+
+
+def dtype_refusals(student: Tensor, teacher: Tensor) -> list[str]:
+    """Why compiled backends cannot read the logits; empty if they can."""
+    return [
+        f"{name} is {tensor.dtype}, it takes float32, bfloat16 or float16"
+        for name, tensor in (("student_logits", student), ("teacher_logits", teacher))
+        if tensor.dtype not in DTYPES
+    ]
+
+
+def extension_refusals(student: Tensor, teacher: Tensor, divergence: Divergence) -> list[str]:
+    """Why ``kdkernels._C`` cannot serve a call on any device; empty if it can."""
+    reasons = dtype_refusals(student, teacher)
+    # By type: a subclass of a built-in divergence may define another value.
+    if DIVERGENCES.get(divergence.name) is not type(divergence):
+        reasons.append(f"divergence {type(divergence).__name__} is not compiled")
+    return reasons
 
 
 def _leading(shape: Sequence[int], strides: Sequence[int]) -> list[tuple[int, int]]:
@@ -105,6 +127,11 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
 
 
+def has_row_scale(gradient: Tensor | None) -> bool:
+    """Whether rows of the gradient are stored times a power of two each: those of float16."""
+    return gradient is not None and gradient.dtype == torch.float16
+
+
 def gradient_scale(o: LogitsOptions) -> float:
     """The power of two that puts a float16 gradient's largest entries near 2**12.
 
@@ -119,7 +146,6 @@ def pair_call(
     student: Tensor,  # (..., width), in rows
     teacher: Tensor,  # (..., width), in rows
     gradient: Tensor | None,  # (..., width)
-    kernel: int,
     o: LogitsOptions,
 ) -> _Pair:
     """What the kernels of every loss of a row pair take first."""
@@ -129,7 +155,7 @@ def pair_call(
         rows_of(student),
         rows_of(teacher),
         None if gradient is None else rows_of(gradient),
-        kernel,
+        _KERNELS[o.divergence],
         o.parameter_0,
         o.parameter_1,
         o.temperature,
@@ -153,12 +179,11 @@ def shard_call(
     o: LogitsOptions,
     gradient: Tensor | None,  # (..., width)
     row_scale: Tensor | None,  # (...) float32
-    kernel: int,
 ) -> tuple[Any, ...]:
     """The arguments of ``_C.ShardParams``, see csrc/core/params.h."""
     return (
         SHARD_PHASES.index(phase),
-        *pair_call(student, teacher, gradient, kernel, o),
+        *pair_call(student, teacher, gradient, o),
         o.metrics,
         address(labels),
         address(weight),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..divergences import DIVERGENCES, REGISTERED, Divergence
 from ..options import METRICS, LogitsOptions, TailOptions
-from .rows import DTYPES, address, check_in_place, in_rows
+from .rows import address, check_in_place, dtype_refusals, has_row_scale, in_rows
 
 
 def _interpreted() -> bool:
@@ -27,9 +27,7 @@ def why_not(student: Tensor, teacher: Tensor, divergence: Divergence) -> list[st
         reasons.append("the tensors are on cpu and TRITON_INTERPRET is not set")
     elif student.device.type not in ("cpu", "cuda", "xpu"):
         reasons.append(f"the tensors are on {student.device}")
-    for name, tensor in (("student_logits", student), ("teacher_logits", teacher)):
-        if tensor.dtype not in DTYPES:
-            reasons.append(f"{name} is {tensor.dtype}, it takes float32, bfloat16 or float16")
+    reasons += dtype_refusals(student, teacher)
     registered = REGISTERED.get(divergence.name)
     kind = type(registered.divergence) if registered else DIVERGENCES.get(divergence.name)
     if kind is not type(divergence):
@@ -55,7 +53,7 @@ def logits_loss(
     lead = student.shape[:-1]
     if gradient is student:
         check_in_place(student)
-    with_scale = gradient is not None and gradient.dtype == torch.float16
+    with_scale = has_row_scale(gradient)
     row_loss = student.new_empty(lead, dtype=torch.float32)
     metrics = student.new_empty((len(METRICS), *lead) if o.metrics else 0, dtype=torch.float32)
     row_scale = student.new_empty(lead if with_scale else 0, dtype=torch.float32)
