@@ -157,6 +157,15 @@ class TeacherHead:
             yield out
 
 
+def gradient_dtypes(
+    product: torch.dtype, weight: Sequence[Tensor]
+) -> tuple[torch.dtype, list[torch.dtype]]:
+    """Of hidden states and each weight. float16 gives float32: the backward scales, then rounds."""
+    if product == torch.float16:
+        return torch.float32, [torch.float32] * len(weight)
+    return product, [w.dtype for w in weight]
+
+
 class Student:
     """The student's logits, a chunk of rows at a time, and what their gradient turns into.
 
@@ -180,9 +189,8 @@ class Student:
         needs = options.needs_grad
         self.needs_hidden, self.needs_weight = needs[: len(hidden)], needs[len(hidden) : -1]
         self.needs_bias = needs[-1]
-        # float16 results stay float32: the backward scales them before they are rounded.
         self.half = self.dtype == torch.float16
-        self.results = [torch.float32 if self.half else w.dtype for w in weight]
+        self.hidden_dtype, self.weight_dtypes = gradient_dtypes(self.dtype, weight)
 
     def row_bytes(self, width: int | None = None) -> int:
         """Of a row of the logits, and of the copy that the products take where dtypes differ."""
@@ -194,7 +202,7 @@ class Student:
         needed = [
             (weight.numel(), dtype)
             for weight, dtype, needed in zip(
-                self.weight, self.results, self.needs_weight, strict=True
+                self.weight, self.weight_dtypes, self.needs_weight, strict=True
             )
             if needed
         ]
@@ -225,9 +233,8 @@ class Student:
         """Memory for logits of ``chunk`` rows and for the gradients."""
         device = self.hidden[0].device
         self.logits = empty((chunk, self.vocab), dtype=self.logits_dtype, device=device)
-        hidden_dtype = torch.float32 if self.half else self.dtype
         self.hidden_gradients = [
-            empty(h.shape, dtype=hidden_dtype, device=device) if needed else None
+            empty(h.shape, dtype=self.hidden_dtype, device=device) if needed else None
             for h, needed in zip(self.hidden, self.needs_hidden, strict=True)
         ]
         self.row_scales: list[Tensor] = []
@@ -236,7 +243,9 @@ class Student:
             empty(w.shape, dtype=dtype if once else torch.float32, device=device)
             if needed
             else None
-            for w, dtype, needed in zip(self.weight, self.results, self.needs_weight, strict=True)
+            for w, dtype, needed in zip(
+                self.weight, self.weight_dtypes, self.needs_weight, strict=True
+            )
         ]
         if self.rows == 0:
             for gradient in self.weight_gradients:
@@ -313,9 +322,8 @@ class Student:
 
     def gradients(self, rows: SomeRows, group: str = "") -> list[Tensor]:
         """In the order of needs_grad, empty where not needed; of hidden states the group's sum."""
-        hidden_dtype = torch.float32 if self.half else self.dtype
         hidden = [
-            self.logits.new_empty(0, dtype=hidden_dtype)
+            self.logits.new_empty(0, dtype=self.hidden_dtype)
             if g is None
             else rows.everywhere(collectives.all_sum(g, group) if group else g, g.shape[-1])
             for g in self.hidden_gradients
@@ -324,6 +332,6 @@ class Student:
             self.logits.new_empty(0, dtype=dtype)
             if g is None
             else (g.mul_(self.unit) if self.half else g).to(dtype)
-            for g, dtype in zip(self.weight_gradients, self.results, strict=True)
+            for g, dtype in zip(self.weight_gradients, self.weight_dtypes, strict=True)
         ]
         return [*hidden, *weight, self.bias_gradient]

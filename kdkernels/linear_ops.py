@@ -12,8 +12,8 @@ import functools
 import torch
 from torch import Tensor
 
-from .linear_models import Rows, Student, TeacherHead, TeacherLogits
-from .ops import SCALARS, library
+from .linear_models import Rows, Student, TeacherHead, TeacherLogits, gradient_dtypes
+from .ops import SCALARS, fake_outputs, library
 from .options import METRICS, LinearOptions, LogitsOptions
 
 _ops = torch.ops.kdkernels
@@ -127,10 +127,7 @@ def _options(scalars: tuple) -> tuple[LinearOptions, LogitsOptions]:
 @torch.library.register_fake("kdkernels::linear_loss", lib=library)
 def _(hidden, weight, bias, *rest):
     linear, o = _options(rest[8:])
-    lead = hidden[0].shape[:-1]
-    loss = hidden[0].new_empty(lead if o.reduction == "none" else (), dtype=torch.float32)
-    stacked = hidden[0].new_empty((len(METRICS), *lead) if o.metrics else 0, dtype=torch.float32)
-    return loss, stacked, fake_gradients(hidden, weight, bias, linear)
+    return *fake_outputs(hidden[0], o), fake_gradients(hidden, weight, bias, linear)
 
 
 def fake_gradients(
@@ -139,11 +136,8 @@ def fake_gradients(
     """Tensors like those of :meth:`Student.gradients`."""
     if not any(linear.needs_grad):
         return []
-    half = linear.student_dtype == torch.float16
-    dtypes = [
-        *(torch.float32 if half else linear.student_dtype for _ in hidden),
-        *(torch.float32 if half else w.dtype for w in weight),
-    ]
+    of_hidden, of_weights = gradient_dtypes(linear.student_dtype, weight)
+    dtypes = [*(of_hidden for _ in hidden), *of_weights]
     gradients = [
         x.new_empty(x.shape if needed else 0, dtype=dtype)
         for x, needed, dtype in zip((*hidden, *weight), linear.needs_grad, dtypes, strict=False)

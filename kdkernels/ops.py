@@ -130,11 +130,12 @@ def _check_inplace(student: Tensor, teacher: Tensor) -> None:
         raise ValueError("inplace_grad: student_logits and teacher_logits share their memory")
 
 
-def _fake_outputs(student, reduction, metrics):
+def fake_outputs(student: Tensor, options: LogitsOptions) -> tuple[Tensor, Tensor]:
+    """Like loss and metrics of a student's ``(..., width)`` logits or hidden states."""
     lead = student.shape[:-1]
-    loss = student.new_empty(lead if reduction == "none" else (), dtype=torch.float32)
-    stacked = student.new_empty((len(METRICS), *lead) if metrics else 0, dtype=torch.float32)
-    return loss, stacked
+    loss = student.new_empty(lead if options.reduction == "none" else (), dtype=torch.float32)
+    stacked = (len(METRICS), *lead) if options.metrics else 0
+    return loss, student.new_empty(stacked, dtype=torch.float32)
 
 
 def _fake_row_scale(student):
@@ -144,22 +145,18 @@ def _fake_row_scale(student):
 
 @torch.library.register_fake("kdkernels::logits_loss", lib=library)
 def _(student, *rest):
-    options = LogitsOptions(*rest[5:])
-    return _fake_outputs(student, options.reduction, options.metrics)
+    return fake_outputs(student, LogitsOptions(*rest[5:]))
 
 
 @torch.library.register_fake("kdkernels::logits_loss_and_grad", lib=library)
 def _(student, *rest):
-    options = LogitsOptions(*rest[5:])
-    gradient = gradient_like(student)
-    outputs = _fake_outputs(student, options.reduction, options.metrics)
-    return *outputs, _fake_row_scale(student), gradient
+    outputs = fake_outputs(student, LogitsOptions(*rest[5:]))
+    return *outputs, _fake_row_scale(student), gradient_like(student)
 
 
 @torch.library.register_fake("kdkernels::logits_loss_and_grad_", lib=library)
 def _(student, *rest):
-    options = LogitsOptions(*rest[5:])
-    return *_fake_outputs(student, options.reduction, options.metrics), _fake_row_scale(student)
+    return *fake_outputs(student, LogitsOptions(*rest[5:])), _fake_row_scale(student)
 
 
 @torch.library.register_fake("kdkernels::scale_gradient_", lib=library)
