@@ -125,12 +125,12 @@ struct TailParams {
 
 enum Metric { kDivergence, kCrossEntropy, kTeacherEntropy, kStudentEntropy, kAgreement, kMetrics };
 
-// gradient *= grad_output * row_scale, row by row; both optional strides of 0 mean one for all.
+// gradient *= grad_output * row_scale, row by row.
 struct ScaleParams {
   int64_t rows = 0;
   Rows gradient;
   const float* grad_output = nullptr;
-  int64_t grad_output_stride = 0;
+  int64_t grad_output_stride = 0;    // 0: one number for all rows, else 1
   const float* row_scale = nullptr;  // (rows,)
 };
 

@@ -48,7 +48,7 @@ class Softmax {
 
   // c = log2(e) / T.
   Softmax(float reference, float c)
-      : state_{larger(reference, kLowestLogit), 0}, c_(c), exponent_(state_.max, c) {}
+      : reference_(larger(reference, kLowestLogit)), c_(c), exponent_(reference_, c) {}
 
   // Adds n logits, padded with -inf to whole pairs of vectors, and keeps their exponentials.
   // Fetches what comes next meanwhile. False where one is so far above the reference that it might
@@ -86,36 +86,36 @@ class Softmax {
       store(kept + i + kLanes, second);
       sums.add(first + second);
     }
-    state_.sum += sums.value() * exponent.correction();
+    sum_ += sums.value() * exponent.correction();
     constexpr float kHeadroom = 40;  // in powers of two
-    return !((largest(top) - state_.max) * c_ > kHeadroom);
+    return !((largest(top) - reference_) * c_ > kHeadroom);
   }
 
-  // False for a row that is all -inf or holds NaN or +inf: it has no softmax.
-  bool valid() const { return state_.valid(); }
-  bool empty() const { return state_.sum == 0; }
+  bool valid() const { return is_valid_sum(sum_); }
+  bool empty() const { return sum_ == 0; }
 
   // The sum of exp((x - reference) / T); and of all logits, where others have the rest of them.
-  double total() const { return state_.sum; }
-  void set_total(double sum) { state_.sum = sum; }
+  double total() const { return sum_; }
+  void set_total(double sum) { sum_ = sum; }
 
   // What exponentials are relative to.
-  float reference() const { return state_.max; }
+  float reference() const { return reference_; }
 
   // What makes a kept exponential, or one of exponent(), a probability.
-  double scale() const { return exponent_.correction() / state_.sum; }
+  double scale() const { return exponent_.correction() / sum_; }
   const Exponent& exponent() const { return exponent_; }
 
   // log(sum exp((x - reference) / T)).
-  double log_sum() const { return ::log(state_.sum); }
+  double log_sum() const { return ::log(sum_); }
 
   // T log(sum exp(x / T)).
   double log_sum_exp(double temperature) const {
-    return (double)state_.max + temperature * log_sum();
+    return (double)reference_ + temperature * log_sum();
   }
 
  private:
-  SoftmaxState<double> state_;
+  float reference_;
+  double sum_ = 0;
   float c_;
   Exponent exponent_;
 };

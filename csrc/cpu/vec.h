@@ -143,7 +143,7 @@ KD_INLINE float largest(Vec x) {
   return larger(larger(fours[0], fours[1]), larger(fours[2], fours[3]));
 }
 
-// Minimax polynomial of 2^f on an interval of length 1, by Horner's rule; relative error 2e-9.
+// A polynomial by Horner's rule, from the highest power down.
 template <class... Coefficients>
 KD_INLINE Vec horner(Vec x, float first, Coefficients... rest) {
   Vec result = splat<Vec>(first);

@@ -5,7 +5,7 @@
 
 namespace kd::cuda {
 
-// From a pair of logits to probabilities; see csrc/cpu/rows.h for the origins.
+// From a pair of logits to probabilities; see csrc/cpu/softmax.h for the origins.
 struct Probabilities {
   float c, inverse_temperature;
   float s_shift, t_shift, s_inverse, t_inverse;

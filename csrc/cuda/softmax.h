@@ -40,8 +40,7 @@ struct alignas(16) State {
     sum += other.sum;
   }
 
-  // False for a row that is all -inf or holds NaN or +inf: it has no softmax.
-  KD_DEVICE bool valid() const { return sum > 0 && sum <= FLT_MAX; }
+  KD_DEVICE bool valid() const { return is_valid_sum(sum); }
 
   // max c - shift.
   KD_DEVICE double excess(float c) const { return (double)max * c - shift(c); }
