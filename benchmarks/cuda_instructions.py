@@ -35,7 +35,6 @@ SHARED_BYTES, SLOT_BYTES = (227 * 1024 - 1024) // 2, 176
 #: Operations of a thread; special functions are counted apart.
 FLOPS = {"FADD": 1, "FMUL": 1, "FFMA": 2}
 
-FUNCTION = re.compile(r"Function : (\w+)")
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]+)\*/\s+(@!?U?P\w+ )?([A-Z][\w.]*)(.*?);", re.MULTILINE)
 NAME = re.compile(r"(registers|shared)_kernelINS0_\d+([A-Za-z]+)E(?:Li([24])E)?(?:Lb([01])E)?E")
 

@@ -51,8 +51,8 @@ def call(
     inplace_grad: bool,
     return_metrics: bool,
     backend: str,
-    group: Any = None,
-    vocab_start: int | None = None,
+    group: Any,
+    vocab_start: int | None,
 ) -> Call:
     """Checks a loss's options and chooses its backend.
 

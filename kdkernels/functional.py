@@ -1,4 +1,4 @@
-"""The public functions: checks, then the chosen backend."""
+"""The loss of logits: checks, then the chosen backend."""
 
 from __future__ import annotations
 

@@ -29,12 +29,13 @@ def why_not(
     return []
 
 
-def check_name(backend: str) -> None:
-    """Raises for what is no backend's name, nor ``"auto"``."""
+def check_name(backend: str) -> str:
+    """The name; raises for what is no backend's, nor ``"auto"``."""
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(
             f"backend is {backend!r}, expected 'auto', {', '.join(map(repr, BACKENDS))}"
         )
+    return backend
 
 
 def choose(

@@ -14,7 +14,7 @@ from .sweeps import SOFTCAPPED, Scales, Sums, fill, row_of, slopes, softmaxes, t
 
 
 class PerRow(NamedTuple):
-    """Tensors with an entry per row; all but the loss may be None."""
+    """Tensors with an entry per row; None where a kernel has no use for one."""
 
     labels: tl.tensor  # (rows,) int64
     weight: tl.tensor  # (rows,), 0: the row takes no part

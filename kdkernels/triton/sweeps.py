@@ -165,6 +165,13 @@ def transformed(x, logits):
 
 
 @triton.jit
+def softcap_derivative(raw, logits):
+    """d transformed / d raw, which has the scale: scale / cosh(scale raw / softcap)^2."""
+    e = exp(-2.0 * tl.abs(raw * (logits.scale / logits.softcap)))
+    return 4.0 * logits.scale * e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
 def log_of_ratio(state):
     """log(t_sum / s_sum), with what was lost from them."""
     difference = (state.t_sum - state.s_sum) + (state.t_lost - state.s_lost)
@@ -332,10 +339,8 @@ def store_gradient(g_row, columns, end, g, raw, x, student, of, scales, wanted):
         g += exp(x - of.s_base) * scales.ce_over_sum
         g -= tl.where(columns == scales.label, scales.ce, 0.0)
     if student.TRANSFORM == SOFTCAPPED:
-        e = exp(-2.0 * tl.abs(raw * (student.scale / student.softcap)))
-        derivative = 4.0 * student.scale * e / ((1.0 + e) * (1.0 + e))
         # A row without a gradient stays NaN where the derivative is 0.
-        g = times_or_zero(derivative, g) + (scales.kd + scales.ce) * 0.0
+        g = times_or_zero(softcap_derivative(raw, student), g) + (scales.kd + scales.ce) * 0.0
     to = g_row + columns
     tl.store(to, g.to(to.dtype.element_ty), mask=columns < end)
 

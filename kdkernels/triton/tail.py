@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .math import LOG2E, LOWEST, exp, log, times_or_zero
 from .states import HEADROOM, base_for, valid
-from .sweeps import SOFTCAPPED, fill, load_raw, row_of, transformed
+from .sweeps import SOFTCAPPED, fill, load_raw, row_of, softcap_derivative, transformed
 
 
 class Listed(NamedTuple):
@@ -135,10 +135,8 @@ def tails_gradient_kernel(
             if AT_1:
                 g += exp(x - base) * factor_at_1
             if logits.TRANSFORM == SOFTCAPPED:
-                e = exp(-2.0 * tl.abs(raw * (logits.scale / logits.softcap)))
-                derivative = 4.0 * logits.scale * e / ((1.0 + e) * (1.0 + e))
                 # A row without a gradient stays NaN where the derivative is 0.
-                g = times_or_zero(derivative, g) + (factor + factor_at_1) * 0.0
+                g = times_or_zero(softcap_derivative(raw, logits), g) + (factor + factor_at_1) * 0.0
         while column < start + BLOCK:
             g = tl.where(columns == column, tl.load(of_listed + position), g)
             position += 1
