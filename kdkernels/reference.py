@@ -76,17 +76,7 @@ def _kd_loss(
     if o.kd_weight != 0 or o.metrics:
         log_q = F.log_softmax(s_logits / o.temperature, dim=-1)
         log_p = F.log_softmax(t_logits / o.temperature, dim=-1)
-        # NaN reaches the whole row and its gradient, through whatever the divergence selects.
-        bad = (log_p.isnan() | log_q.isnan()).any(-1, keepdim=True)
-        terms = divergence.value(log_p, log_q * torch.where(bad, math.nan, 1.0))
-        if terms.shape != log_p.shape:
-            raise ValueError(
-                f"divergence: value of {type(divergence).__name__} has shape {tuple(terms.shape)}, "
-                f"expected a term for each logit, {tuple(log_p.shape)}: their sum is taken here"
-            )
-        value = terms.sum(-1)
-        # Rounding may fall below 0, a divergence does not.
-        values["divergence"] = torch.where(value < 0, value - value.detach(), value)
+        values["divergence"] = not_negative(sum_of_terms(divergence, log_p, log_q))
         if o.kd_weight != 0:
             loss = loss + o.kd_weight * values["divergence"]
         if o.metrics:
@@ -100,6 +90,24 @@ def _kd_loss(
 
     metrics = stacked_metrics(values, rows) if o.metrics else None
     return reduced(loss, rows, normalizer, o).to(out), metrics
+
+
+def sum_of_terms(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """(...) of log-probabilities ``(..., n)``."""
+    # NaN reaches the whole row and its gradient, through whatever the divergence selects.
+    bad = (log_p.isnan() | log_q.isnan()).any(-1, keepdim=True)
+    terms = divergence.value(log_p, log_q * torch.where(bad, math.nan, 1.0))
+    if terms.shape != log_p.shape:
+        raise ValueError(
+            f"divergence: value of {type(divergence).__name__} has shape {tuple(terms.shape)}, "
+            f"expected a term for each logit, {tuple(log_p.shape)}: their sum is taken here"
+        )
+    return terms.sum(-1)
+
+
+def not_negative(value: Tensor) -> Tensor:
+    """Rounding may fall below 0, a divergence does not."""
+    return torch.where(value < 0, value - value.detach(), value)
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:

@@ -67,10 +67,12 @@ def values_of(
     few: FewTokens, divergence: Divergence, entropies: bool, backend: str
 ) -> tuple[Tensor, ...]:
     """The divergence ``(...)``, and where asked for the entropies of teacher and student."""
+    # By type: a subclass of a built-in divergence may define another value.
+    compiled = backend != "reference" and DIVERGENCES.get(divergence.name) is type(divergence)
     # Terms of some tokens of a softmax are not what the kernels of the logits level sum.
-    if backend == "reference" or few.tail == "drop" or divergence.name not in DIVERGENCES:
-        return _by_definition(few, divergence, entropies)
-    return _by_kernel(few, divergence, entropies, backend)
+    if compiled and few.tail != "drop":
+        return _by_kernel(few, divergence, entropies, backend)
+    return _by_definition(few, divergence, entropies)
 
 
 def _by_definition(few: FewTokens, divergence: Divergence, entropies: bool) -> tuple[Tensor, ...]:
@@ -81,12 +83,8 @@ def _by_definition(few: FewTokens, divergence: Divergence, entropies: bool) -> t
         log_p, log_q = log_p[..., :-1], log_q[..., :-1]
     else:
         log_p = log_p - log_p.logsumexp(-1, keepdim=True)
-    # NaN reaches the whole row and its gradient, through whatever the divergence selects.
-    bad = (log_p.isnan() | log_q.isnan()).any(-1, keepdim=True)
-    value = divergence.value(log_p, log_q * torch.where(bad, math.nan, 1.0)).sum(-1)
-    if few.tail != "drop":  # rounding may fall below 0, a divergence does not
-        value = torch.where(value < 0, value - value.detach(), value)
-    of_rows = [value]
+    value = reference.sum_of_terms(divergence, log_p, log_q)
+    of_rows = [value if few.tail == "drop" else reference.not_negative(value)]
     if entropies:
         of_rows += [reference.entropy(log_p), reference.entropy(log_q)]
     return tuple(torch.where(few.kept, x, 0.0) for x in of_rows)

@@ -125,6 +125,18 @@ def test_float64_runs_on_the_reference():
         sparse_kd_loss(leaf, indices, logprobs, backend="cpu")
 
 
+class NotForward(kdkernels.ForwardKL):
+    """Of a built-in one's name."""
+
+    def value(self, log_p, log_q):
+        return super().value(log_q, log_p)
+
+
+class Summed(Divergence):
+    def value(self, log_p, log_q):
+        return (log_p - log_q).square().sum(-1)
+
+
 class Squares(Divergence):
     """Of one's own."""
 
@@ -139,6 +151,11 @@ def test_a_divergence_of_ones_own_runs_on_every_backend(backend):
     actual = run(backend, student, indices, logprobs, divergence=Squares())
     expected = oracle(student, indices, logprobs, divergence=Squares())
     assert_gradient(actual.gradient, expected.gradient, 2e-6)
+    reverse = run(backend, student, indices, logprobs, divergence="reverse_kl")
+    other = run(backend, student, indices, logprobs, divergence=NotForward())
+    assert_gradient(other.gradient, reverse.gradient.double(), 2e-6)
+    with pytest.raises(ValueError, match="value of Summed has shape"):
+        loss_of(backend, student, indices, logprobs, divergence=Summed())
 
 
 def test_a_frozen_graph_frees_the_logits_in_place(kernel):
