@@ -92,7 +92,7 @@ struct TVD : Defaults {
             select(x.r > 0.0f, x.q, select(x.r < 0.0f, -x.q, zero))};
   }
 
-  KD_INLINE double far_value(double value, double, Weights) const { return 0.5 * value; }
+  KD_INLINE double far_value(double value, double, Weights, Rounding) const { return 0.5 * value; }
   KD_INLINE double far_unit(Weights weights) const { return 0.5 * weights.q; }
 };
 
@@ -199,7 +199,7 @@ struct AlphaBeta : Defaults {
     return {(1 / (b * (a + b))) * (of_p - both) + (1 / (a * (a + b))) * from_q, (1 / a) * from_q};
   }
 
-  KD_INLINE double far_value(double value, double, Weights) const { return value; }
+  KD_INLINE double far_value(double value, double, Weights, Rounding) const { return value; }
   KD_INLINE double far_unit(Weights) const { return 1; }
 };
 

@@ -103,8 +103,9 @@ struct JSD : Mixture {
     return {x.p * (x.log_p - log_m), x.q * (x.log_q - log_m)};
   }
 
-  KD_INLINE double far_value(double value, double slope, Weights weights) const {
-    return kNatsPerBit * (share * weights.p * value + rest * weights.q * slope);
+  KD_INLINE double far_value(double value, double slope, Weights weights, Rounding added) const {
+    return share * (kNatsPerBit * (weights.p * value - added.log_p) + added.p) +
+           rest * (kNatsPerBit * (weights.q * slope - added.log_q) + added.q);
   }
   KD_INLINE double far_unit(Weights weights) const { return kNatsPerBit * rest * weights.q; }
 };
@@ -128,8 +129,9 @@ struct SkewForwardKL : Mixture {
     return {x.p * (x.log_p - log2(m)), x.p * quotient(x.q, m)};
   }
 
-  KD_INLINE double far_value(double value, double, Weights weights) const {
-    return kNatsPerBit * weights.p * value;
+  KD_INLINE double far_value(double value, double slope, Weights weights, Rounding added) const {
+    return kNatsPerBit * (weights.p * value - added.log_p) + added.p +
+           far_unit(weights) * slope * (added.p - added.q);
   }
   KD_INLINE double far_unit(Weights weights) const { return -(double)rest * weights.p * weights.q; }
 };
@@ -159,8 +161,9 @@ struct SkewReverseKL : Mixture {
     return {value, value - (kBitsPerNat * rest * weights.q) * x.q * quotient(x.q, m)};
   }
 
-  KD_INLINE double far_value(double value, double, Weights weights) const {
-    return kNatsPerBit * weights.q * value;
+  KD_INLINE double far_value(double value, double slope, Weights weights, Rounding added) const {
+    return kNatsPerBit * (weights.q * value - added.log_q) + added.p +
+           far_unit(weights) * (value - slope) * (added.q - added.p);
   }
   KD_INLINE double far_unit(Weights weights) const { return kNatsPerBit * weights.q; }
 };

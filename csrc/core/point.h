@@ -38,6 +38,12 @@ struct Weights {
   float p, q;
 };
 
+// How far rounding put those and the logarithms of a far row's points off, all of them alike.
+struct Rounding {
+  float log_p = 0, log_q = 0;  // added to log2 p and log2 q
+  float p = 0, q = 0;          // of 1, added to the sum of each
+};
+
 struct Defaults {
   // Whether it is forward() KL(p || q) + reverse() KL(q || p), and the teacher's entropy besides.
   static constexpr bool kIsKL = false;

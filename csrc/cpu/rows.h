@@ -253,7 +253,8 @@ class RowPair : protected RowBlocks {
     if constexpr (kSizes) sums.largest = largest(sizes);
     if constexpr (kFar) {
       sums.unit = divergence_.far_unit(points.weights);
-      sums.value = divergence_.far_value(value_sum < 0 ? 0 : value_sum, slope_sum, points.weights);
+      sums.value =
+          divergence_.far_value(value_sum < 0 ? 0 : value_sum, slope_sum, points.weights, {});
     }
     return sums;
   }

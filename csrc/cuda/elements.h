@@ -116,6 +116,13 @@ KD_DEVICE float log_ratio(double x, double y) {
   return x > y ? log1pf(difference / (float)y) : -log1pf(-difference / (float)x);
 }
 
+// log2 of a positive number; off by some 2^-24 however large that is.
+KD_DEVICE double log2_of(double x) {
+  const uint32_t exponent = bits_as<uint32_t>((float)x * 1.41421356f) >> 23;
+  const float unit = bits_as<float>((254u - exponent) << 23);  // x unit is about 1
+  return ((int)exponent - 127) + (1 / kLn2) * log_ratio(x * unit, 1);
+}
+
 // tanh to full relative accuracy.
 KD_DEVICE float tanh(float x) {
   const float e = exponential(-2.0f * abs(x)).expm1;

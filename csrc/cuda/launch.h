@@ -156,6 +156,10 @@ namespace kd::cuda {
 
 inline void use_device(int) {}
 
+struct Capturable {
+  Capturable() {}
+};
+
 inline Device device_of(int) { return {9, 0, 227 * 1024}; }
 
 template <class Params>

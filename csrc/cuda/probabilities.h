@@ -70,8 +70,8 @@ struct FarProbabilities {
       : c(c),
         s_shift(pair.student.shift(c)),
         t_shift(pair.teacher.shift(c)),
-        s_log(kl.s_log),
-        t_log(kl.t_log),
+        s_log((float)kl.s_log),
+        t_log((float)kl.t_log),
         offset((float)kl.offset),
         weights{reciprocal(pair.teacher.sum), reciprocal(pair.student.sum)} {}
 
@@ -81,6 +81,18 @@ struct FarProbabilities {
   }
 
   KD_DEVICE float q(float s) const { return exp2_approx(fmaf(s, c, -s_shift)); }
+};
+
+struct FarRow {
+  FarProbabilities points;
+  Rounding rounding;
+
+  FarRow() = default;
+  KD_DEVICE FarRow(float c, const PairState& pair, const KL& kl)
+      : points(c, pair, kl),
+        rounding{(float)(kl.t_log - points.t_log), (float)(kl.s_log - points.s_log),
+                 (float)(points.weights.p * pair.teacher.sum - 1),
+                 (float)(points.weights.q * pair.student.sum - 1)} {}
 };
 
 // The gradient of a far row by a KL divergence, up to a factor:

@@ -44,7 +44,7 @@ class RowPair : protected RowStates<Divergence, Row, kOptions> {
     // Filled by other threads than would store it, so nothing may be stored before.
     const bool gradient_is_nan =
         (kd_gradient && !both_valid) ||
-        (kOptions && ce_scale_ != 0 && !(state_at_1().valid() && label_in_range()));
+        (kOptions && (!label_in_range() || (ce_scale_ != 0 && !state_at_1().valid())));
     const float cross_entropy = uses_cross_entropy() ? this->cross_entropy(label_logit) : 0;
     if (kOptions && params_.metrics) write_entropies();  // before the gradient may overwrite them
     if (!uses_divergence())
@@ -83,7 +83,7 @@ class RowPair : protected RowStates<Divergence, Row, kOptions> {
   KD_DEVICE bool student_softcap() const { return params_.student_transform.softcap > 0; }
 
   KD_DEVICE int64_t label() const { return params_.labels[index_]; }
-  KD_DEVICE bool label_in_range() const { return label() >= 0 && label() < params_.vocab; }
+  KD_DEVICE bool label_in_range() const { return is_label_in_range(params_, index_); }
 
   // NaN for a label outside the vocabulary.
   KD_DEVICE float label_logit() const {
@@ -152,9 +152,9 @@ class RowPair : protected RowStates<Divergence, Row, kOptions> {
         if (with_gradient) kl_gradient();
         return;
       } else {
-        const double slope_sum = evaluate(read_anew(summary().far_points), false);
+        const double slope_sum = evaluate(read_anew(summary().of_far.points), false);
         if (is_far(divergence_, params_.term.far_from())) {
-          if (with_gradient) gradient_sweep(read_anew(summary().far_points), slope_sum);
+          if (with_gradient) gradient_sweep(read_anew(summary().of_far.points), slope_sum);
           return;
         }
         if constexpr (Row::kKeeps) row_.reload_teacher();  // slopes took its place
@@ -183,7 +183,8 @@ class RowPair : protected RowStates<Divergence, Row, kOptions> {
     const TermSums sums = term_sweep(probabilities, with_gradient);
     divergence_ = sums.value;
     if constexpr (is_far_v<Points>) {
-      divergence_ = params_.term.far_value(divergence_, sums.slope, probabilities.weights);
+      divergence_ = params_.term.far_value(divergence_, sums.slope, probabilities.weights,
+                                           summary().of_far.rounding);
     } else if constexpr (Divergence::kFeelsShift) {
       // sum q - p is 0; what it comes to is how far rounding of the softmax sums moved all log q.
       if (sums.slope <= FLT_MAX && sums.slope >= -FLT_MAX) divergence_ -= sums.shift * sums.slope;
@@ -263,7 +264,7 @@ class RowPair : protected RowStates<Divergence, Row, kOptions> {
   }
 
   KD_DEVICE void kl_gradient() {
-    KLGradient of_logits = read_anew(summary().far_points);
+    KLGradient of_logits = read_anew(summary().of_far);
     const float range = Divergence::kReverse ? fit_float16_range(of_logits.reverse_kl) : 1;
     of_logits.scale(kd_scale_ * range);
     row_.refresh();
@@ -386,6 +387,7 @@ class RowPair : protected RowStates<Divergence, Row, kOptions> {
 
   KD_DEVICE void write_results(float cross_entropy, bool both_valid) const {
     double loss = 0;  // a term of weight 0 may be infinite
+    if (kOptions && !label_in_range()) loss = NAN;
     if (params_.kd_weight != 0) loss += params_.kd_weight * divergence_;
     if (kOptions && params_.ce_weight != 0) loss += (double)params_.ce_weight * cross_entropy;
     params_.loss[index_] = (float)(weight() * loss);

@@ -12,18 +12,23 @@
 namespace kd::cuda {
 
 template <class Divergence>
-using FarPoints = std::conditional_t<Divergence::kIsKL, KLGradient, FarProbabilities>;
+using OfFarRow = std::conditional_t<Divergence::kIsKL, KLGradient, FarRow>;
 
 template <class Divergence>
 struct alignas(16) RowSummary {
   State student, teacher, student_at_1;
-  FarPoints<Divergence> far_points;
+  OfFarRow<Divergence> of_far;
   float scale = 0;
   // Words, as a copy of padding would go through memory.
   int agree = 0;          // on the top token
   int far = 0;            // see csrc/core/divergences.h
   double divergence = 0;  // by a KL divergence
 };
+
+// Also where labels only say which rows take part.
+KD_DEVICE bool is_label_in_range(const LaunchParams& params, int64_t row) {
+  return !params.labels || (params.labels[row] >= 0 && params.labels[row] < params.vocab);
+}
 
 template <class Divergence, class Row, bool kOptions>
 class RowStates {
@@ -145,10 +150,10 @@ class RowStates {
                        kNatsPerBit;
       all.far = is_far(all.divergence, params_.term.far_from());
       if constexpr (Divergence::kAddsEntropy) all.divergence += kl.entropy * kNatsPerBit;
-      all.far_points = KLGradient(params_.c, pair, kl, forward, reverse);
+      all.of_far = KLGradient(params_.c, pair, kl, forward, reverse);
     } else {
       all.far = params_.term.has_far() && is_far(kl.forward * kNatsPerBit, params_.term.kl_from());
-      all.far_points = FarProbabilities(params_.c, pair, kl);
+      all.of_far = FarRow(params_.c, pair, kl);
     }
     if (team_.lane == 0) team_.template summary<RowSummary<Divergence>>() = all;
   }

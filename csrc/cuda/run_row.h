@@ -20,12 +20,25 @@ KD_DEVICE void write_masked_row(const LaunchParams& params, const Team& team, in
     for (int i = 0; i < kMetrics; ++i) params.metrics[i * params.rows + row] = 0;
 }
 
+// A row of NaN: its label is none, though it has no cross-entropy.
+KD_DEVICE void write_bad_row(const LaunchParams& params, const Team& team, int64_t row) {
+  if (params.gradient.data) {
+    char* const gradient = params.gradient_rows[row];
+    fill(team, gradient, params.gradient.dtype, 0, params.vocab, NAN);
+    fill(team, gradient, params.gradient.dtype, params.vocab, params.gradient.width, 0);
+  }
+  if (team.first() != 0) return;
+  params.loss[row] = NAN;
+  if (params.row_scale) params.row_scale[row] = 1;
+}
+
 // One row, by the team; Row says how it is held.
 template <class Row, bool kOptions, class Divergence>
 KD_DEVICE void run_row(const RowsParams<Divergence>& params, const Team& team, int64_t index) {
   const float weight = params.token_weight ? params.token_weight[index] : 1.0f;
   Row row(params, team, index);  // while the weight is on its way
   if (weight == 0) return write_masked_row(params, team, index);
+  if (!kOptions && !is_label_in_range(params, index)) return write_bad_row(params, team, index);
   team.enter();
   RowPair<Divergence, Row, kOptions>(params, team, row, index).run();
 }

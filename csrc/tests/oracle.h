@@ -172,15 +172,19 @@ inline Expected oracle(const LogitsParams& params, const std::string& divergence
       result.metrics[kAgreement] = p.valid() && q.valid() ? s.top() == t.top() : kNaN;
     }
   }
+  const int64_t label = params.labels ? params.labels[row] : 0;
+  const bool inside = label >= 0 && label < vocab;
   if (params.labels && (params.ce_weight != 0 || params.metrics)) {
     const Softmax q(s.transformed, 1);
-    const int64_t label = params.labels[row];
-    const bool inside = label >= 0 && label < vocab;
     const double loss = inside ? -q.log[label] : kNaN;
     if (params.ce_weight != 0) result.loss += params.ce_weight * loss;
     if (params.metrics) result.metrics[kCrossEntropy] = loss;
     for (int64_t i = 0; i < vocab && params.ce_weight != 0; ++i)
-      gradient[i] += params.ce_weight * (inside ? std::exp(q.log[i]) - (i == label) : kNaN);
+      gradient[i] += params.ce_weight * (std::exp(q.log[i]) - (i == label));
+  }
+  if (!inside) {  // also where it only says that the row takes part
+    result.loss = kNaN;
+    gradient.assign(vocab, kNaN);
   }
   result.loss *= weight;
   const double cap = params.student_transform.softcap, scale = params.student_transform.scale;
