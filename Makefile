@@ -2,12 +2,14 @@
 # make demo   everything the demo needs, then a real distillation run
 # make bench  the benchmarks (BENCH_ARGS=--help for what they take)
 # make emulator  the CUDA kernels on the CPU, under AddressSanitizer and UBSan; make tsan likewise
+# make emulated  the tests of the CUDA backend, with its kernels on the CPU
 # make lint   formatters, linters and types, pinned in pyproject.toml
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+EMULATED ?= $(CURDIR)/build/emulated
 
 BIN := $(VENV)/bin
 BUILD_INPUTS := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
@@ -17,7 +19,7 @@ GPU := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/n
 export KDKERNELS_CUDA ?= $(if $(GPU),AUTO,OFF)
 export KDKERNELS_CUDA_ARCHS ?= $(shell echo "$(GPU)" | sed -E 's/([0-9]+)\.([0-9]+)/\1\2-real/g; s/ /;/g')
 
-.PHONY: test demo bench emulator tsan lint format clean
+.PHONY: test demo bench emulator emulated tsan lint format clean
 
 test: $(VENV)/.built $(VENV)/.test
 	$(BIN)/python -m pytest --numprocesses auto
@@ -30,6 +32,11 @@ bench: $(VENV)/.built $(VENV)/.bench
 
 emulator:
 	$(MAKE) -C csrc/tests check
+
+emulated: $(VENV)/.built $(VENV)/.test
+	$(BIN)/pip install --quiet pybind11
+	$(MAKE) -C csrc/tests module BUILD=$(EMULATED) PYTHON=$(abspath $(BIN)/python)
+	KDKERNELS_EMULATED=$(EMULATED)/module/_C.so $(BIN)/python -m pytest --numprocesses auto -k cuda
 
 tsan:
 	$(MAKE) -C csrc/tests tsan

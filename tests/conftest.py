@@ -11,6 +11,7 @@ os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
 import pytest
 import torch
 
+from . import emulated  # noqa: F401  first: it may put another extension in the place of ours
 from .harness import BACKENDS
 from .processes import Processes
 

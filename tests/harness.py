@@ -12,7 +12,7 @@ import kdkernels
 from kdkernels import extension
 from kdkernels.backends import cuda
 
-from . import interpreter, tolerances
+from . import emulated, interpreter, tolerances
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,12 @@ def _cuda_backends() -> list[Backend]:
         Backend(
             name,
             "cuda",
-            device="cuda",
+            device="cpu" if emulated.PATH else "cuda",
             environment=environment,
             skip=skip,
             checks_labels=False,
             same_bits_anywhere=False,
+            interpreted=bool(emulated.PATH),
         )
         for name, environment in (("cuda", {}), ("cuda-streaming", streaming))
     ]
