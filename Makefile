@@ -22,7 +22,7 @@ export KDKERNELS_CUDA_ARCHS ?= $(shell echo "$(GPU)" | sed -E 's/([0-9]+)\.([0-9
 .PHONY: test demo bench emulator emulated tsan lint format clean
 
 test: $(VENV)/.built $(VENV)/.test
-	$(BIN)/python -m pytest --numprocesses auto
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 demo: $(VENV)/.built $(VENV)/.demo
 	$(BIN)/python examples/distill.py $(DEMO_ARGS)
@@ -35,8 +35,8 @@ emulator:
 
 emulated: $(VENV)/.built $(VENV)/.test
 	$(BIN)/pip install --quiet pybind11
-	$(MAKE) -C csrc/tests module BUILD=$(EMULATED) PYTHON=$(abspath $(BIN)/python)
-	KDKERNELS_EMULATED=$(EMULATED)/module/_C.so $(BIN)/python -m pytest --numprocesses auto -k cuda
+	$(MAKE) -C csrc/tests -j2 module BUILD=$(EMULATED) PYTHON=$(abspath $(BIN)/python)
+	KDKERNELS_EMULATED=$(EMULATED)/module/_C.so $(BIN)/python -m pytest --numprocesses auto --dist worksteal -k cuda
 
 tsan:
 	$(MAKE) -C csrc/tests tsan

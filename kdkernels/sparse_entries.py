@@ -60,7 +60,10 @@ def listed_twice(ascending: Tensor) -> Tensor:
     twice = (ascending[..., 1:] == ascending[..., :-1]) & (ascending[..., 1:] >= 0)
     if watchers.may_look(ascending) and bool(twice.any()):
         token = int(ascending[..., 1:][twice][0])
-        raise ValueError(f"teacher_indices: a row lists {token} twice, expected different tokens")
+        raise ValueError(
+            f"teacher_indices: a row lists {token} twice, expected different tokens; -1 marks an "
+            "empty slot"
+        )
     return twice.any(-1)
 
 

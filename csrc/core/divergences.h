@@ -9,7 +9,8 @@
 // rounding where a row's divergence is not small. So each divergence has those too, for far rows:
 // a KL divergence as its weights, given which one sweep over the row adds up its value; any other
 // as a function far() of exponentials that are p and q times constants of the row, and of log2 p
-// and log2 q. far_value() is the divergence of its sums, far_unit() a slope's unit in nats.
+// and log2 q. far_value() is the divergence of its sums, less what Rounding put into them;
+// far_unit() is a slope's unit in nats.
 #pragma once
 
 #include "mixtures.h"
