@@ -158,7 +158,8 @@ def test_expanded_student(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_vocabularies(backend, dtype, vocab):
     # Rows of a width that is no multiple of a vector, so that most are not aligned either.
-    rows = 2 if backend.interpreted else 5  # which has no alignment
+    # In Triton's interpreter, slow with many rows, nothing is aligned.
+    rows = 2 if backend.interpreted and backend.backend == "triton" else 5
     student, teacher = (x.to(dtype) for x in correlated_pair(rows, vocab + 3))
     for divergence in ONE_OF_EACH:
         options = {"divergence": divergence, "vocab_size": vocab, "reduction": "none"}
