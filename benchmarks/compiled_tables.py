@@ -91,7 +91,8 @@ def triton_resources(report: dict, file: str) -> str:
         "all options": {"options": True},
         "split": {"split": True},
     }
-    targets = list(dict.fromkeys(k["target"] for k in kernels))
+    everywhere = dict.fromkeys(k["target"] for k in report["kernels"])
+    targets = [target for target in everywhere if target.startswith("sm_")]
     header = ["registers, instructions"]
     header += [f"{variant}, {target}" for variant in variants for target in targets]
     rows = [
@@ -101,8 +102,8 @@ def triton_resources(report: dict, file: str) -> str:
     ]
     spilled = sum(k["stack"] > 0 or k["local"] > 0 for k in report["kernels"])
     note = (
-        f"\n\n{len(report['kernels'])} kernels, {spilled} with spills or local memory, Triton "
-        f"{report['triton']}: [`{file}`]({{root}}{file}), "
+        f"\n\n{len(report['kernels'])} kernels for {', '.join(everywhere)}, {spilled} with spills "
+        f"or local memory, Triton {report['triton']}: [`{file}`]({{root}}{file}), "
         "`python -m benchmarks.triton_resources`.\n"
     )
     return table(header, rows) + note

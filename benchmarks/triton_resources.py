@@ -3,8 +3,8 @@
     python -m benchmarks.triton_resources --output benchmarks/results/triton_resources.json
     python -m benchmarks.triton_resources --check      fail where a kernel spills
 
-Registers, spilled bytes and instructions come from the compiled code, through the disassembler in
-Triton's package.
+Registers, spilled bytes and instructions come from the compiled code, for NVIDIA's GPUs through the
+disassembler in Triton's package.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -41,12 +42,18 @@ class Target(NamedTuple):
     """A GPU, with what the schedule depends on."""
 
     name: str
-    arch: int
+    gpu: GPUTarget
     multiprocessors: int
     cache_mib: int
+    registers: int  # of a multiprocessor; 0 where a kernel's cannot be limited
 
 
-TARGETS = (Target("sm_80", 80, 108, 40), Target("sm_90", 90, 132, 50))
+TARGETS = (
+    Target("sm_80", GPUTarget("cuda", 80, 32), 108, 40, 65536),
+    Target("sm_90", GPUTarget("cuda", 90, 32), 132, 50, 65536),
+)
+#: An AMD Instinct MI300X.
+AMD = Target("gfx942", GPUTarget("hip", "gfx942", 64), 304, 4, 0)
 
 
 class Kernel(NamedTuple):
@@ -70,10 +77,10 @@ class _Driver:
         self.target = target
 
     def get_current_target(self):
-        return GPUTarget("cuda", self.target.arch, 32)
+        return self.target.gpu
 
     def get_current_device(self):
-        return self.target.arch
+        return self.target.gpu.arch
 
     def get_current_stream(self, device=None):
         return 0
@@ -98,9 +105,18 @@ def kernels() -> list[Kernel]:
         # Sizes of 1 are compiled in as constants.
         for phase in ("", *SHARD_PHASES):
             result.append(Kernel(target, "jsd", "float16", 1, rows=1, options=True, phase=phase))
-        result += [Kernel(target, SCALE, dtype, 128256) for dtype in ("bfloat16", "float16")]
-        for vocab, gradient, options in itertools.product((1000, 128256), (0, 1), (0, 1)):
-            result.append(Kernel(target, TAILS, "bfloat16", vocab, bool(gradient), bool(options)))
+        result += other_kernels(target, (1000, 128256))
+    for divergence in DIVERGENCES:
+        result.append(Kernel(AMD, divergence, "bfloat16", 128256))
+        result.append(Kernel(AMD, divergence, "float16", 128256, options=True))
+    return result + shard_kernels(AMD)[:6] + other_kernels(AMD, (128256,))
+
+
+def other_kernels(target: Target, vocabs: Sequence[int]) -> list[Kernel]:
+    """Those that know no divergence."""
+    result = [Kernel(target, SCALE, dtype, 128256) for dtype in ("bfloat16", "float16")]
+    for vocab, gradient, options in itertools.product(vocabs, (False, True), (False, True)):
+        result.append(Kernel(target, TAILS, "bfloat16", vocab, gradient, options))
     return result
 
 
@@ -119,7 +135,10 @@ def shard_kernels(target: Target) -> list[Kernel]:
 
 
 def device_of(target: Target) -> schedule.Device:
-    return schedule.Device(target.multiprocessors, target.cache_mib * 2**20, 32, 65536)
+    cache_bytes = target.cache_mib * 2**20
+    return schedule.Device(
+        target.multiprocessors, cache_bytes, target.gpu.warp_size, target.registers
+    )
 
 
 def compile_scale(kernel: Kernel):
@@ -237,11 +256,10 @@ def compile_kernel(kernel: Kernel):
     return launch.loss_kernel.warmup(*arguments, grid=(kernel.rows,), **launch.options_of(chosen))
 
 
-def resources(kernel: Kernel) -> dict[str, object]:
-    """Registers, spills and instructions of one configuration."""
-    compiled = compile_kernel(kernel)
+def nvidia_resources(cubin: bytes) -> dict[str, int]:
+    """Of compiled code for NVIDIA's GPUs."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
 
         def tool(option: str) -> str:
@@ -251,6 +269,29 @@ def resources(kernel: Kernel) -> dict[str, object]:
         usage = dict(re.findall(r"(\w+):(\d+)", tool("--dump-resource-usage").splitlines()[-1]))
         code = tool("-sass")
     return {
+        "registers": int(usage["REG"]),
+        "stack": int(usage["STACK"]),  # what registers spill to
+        "local": int(usage["LOCAL"]),
+        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.MULTILINE)),
+    }
+
+
+def amd_resources(assembly: str) -> dict[str, int]:
+    """Of compiled code for AMD's GPUs, whose scalar registers spill to vector registers."""
+    usage = dict(re.findall(r"^\s+\.(\w+): +(\d+)$", assembly, re.MULTILINE))
+    return {
+        "registers": int(usage["vgpr_count"]),
+        "stack": int(usage["vgpr_spill_count"]),
+        "local": int(usage["private_segment_fixed_size"]),
+        "instructions": len(re.findall(r"^\t[a-z]\w*", assembly, re.MULTILINE)),
+    }
+
+
+def resources(kernel: Kernel) -> dict[str, object]:
+    """Registers, spills and instructions of one configuration."""
+    compiled = compile_kernel(kernel)
+    gpu = kernel.target.gpu
+    return {
         "target": kernel.target.name,
         "divergence": kernel.divergence,
         "dtype": kernel.dtype,
@@ -259,11 +300,12 @@ def resources(kernel: Kernel) -> dict[str, object]:
         "options": kernel.options,
         "split": kernel.split,
         "phase": kernel.phase,
-        "threads": 32 * compiled.metadata.num_warps,
-        "registers": int(usage["REG"]),
-        "stack": int(usage["STACK"]),  # what registers spill to
-        "local": int(usage["LOCAL"]),
-        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.MULTILINE)),
+        "threads": gpu.warp_size * compiled.metadata.num_warps,
+        **(
+            nvidia_resources(compiled.asm["cubin"])
+            if gpu.backend == "cuda"
+            else amd_resources(compiled.asm["amdgcn"])
+        ),
     }
 
 
