@@ -48,6 +48,18 @@ KD_DEVICE uint4 load_16(const void* from) {
   return x;
 }
 
+// 32 bytes. Through the first-level cache: the halves of a warp's 32-byte sectors are asked for in
+// turn, and the second ones are to find what the first ones brought.
+KD_DEVICE void load_32(const char* from, uint4& first, uint4& second) {
+  const auto load = [](const char* from, uint4& x) {
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "l"(from));
+  };
+  load(from, first);
+  load(from + 16, second);
+}
+
 // Starts a copy of 16 bytes to shared memory, past the first-level cache and registers: all of a
 // thread's copies are on their way at once. It may read them after wait_for_copies().
 KD_DEVICE void copy_16(void* shared, const void* global) {

@@ -115,8 +115,10 @@ class StreamingRow {
                        Vectors& vectors) const {
     if (!columns_.aligned) return;
     const char* from = row + place.begin * item_size(dtype);
-    vectors.first = load_16(from);
-    if (dtype == DType::kFloat32) vectors.second = load_16(from + 16);
+    if (dtype == DType::kFloat32)
+      load_32(from, vectors.first, vectors.second);
+    else
+      vectors.first = load_16(from);
   }
 
   KD_DEVICE void read(const char* row, DType dtype, const Place<kCount>& place,

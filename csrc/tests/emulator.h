@@ -264,6 +264,11 @@ inline uint4 load_16(const void* address, KD_HERE) {
   return *static_cast<const uint4*>(address);
 }
 
+inline void load_32(const char* address, uint4& first, uint4& second, KD_HERE) {
+  first = load_16(address, where);
+  second = load_16(address + 16, where);
+}
+
 inline void copy_16(void* shared, const void* global, KD_HERE) {
   if (!emulator::put_off({shared, global}, where))
     *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
