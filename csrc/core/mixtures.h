@@ -48,6 +48,13 @@ struct Mixture : Defaults {
     return (share * weights.p) * x.p + ((rest * weights.q) * x.q + FLT_MIN);
   }
 
+  // p / m or q / m of a far row's point, never 0: its logarithm has an error of its own size, while
+  // those of p and m would round where they are large.
+  template <class F>
+  KD_INLINE F over_m(F exponential, float weight, const Point<F>& x, Weights weights) const {
+    return quotient(weight * exponential + FLT_MIN, far_of(x, weights));
+  }
+
   // log(m / p) and log(m / q) away from the teacher, given (q - p) / m.
   template <class F>
   struct Logs {
@@ -125,15 +132,14 @@ struct SkewForwardKL : Mixture {
 
   template <class F>
   KD_INLINE Term<F> far(const Point<F>& x, Weights weights) const {
-    const F m = far_of(x, weights);
-    return {x.p * (x.log_p - log2(m)), x.p * quotient(x.q, m)};
+    const F ratio = over_m(x.p, weights.p, x, weights);
+    return {x.p * log2(ratio), x.q * ratio};
   }
 
   KD_INLINE double far_value(double value, double slope, Weights weights, Rounding added) const {
-    return kNatsPerBit * (weights.p * value - added.log_p) + added.p +
-           far_unit(weights) * slope * (added.p - added.q);
+    return kNatsPerBit * weights.p * value + far_unit(weights) * slope * (added.p - added.q);
   }
-  KD_INLINE double far_unit(Weights weights) const { return -(double)rest * weights.p * weights.q; }
+  KD_INLINE double far_unit(Weights weights) const { return -(double)rest * weights.q; }
 };
 
 // KL(q || alpha q + (1 - alpha) p). Ko et al. 2024 (DistiLLM).
@@ -153,17 +159,20 @@ struct SkewReverseKL : Mixture {
             slope(x, log - rest * share * quotient(difference, m))};
   }
 
+  // Where the student's share is large, slopes nearly cancel, and what is off in p and q counts.
+  KD_INLINE bool has_far() const { return share >= 0.25f && rest >= kLeastShare; }
+
   KD_INLINE double kl_from() const { return kFarFrom / (share * share); }
 
   template <class F>
   KD_INLINE Term<F> far(const Point<F>& x, Weights weights) const {
-    const F m = far_of(x, weights), value = x.q * (x.log_q - log2(m));
-    return {value, value - (kBitsPerNat * rest * weights.q) * x.q * quotient(x.q, m)};
+    const F ratio = over_m(x.q, weights.q, x, weights), log = log2(ratio);
+    return {x.q * log, x.q * (log - (kBitsPerNat * rest) * ratio)};
   }
 
   KD_INLINE double far_value(double value, double slope, Weights weights, Rounding added) const {
-    return kNatsPerBit * (weights.q * value - added.log_q) + added.p +
-           far_unit(weights) * (value - slope) * (added.q - added.p);
+    const double unit = far_unit(weights);
+    return unit * value + (1 - unit * (value - slope)) * (added.p - added.q);
   }
   KD_INLINE double far_unit(Weights weights) const { return kNatsPerBit * weights.q; }
 };

@@ -12,7 +12,7 @@ namespace {
 
 using namespace kd;
 
-constexpr int64_t kRows = 4, kVocab = 4000;  // a whole block and a part of one
+constexpr int64_t kRows = 4, kVocab = 4001;  // a whole block and a part of one, padded
 
 // Multiples of 1/64 in [-8, 8).
 std::vector<float> logits(uint32_t seed) {

@@ -51,6 +51,12 @@ class RowBlocks {
     return direct ? direct : gradient_block_;
   }
 
+  // For formulas that know no infinite logits: what pads the end of a row, whose exponentials are
+  // 0, becomes the same of both models, and so low that powers of their own are 0 too.
+  void pad_finitely(int n) {
+    for (int i = n; i % kPair != 0; ++i) student_block_[i] = teacher_block_[i] = kLowestLogit;
+  }
+
   // Whether blocks of n pass no buffer in any sweep: what is kept of them lies in a View's order.
   bool is_plain(int n) const { return plain_ && n % kPair == 0; }
 

@@ -125,8 +125,7 @@ class RowPair : protected RowBlocks {
   // Adds a block to the sums of the KL divergences that the divergence asks for.
   template <class Student, class Teacher>
   void compare(Student s, Teacher t, int64_t begin, int n, KLSums& kl) {
-    // What pads the end of a row would be -inf - -inf; its exponentials are 0.
-    for (int i = n; i % kPair != 0; ++i) student_block_[i] = teacher_block_[i] = 0;
+    pad_finitely(n);
     constexpr int kRun = 4 * kPair;
     const Gap gap(student_softmax_, teacher_softmax_);
     const float* s_kept = student_kept_ + begin;
@@ -209,6 +208,7 @@ class RowPair : protected RowBlocks {
     const Upcoming next_student(params_.student, next_), next_teacher(params_.teacher, next_);
     for_blocks(params_.vocab, [&](int64_t begin, int n) {
       view_pair<kStoresGradient>(begin, n, [&](auto s, auto t, auto g) {
+        if constexpr (kFar) pad_finitely(n);
         // In registers, as are the sums.
         const Points<kFar> point = points;
         const Divergence divergence = divergence_;
@@ -253,8 +253,8 @@ class RowPair : protected RowBlocks {
     if constexpr (kSizes) sums.largest = largest(sizes);
     if constexpr (kFar) {
       sums.unit = divergence_.far_unit(points.weights);
-      sums.value =
-          divergence_.far_value(value_sum < 0 ? 0 : value_sum, slope_sum, points.weights, {});
+      sums.value = divergence_.far_value(value_sum < 0 ? 0 : value_sum, slope_sum, points.weights,
+                                         rounding_of(points, student_softmax_, teacher_softmax_));
     }
     return sums;
   }

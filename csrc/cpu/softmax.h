@@ -100,6 +100,7 @@ class Softmax {
 
   // What exponentials are relative to.
   float reference() const { return reference_; }
+  float c() const { return c_; }
 
   // What makes a kept exponential, or one of exponent(), a probability.
   double scale() const { return exponent_.correction() / sum_; }
@@ -107,6 +108,7 @@ class Softmax {
 
   // log(sum exp((x - reference) / T)).
   double log_sum() const { return ::log(sum_); }
+  double log2_sum() const { return ::log2(sum_); }
 
   // T log(sum exp(x / T)).
   double log_sum_exp(double temperature) const {
@@ -120,16 +122,22 @@ class Softmax {
   Exponent exponent_;
 };
 
-// log p of logits x = (x - origin) / T - rest, to the base that has `per_nat` units to a nat: what
-// is large is subtracted before it costs digits.
+// log p of logits x = (x - origin) / T - rest.
 class LogProbability {
  public:
-  LogProbability(double log_sum_exp, double temperature, double per_nat = 1)
+  // In nats: what is large is subtracted before it costs digits.
+  LogProbability(double log_sum_exp, double temperature)
       : origin_((float)log_sum_exp),
-        scale_((float)(per_nat / temperature)),
-        rest_((float)((log_sum_exp - origin_) * per_nat / temperature)) {}
+        scale_((float)(1 / temperature)),
+        rest_((float)((log_sum_exp - origin_) / temperature)) {}
+
+  // To base 2: with the exponents of kept exponentials, whose rounding cancels in terms then.
+  explicit LogProbability(const Softmax& softmax)
+      : origin_(softmax.reference()), scale_(softmax.c()), rest_((float)softmax.log2_sum()) {}
 
   KD_INLINE Vec operator()(Vec x) const { return (x - origin_) * scale_ - rest_; }
+
+  float rest() const { return rest_; }
 
  private:
   float origin_, scale_, rest_;
@@ -161,15 +169,28 @@ struct Points {
   Points(const Softmax& student, const Softmax& teacher, double temperature, double s_lse,
          double t_lse)
       : weights{(float)teacher.scale(), (float)student.scale()},
-        s_log(s_lse, temperature, kFar ? kBitsPerNat : 1),
-        t_log(t_lse, temperature, kFar ? kBitsPerNat : 1) {
+        s_log(log_probability(student, s_lse, temperature)),
+        t_log(log_probability(teacher, t_lse, temperature)) {
     const bool shifted = ::fabs(s_lse - t_lse) > 4;
     s_origin = shifted ? (float)s_lse : 0;
     t_origin = shifted ? (float)t_lse : 0;
     inverse_temperature = (float)(1 / temperature);
     offset = (float)(((t_lse - t_origin) - (s_lse - s_origin)) / temperature);
   }
+
+  static LogProbability log_probability(const Softmax& softmax, double lse, double temperature) {
+    return kFar ? LogProbability(softmax) : LogProbability(lse, temperature);
+  }
 };
+
+// How far rounding put the points of a far row off.
+inline Rounding rounding_of(const Points<true>& points, const Softmax& student,
+                            const Softmax& teacher) {
+  return {(float)(teacher.log2_sum() - points.t_log.rest()),
+          (float)(student.log2_sum() - points.s_log.rest()),
+          (float)(points.weights.p / teacher.scale() - 1),
+          (float)(points.weights.q / student.scale() - 1)};
+}
 
 // How much further a student's logit lies above its reference than the teacher's above its own.
 struct Gap {
