@@ -1,7 +1,8 @@
 """The code of docs/trainers.md, run as it stands, against plain PyTorch and the losses it replaces.
 
 transformers, TRL and torchtune are no requirement of the tests: `benchmarks/requirements-peers.txt`
-and its neighbour say how to install them. Liger's part of the page is in tests/test_liger.py.
+and its neighbour say how to install them. Other parts of the page are in tests/test_liger.py,
+test_deepspeed.py, test_lightning.py and test_megatron.py.
 """
 
 from __future__ import annotations
@@ -392,4 +393,5 @@ def test_torchtune_losses(divergence, name, argument, entropies):
 
 def test_every_section_with_code_is_run():
     tested = {"Your own loop", "Hugging Face Trainer", "TRL", "Liger", "torchtune"}
+    tested |= {"DeepSpeed", "Lightning", "Megatron", "ModelOpt"}  # each in a file of its name
     assert {name for name, text in SECTIONS.items() if "```python" in text} == tested
