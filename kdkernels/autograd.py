@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from . import ops
-from .options import LinearOptions, LogitsOptions
+from .options import LinearOptions, LogitsOptions, replaced
 from .watchers import goes_straight, transforms_active
 
 _ops = torch.ops.kdkernels
@@ -151,7 +151,7 @@ class LinearLossPerToken(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, count, linear, options, *tensors):
-        no_gradient = linear._replace(needs_grad=[False] * len(linear.needs_grad))
+        no_gradient = replaced(linear, needs_grad=[False] * len(linear.needs_grad))
         loss, metrics, _ = _linear_loss(count, no_gradient, options, tensors)
         ctx.unsaved = ()
         if not torch.compiler.is_compiling():
@@ -177,7 +177,7 @@ class LinearLossPerToken(torch.autograd.Function):
         if tensors[position] is not None:
             token_weight = token_weight * tensors[position]
         tensors[position] = token_weight
-        weighted = options._replace(reduction="sum", metrics=False)
+        weighted = replaced(options, reduction="sum", metrics=False)
         gradients = _linear_loss(count, linear, weighted, tensors)[2]
         for i, (gradient, needed) in enumerate(zip(gradients, linear.needs_grad, strict=True)):
             results[i] = gradient.to(tensors[i].dtype) if needed else None
@@ -216,9 +216,8 @@ def linear_loss(
     """Loss and stacked metrics of student logits sum(hidden @ weight.T) + bias."""
     student = (*student_hidden, *student_weight, student_bias)
     grad = torch.is_grad_enabled()
-    linear = linear._replace(
-        needs_grad=[grad and x is not None and x.requires_grad for x in student]
-    )
+    needs_grad = [grad and x is not None and x.requires_grad for x in student]
+    linear = replaced(linear, needs_grad=needs_grad)
     tensors = (*student, *teacher, *per_token, normalizer, row_index)
     arguments = (len(student_hidden), linear, options)
     if not any(linear.needs_grad):

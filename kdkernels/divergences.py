@@ -68,7 +68,8 @@ class Divergence:
 
     def kernel(self) -> tuple[str, float, float]:
         """The compiled divergence's name and its two parameters (0 where it has fewer)."""
-        first, second, *_ = (*vars(self).values(), 0.0, 0.0)  # its fields, in order
+        names: tuple[str, ...] = self.__match_args__  # vars() stops torch.compile of torch 2.8
+        first, second, *_ = (*(getattr(self, name) for name in names), 0.0, 0.0)
         return self.name, float(first), float(second)  # Triton takes no other numbers
 
 

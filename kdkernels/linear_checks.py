@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import checks, scalars
+from . import checks, scalars, watchers
 
 
 def terms(value: Tensor | Sequence[Tensor]) -> list[Tensor]:
@@ -29,13 +29,13 @@ def as_tensor(name: str, value: Tensor | np.ndarray | None) -> Tensor | None:
         raise type(error)(f"{name} is an array that torch cannot read: {error}") from None
 
 
-def _autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+def _autocast(device: torch.device) -> bool:
+    return watchers.has_autocast(device) and torch.is_autocast_enabled(device.type)
 
 
 def product_dtype(weight: Tensor) -> torch.dtype:
     """What F.linear would compute in."""
-    if weight.dtype != torch.float64 and _autocast(weight.device.type):
+    if weight.dtype != torch.float64 and _autocast(weight.device):
         return torch.get_autocast_dtype(weight.device.type)
     return weight.dtype
 
@@ -65,7 +65,7 @@ def check_student(
     for h, w in zip(hidden, weight, strict=True):
         _check_head("student", h, w)
         # Autocast casts both, save for float64.
-        cast = _autocast(w.device.type) and torch.float64 not in (h.dtype, w.dtype)
+        cast = _autocast(w.device) and torch.float64 not in (h.dtype, w.dtype)
         if h.dtype != w.dtype and not cast:
             raise TypeError(
                 f"student_hidden is {h.dtype}, expected the dtype of student_weight, {w.dtype}: "
@@ -172,7 +172,7 @@ def _check_bias(name: str, bias: Tensor | None, weight: Tensor) -> None:
         raise ValueError(f"{name} has shape {tuple(bias.shape)}, expected ({weight.shape[0]},)")
     if bias.device != weight.device:
         raise ValueError(f"{name} is on {bias.device}, expected {weight.device}")
-    if bias.dtype != weight.dtype and not _autocast(weight.device.type):
+    if bias.dtype != weight.dtype and not _autocast(weight.device):
         raise TypeError(f"{name} is {bias.dtype}, expected {weight.dtype}, that of the weight")
 
 

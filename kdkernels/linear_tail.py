@@ -7,7 +7,7 @@ teacher's lists.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from .autograd import check_backward, check_no_transform
 from .linear_models import SomeRows, Student
 from .linear_ops import check_memory, fake_gradients
 from .ops import IMPLEMENTATIONS, library
-from .options import LinearOptions, TailOptions
+from .options import LinearOptions, TailOptions, replaced
 from .tail import SCALARS, log_sum_exps
 from .top import Top
 
@@ -173,7 +173,7 @@ class _LinearListedAndTails(torch.autograd.Function):
             tails,
             grad_tails.to(torch.float32),
             grad_listed.to(torch.float32),
-            *linear._replace(needs_grad=needs),
+            *replaced(linear, needs_grad=needs),
             *options,
         )
         results = [
@@ -183,7 +183,8 @@ class _LinearListedAndTails(torch.autograd.Function):
         return *(None,) * 6, *results
 
 
-class Head(NamedTuple):
+@dataclass(frozen=True)
+class Head:
     """A student of hidden states and heads, whose logits are the sum of their products."""
 
     hidden: list[Tensor]  # each (..., hidden)
@@ -208,7 +209,7 @@ class Head(NamedTuple):
         """See :meth:`kdkernels.tail.Student.listed_and_tails`."""
         check_no_transform("linear_sparse_kd_loss")
         student = *self.hidden, *self.weight, self.bias
-        no_gradient = self.linear._replace(needs_grad=[False] * len(student))
+        no_gradient = replaced(self.linear, needs_grad=[False] * len(student))
         arguments = len(self.hidden), no_gradient, options, with_top, listed, kept
         listed_logits, tails, *top = _LinearListedAndTails.apply(*arguments, *student)
         return listed_logits, tails, Top(*top) if with_top else None

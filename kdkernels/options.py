@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+
+Options = TypeVar("Options", bound=tuple)
 
 #: Names of the per-token metrics, in the order kernels write them.
 METRICS = ("divergence", "cross_entropy", "teacher_entropy", "student_entropy", "agreement")
@@ -18,6 +20,12 @@ TAILS = ("bucket", "renormalize", "drop", "sampled")
 SHARD_PHASES = ("states", "sums", "gradient")
 SHARD_STATES = ("student_base", "student_sum", "student_sum_at_1", "teacher_base", "teacher_sum")
 SHARD_SUMS = ("value", "slope", "shift", "largest_slope", "student_entropy", "teacher_entropy")
+
+
+def replaced(options: Options, **changes: Any) -> Options:
+    """``options._replace(**changes)``, which torch.compile of torch 2.8 cannot trace."""
+    kind: Any = type(options)
+    return kind(*[changes.get(n, x) for n, x in zip(kind._fields, options, strict=True)])
 
 
 class LogitsOptions(NamedTuple):
@@ -64,7 +72,6 @@ class TailOptions(NamedTuple):
     softcap: float  # 0: none
     vocab: int
 
-    @property
     def temperatures(self) -> tuple[float, ...]:
         return (self.temperature, 1.0) if self.at_1 else (self.temperature,)
 

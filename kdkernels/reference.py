@@ -112,7 +112,7 @@ def not_negative(value: Tensor) -> Tensor:
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """The dtypes of the definition are its own."""
-    if torch.amp.is_autocast_available(device.type):
+    if watchers.has_autocast(device):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 

@@ -6,7 +6,7 @@ of the whole is their log-sum-exp and all of the listed ones.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from .tail import AnyStudent
 from .top import Top
 
 
-class ShardedStudent(NamedTuple):
+@dataclass(frozen=True)
+class ShardedStudent:
     """A student of which this process has some columns."""
 
     shard: AnyStudent

@@ -6,7 +6,8 @@ over the logits in the forward, and one in the backward that writes their gradie
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -120,7 +121,7 @@ def log_sum_exps(tails: Tensor, options: TailOptions) -> Tensor:
     return torch.stack(
         [
             origin / temperature + log_sum
-            for temperature, log_sum in zip(options.temperatures, log_sums, strict=True)
+            for temperature, log_sum in zip(options.temperatures(), log_sums, strict=True)
         ]
     )
 
@@ -142,7 +143,8 @@ class AnyStudent(Protocol):
     ) -> tuple[Tensor, Tensor, Top | None]: ...
 
 
-class Student(NamedTuple):
+@dataclass(frozen=True)
+class Student:
     """A student of logits ``(..., vocab)``."""
 
     logits: Tensor
@@ -174,14 +176,14 @@ class Student(NamedTuple):
 
         Returns:
             Listed logits ``(..., m)`` as stored, and anything where -1 is listed; log-sum-exps
-            ``(1 + at_1, ...)`` of all other transformed logits at ``options.temperatures``, and
+            ``(1 + at_1, ...)`` of all other transformed logits at ``options.temperatures()``, and
             anything where ``kept`` is False; both float64 and differentiable. And the top token.
         """
-        student, _, backend = self
+        student, backend = self.logits, self.backend
         top = Top.of(student, options.vocab) if with_top else None
         if student.shape[-1] == 0:  # as a shard may have it
             nothing = student.sum(-1).double()
-            tails = (nothing - torch.inf).expand(len(options.temperatures), *kept.shape)
+            tails = (nothing - torch.inf).expand(len(options.temperatures()), *kept.shape)
             return nothing.unsqueeze(-1).expand(listed.shape), tails, top
         if not with_tails:
             kept = torch.zeros_like(kept)
@@ -206,6 +208,6 @@ def _reference(
     tail = torch.where(is_listed[..., :-1], -torch.inf, tail)
     # A softmax over +inf is none.
     tail = torch.where(tail == torch.inf, torch.nan, tail)
-    log_sum_exps = [reference.log_sum_exp(tail / t) for t in options.temperatures]
+    log_sum_exps = [reference.log_sum_exp(tail / t) for t in options.temperatures()]
     listed_logits = student.gather(-1, listed.clamp(min=0)).to(compute)
     return listed_logits, torch.stack(log_sum_exps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from functools import reduce
 
+import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 from torch.overrides import has_torch_function
@@ -36,6 +37,11 @@ except ImportError:
     def transforms_active() -> bool:
         """Whether torch.func transforms what runs."""
         return False
+
+
+def has_autocast(device: torch.device) -> bool:
+    """Where torch.autocast works: torch.compile of torch 2.8 cannot trace PyTorch's own answer."""
+    return device.type != "meta"
 
 
 def may_look(tensor: Tensor) -> bool:

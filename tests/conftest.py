@@ -37,7 +37,9 @@ torch.set_num_threads(1)
 def _poisoned(function):
     def allocate(*args, **kwargs):
         tensor = function(*args, **kwargs)
-        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+        if tensor.is_floating_point():
+            tensor.detach().fill_(torch.nan)  # detached: a leaf that requires grad is not written
+        return tensor
 
     return allocate
 

@@ -302,7 +302,7 @@ DISTRIBUTED = """
 import sys, torch, torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from kdkernels import LinearKDHead
 
@@ -337,6 +337,10 @@ for kind in ("ddp", "fsdp of the head", "fsdp of the module", "fsdp of the model
         elif kind == "fsdp of the module":
             fully_shard(model.head, mesh=mesh)
         fully_shard(model, mesh=mesh)
+        # gloo has no mean of its own: some versions of torch take its sum for one without this.
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_force_sum_reduction_for_comms(True)
     for _ in range(2):
         model.zero_grad()
         model(x[part], hidden[part], weight).backward()

@@ -12,6 +12,8 @@ from ..divergences import DIVERGENCES, REGISTERED, Divergence
 from ..options import METRICS, LogitsOptions, TailOptions
 from .rows import address, check_in_place, dtype_refusals, has_row_scale, in_rows
 
+_INSTALLED = importlib.util.find_spec("triton") is not None
+
 
 def _interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors."""
@@ -21,7 +23,7 @@ def _interpreted() -> bool:
 def why_not(student: Tensor, teacher: Tensor, divergence: Divergence) -> list[str]:
     """Why this backend cannot serve a call; empty if it can."""
     reasons = []
-    if importlib.util.find_spec("triton") is None:
+    if not _INSTALLED:
         reasons.append("Triton is not installed")
     if student.device.type == "cpu" and not _interpreted():
         reasons.append("the tensors are on cpu and TRITON_INTERPRET is not set")
