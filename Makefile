@@ -7,6 +7,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+# Triton up to 3.6, which older versions of torch bring along, needs NUMPY='numpy<2.4' for the tests.
+NUMPY ?= numpy
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 EMULATED ?= $(CURDIR)/build/emulated
@@ -55,7 +57,7 @@ format: $(VENV)/.lint
 # Torch first: resolved as a dependency, pip would take its newest build.
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "$(TORCH)" numpy
+	$(BIN)/pip install --quiet "$(TORCH)" "$(NUMPY)"
 	touch $@
 
 $(VENV)/.built: $(VENV)/.torch $(BUILD_INPUTS)

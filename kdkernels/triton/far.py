@@ -73,7 +73,7 @@ def is_far(kl, far):
         value += kl.reverse * far.reverse
     done = exceeds(value, far.kl_threshold)
     if far.IS_KL:
-        done = done & (tl.abs(kl.offset) <= MOST_CANCELLED * value)
+        done = done & (tl.abs(kl.offset) <= value * MOST_CANCELLED)
     return done, value
 
 
