@@ -205,6 +205,16 @@ def test_strides(backend, shape, dtype):
         assert_matches(actual, expected, "forward_kl", dtype)
 
 
+def test_rows_at_more_than_two_strides(backend):
+    """Kernels read a copy, which has to last as long as they do."""
+    student, teacher = correlated_pair(4, 3, 2, 2048)
+    entries = top(teacher, 7)
+    expected = oracle(student, *entries)
+    view = student.permute(2, 1, 0, 3).contiguous().permute(2, 1, 0, 3)
+    actual = run(backend, view, *entries)
+    assert_matches(actual, expected, "forward_kl", torch.float32)
+
+
 @pytest.mark.parametrize("tail", ["bucket", "renormalize", "drop"])
 @pytest.mark.parametrize("divergence", ["jsd", "forward_kl", "reverse_kl"])
 def test_a_whole_teacher_is_an_ordinary_one(backend, tail, divergence):

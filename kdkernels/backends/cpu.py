@@ -104,8 +104,9 @@ def _float() -> Tensor:
 
 def tails(student: Tensor, listed: Tensor, kept: Tensor | None, o: TailOptions) -> Tensor:
     """References and log-sum-exps ``(o.results, ...)`` of the columns that are not listed."""
+    student = in_rows(student)  # held on to: a kernel has no more than its address
     result = _floats((o.results, *student.shape[:-1]))
-    _C.tail_cpu(*tail_call(in_rows(student), listed, kept, o, result, torch.get_num_threads()))
+    _C.tail_cpu(*tail_call(student, listed, kept, o, result, torch.get_num_threads()))
     return result
 
 
@@ -121,9 +122,10 @@ def tails_gradient(
     """The gradient of the log-sum-exps and of the listed logits, written into ``gradient``."""
     if gradient is student:
         check_in_place(student)
+    student = in_rows(student)
     gradients = gradient, grad_tails, grad_listed
     threads = torch.get_num_threads()
-    _C.tail_cpu(*tail_call(in_rows(student), listed, None, o, tails, threads, gradients=gradients))
+    _C.tail_cpu(*tail_call(student, listed, None, o, tails, threads, gradients=gradients))
 
 
 def scale_gradient(gradient: Tensor, grad_output: Tensor, row_scale: Tensor | None) -> None:

@@ -137,9 +137,10 @@ def shard(
 
 def tails(student: Tensor, listed: Tensor, kept: Tensor | None, o: TailOptions) -> Tensor:
     """References and log-sum-exps ``(o.results, ...)`` of the columns that are not listed."""
+    student = in_rows(student)  # held on to: a kernel has no more than its address
     shape = o.results, *student.shape[:-1]
     result = torch.empty(shape, dtype=torch.float32, device=student.device)
-    call = tail_call(in_rows(student), listed, kept, o, result)
+    call = tail_call(student, listed, kept, o, result)
     if result.numel() > 0:
         _launch(_C.tail_cuda, student, *call)
     return result
@@ -157,8 +158,9 @@ def tails_gradient(
     """The gradient of the log-sum-exps and of the listed logits, written into ``gradient``."""
     if gradient is student:
         check_in_place(student)
+    student = in_rows(student)
     gradients = gradient, grad_tails, grad_listed
-    call = tail_call(in_rows(student), listed, None, o, tails, gradients=gradients)
+    call = tail_call(student, listed, None, o, tails, gradients=gradients)
     if gradient.numel() > 0:
         _launch(_C.tail_cuda, student, *call)
 
