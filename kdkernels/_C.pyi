@@ -1,4 +1,18 @@
+# The structs of csrc/core/params.h as tuples, see kdkernels/backends/rows.py.
 Rows = tuple[int, int, int, int, int, int]
+# fmt: off
+LogitsParams = tuple[
+    int, int, Rows, Rows, Rows | None, int,
+    float, float, float, float, float, float, float, float, float,
+    int, int, int, int, int, float, float, int, int, int,
+]
+ShardParams = tuple[LogitsParams, int, bool, int, int]
+TailParams = tuple[
+    int, int, Rows, Rows | None, float, float, float, bool,
+    int, int, int, int, int, int,
+]
+# fmt: on
+ScaleParams = tuple[int, Rows, int, int, int]
 
 class Memory:
     def __init__(self, bytes: int) -> None: ...
@@ -7,148 +21,12 @@ class Memory:
 def release_kept_memory() -> int: ...
 def instruction_sets() -> list[str]: ...
 def divergences() -> list[str]: ...
-def logits_cpu(
-    rows: int,
-    vocab: int,
-    student: Rows,
-    teacher: Rows,
-    gradient: Rows | None,
-    divergence: int,
-    parameter_0: float,
-    parameter_1: float,
-    temperature: float,
-    student_scale: float,
-    student_softcap: float,
-    teacher_scale: float,
-    teacher_softcap: float,
-    kd_weight: float,
-    ce_weight: float,
-    labels: int,
-    ignore_index: int,
-    token_weight: int,
-    reduction: int,
-    normalizer: int,
-    gradient_scale: float,
-    row_scale: int,
-    loss: int,
-    metrics: int,
-    threads: int,
-    /,
-) -> None: ...
-
-class ShardParams:
-    def __init__(
-        self,
-        phase: int,
-        rows: int,
-        vocab: int,
-        student: Rows,
-        teacher: Rows,
-        gradient: Rows | None,
-        divergence: int,
-        parameter_0: float,
-        parameter_1: float,
-        temperature: float,
-        student_scale: float,
-        student_softcap: float,
-        teacher_scale: float,
-        teacher_softcap: float,
-        kd_weight: float,
-        ce_weight: float,
-        entropies: bool,
-        labels: int,
-        weight: int,
-        gradient_scale: float,
-        row_scale: int,
-        states: int,
-        sums: int,
-        /,
-    ) -> None: ...
-
+def logits_cpu(params: LogitsParams, threads: int, /) -> None: ...
 def shard_cpu(params: ShardParams, threads: int, /) -> bool: ...
-def shard_cuda(params: ShardParams, device: int, stream: int, /) -> bool: ...
-def tail_cpu(
-    rows: int,
-    vocab: int,
-    student: Rows,
-    gradient: Rows | None,
-    temperature: float,
-    at_1: bool,
-    scale: float,
-    softcap: float,
-    listed: int,
-    listed_size: int,
-    kept: int,
-    tails: int,
-    grad_tails: int,
-    grad_listed: int,
-    threads: int,
-    /,
-) -> None: ...
-def scale_cpu(
-    rows: int,
-    gradient: Rows,
-    grad_output: int,
-    grad_output_stride: int,
-    row_scale: int,
-    threads: int,
-    /,
-) -> None: ...
+def tail_cpu(params: TailParams, threads: int, /) -> None: ...
+def scale_cpu(params: ScaleParams, threads: int, /) -> None: ...
 def cuda_why_not(device: int, /) -> str: ...
-def logits_cuda(
-    rows: int,
-    vocab: int,
-    student: Rows,
-    teacher: Rows,
-    gradient: Rows | None,
-    divergence: int,
-    parameter_0: float,
-    parameter_1: float,
-    temperature: float,
-    student_scale: float,
-    student_softcap: float,
-    teacher_scale: float,
-    teacher_softcap: float,
-    kd_weight: float,
-    ce_weight: float,
-    labels: int,
-    weight: int,
-    normalizer: int,
-    divisor: float,
-    gradient_scale: float,
-    row_scale: int,
-    loss: int,
-    metrics: int,
-    device: int,
-    stream: int,
-    /,
-) -> None: ...
-def tail_cuda(
-    rows: int,
-    vocab: int,
-    student: Rows,
-    gradient: Rows | None,
-    temperature: float,
-    at_1: bool,
-    scale: float,
-    softcap: float,
-    listed: int,
-    listed_size: int,
-    kept: int,
-    tails: int,
-    grad_tails: int,
-    grad_listed: int,
-    device: int,
-    stream: int,
-    /,
-) -> None: ...
-def scale_cuda(
-    rows: int,
-    gradient: Rows,
-    grad_output: int,
-    grad_output_stride: int,
-    row_scale: int,
-    device: int,
-    stream: int,
-    /,
-) -> None: ...
+def logits_cuda(params: LogitsParams, device: int, stream: int, /) -> None: ...
+def shard_cuda(params: ShardParams, device: int, stream: int, /) -> bool: ...
+def tail_cuda(params: TailParams, device: int, stream: int, /) -> None: ...
+def scale_cuda(params: ScaleParams, device: int, stream: int, /) -> None: ...

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from ..divergences import Divergence
 from ..extension import _C, missing
-from ..options import METRICS, REDUCTIONS, LogitsOptions, TailOptions
+from ..options import METRICS, LogitsOptions, TailOptions
 from .rows import (
     address,
     check_in_place,
     extension_refusals,
-    gradient_scale,
     has_row_scale,
     in_rows,
-    pair_call,
-    rows_of,
-    shard_call,
-    tail_call,
+    logits_params,
+    scale_params,
+    shard_params,
+    tail_params,
 )
 
 _CPU = torch.device("cpu")
@@ -47,27 +44,27 @@ def logits_loss(
     lead = student.shape[:-1]
     if gradient is student:
         check_in_place(student)
-    with_scale = has_row_scale(gradient)
     loss = _floats(lead) if o.reduction == "none" else _float()
     metrics = _floats((len(METRICS), *lead)) if o.metrics else None
-    row_scale = _floats(lead) if with_scale else None
+    row_scale = _floats(lead) if has_row_scale(gradient) else None
     if not (student.is_contiguous() and teacher.is_contiguous()):
         student, teacher = in_rows(student), in_rows(teacher)
     labels = None if labels is None else labels.contiguous()
     token_weight = None if token_weight is None else token_weight.contiguous()
-    _C.logits_cpu(
-        *pair_call(student, teacher, gradient, o),
-        address(labels),
-        o.ignore_index,
-        address(token_weight),
-        REDUCTIONS.index(o.reduction),
-        address(normalizer),
-        gradient_scale(o) if with_scale else 1.0,
-        address(row_scale),
-        loss.data_ptr(),
-        address(metrics),
-        torch.get_num_threads(),
+    params = logits_params(
+        student,
+        teacher,
+        labels,
+        token_weight,
+        normalizer,
+        o,
+        gradient,
+        row_scale,
+        loss,
+        metrics,
+        o.reduction,
     )
+    _C.logits_cpu(params, torch.get_num_threads())
     return loss, metrics, row_scale
 
 
@@ -88,8 +85,8 @@ def shard(
     See ``ShardParams`` of csrc/core/params.h.
     """
     tensors = student, teacher, labels, weight, states, sums
-    call = shard_call(phase, *tensors, o, gradient, row_scale)
-    return _C.shard_cpu(_C.ShardParams(*call), torch.get_num_threads())
+    params = shard_params(phase, *tensors, o, gradient, row_scale)
+    return _C.shard_cpu(params, torch.get_num_threads())
 
 
 def _floats(shape: tuple[int, ...]) -> Tensor:
@@ -106,7 +103,8 @@ def tails(student: Tensor, listed: Tensor, kept: Tensor | None, o: TailOptions) 
     """References and log-sum-exps ``(o.results, ...)`` of the columns that are not listed."""
     student = in_rows(student)  # held on to: a kernel has no more than its address
     result = _floats((o.results, *student.shape[:-1]))
-    _C.tail_cpu(*tail_call(student, listed, kept, o, result, torch.get_num_threads()))
+    params = tail_params(student, listed, kept, o, result)
+    _C.tail_cpu(params, torch.get_num_threads())
     return result
 
 
@@ -124,20 +122,12 @@ def tails_gradient(
         check_in_place(student)
     student = in_rows(student)
     gradients = gradient, grad_tails, grad_listed
-    threads = torch.get_num_threads()
-    _C.tail_cpu(*tail_call(student, listed, None, o, tails, threads, gradients=gradients))
+    params = tail_params(student, listed, None, o, tails, gradients)
+    _C.tail_cpu(params, torch.get_num_threads())
 
 
 def scale_gradient(gradient: Tensor, grad_output: Tensor, row_scale: Tensor | None) -> None:
     """gradient *= grad_output * row_scale, in place; one number or one per row each."""
-    per_row = grad_output.dim() > 0
-    if not per_row and not address(row_scale) and grad_output.item() == 1:
+    if grad_output.dim() == 0 and not address(row_scale) and grad_output.item() == 1:
         return
-    _C.scale_cpu(
-        math.prod(gradient.shape[:-1]),
-        rows_of(gradient),
-        grad_output.data_ptr(),
-        1 if per_row else 0,
-        address(row_scale),
-        torch.get_num_threads(),
-    )
+    _C.scale_cpu(scale_params(gradient, grad_output, row_scale), torch.get_num_threads())

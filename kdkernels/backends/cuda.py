@@ -16,18 +16,17 @@ from ..extension import _C, missing
 from ..options import METRICS, LogitsOptions, TailOptions
 from .device import row_plan
 from .rows import (
-    address,
     check_in_place,
     extension_refusals,
-    gradient_scale,
     has_row_scale,
     in_rows,
-    pair_call,
-    rows_of,
-    shard_call,
-    tail_call,
+    logits_params,
+    scale_params,
+    shard_params,
+    tail_params,
 )
 
+P = TypeVar("P")
 T = TypeVar("T")
 
 _MAX_VOCAB = 2**30
@@ -68,11 +67,11 @@ def why_not(student: Tensor, teacher: Tensor, divergence: Divergence) -> list[st
     return reasons
 
 
-def _launch(function: Callable[..., T], on: Tensor, *arguments: object) -> T:
+def _launch(function: Callable[[P, int, int], T], on: Tensor, params: P) -> T:
     """Calls ``function`` for the device of ``on`` and its current stream."""
     with torch.cuda.device(on.device):
         stream = torch.cuda.current_stream()
-        return function(*arguments, stream.device_index, stream.cuda_stream)
+        return function(params, stream.device_index, stream.cuda_stream)
 
 
 def logits_loss(
@@ -90,27 +89,19 @@ def logits_loss(
     if gradient is student:
         check_in_place(student)
     student, teacher = in_rows(student), in_rows(teacher)
-    with_scale = has_row_scale(gradient)
     floats = functools.partial(torch.empty, dtype=torch.float32, device=student.device)
     loss = floats(lead)
     metrics = floats((len(METRICS), *lead) if o.metrics else 0)
-    row_scale = floats(lead if with_scale else 0)
+    row_scale = floats(lead if has_row_scale(gradient) else 0)
     plan = row_plan(labels, token_weight, normalizer, o, rows)
     labels = None if labels is None else labels.contiguous()
     if rows > 0:
-        _launch(
-            _C.logits_cuda,
-            student,
-            *pair_call(student, teacher, gradient, o),
-            address(labels),
-            address(plan.weight),
-            address(plan.normalizer),
-            plan.divisor,
-            gradient_scale(o) if with_scale else 1.0,
-            address(row_scale),
-            loss.data_ptr(),
-            address(metrics),
+        per_row = labels, plan.weight, plan.normalizer
+        results = row_scale, loss, metrics
+        params = logits_params(
+            student, teacher, *per_row, o, gradient, *results, "none", plan.divisor
         )
+        _launch(_C.logits_cuda, student, params)
     if o.reduction == "none":
         return loss, metrics, row_scale
     total = loss.sum() / plan.divisor
@@ -131,8 +122,8 @@ def shard(
 ) -> bool:
     """One phase of a shard of the vocabulary, as in ``backends/cpu.py``."""
     tensors = student, teacher, labels, weight, states, sums
-    call = shard_call(phase, *tensors, o, gradient, row_scale)
-    return _launch(_C.shard_cuda, student, _C.ShardParams(*call))
+    params = shard_params(phase, *tensors, o, gradient, row_scale)
+    return _launch(_C.shard_cuda, student, params)
 
 
 def tails(student: Tensor, listed: Tensor, kept: Tensor | None, o: TailOptions) -> Tensor:
@@ -140,9 +131,8 @@ def tails(student: Tensor, listed: Tensor, kept: Tensor | None, o: TailOptions) 
     student = in_rows(student)  # held on to: a kernel has no more than its address
     shape = o.results, *student.shape[:-1]
     result = torch.empty(shape, dtype=torch.float32, device=student.device)
-    call = tail_call(student, listed, kept, o, result)
     if result.numel() > 0:
-        _launch(_C.tail_cuda, student, *call)
+        _launch(_C.tail_cuda, student, tail_params(student, listed, kept, o, result))
     return result
 
 
@@ -160,21 +150,12 @@ def tails_gradient(
         check_in_place(student)
     student = in_rows(student)
     gradients = gradient, grad_tails, grad_listed
-    call = tail_call(student, listed, None, o, tails, gradients=gradients)
     if gradient.numel() > 0:
-        _launch(_C.tail_cuda, student, *call)
+        params = tail_params(student, listed, None, o, tails, gradients)
+        _launch(_C.tail_cuda, student, params)
 
 
 def scale_gradient(gradient: Tensor, grad_output: Tensor, row_scale: Tensor) -> None:
     """gradient *= grad_output * row_scale, in place; one number or one per row each."""
-    if gradient.numel() == 0:
-        return
-    _launch(
-        _C.scale_cuda,
-        gradient,
-        math.prod(gradient.shape[:-1]),
-        rows_of(gradient),
-        grad_output.data_ptr(),
-        1 if grad_output.dim() > 0 else 0,
-        address(row_scale),
-    )
+    if gradient.numel() > 0:
+        _launch(_C.scale_cuda, gradient, scale_params(gradient, grad_output, row_scale))

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..divergences import DIVERGENCES, Divergence
 from ..memory import dense_strides
-from ..options import SHARD_PHASES, LogitsOptions, TailOptions
+from ..options import REDUCTIONS, SHARD_PHASES, LogitsOptions, TailOptions
 
-_Rows = tuple[int, int, int, int, int, int]  # see rows_of
-# fmt: off
-_Pair = tuple[
-    int, int, _Rows, _Rows, "_Rows | None", int,
-    float, float, float, float, float, float, float, float, float,
-]
-# fmt: on
+if TYPE_CHECKING:
+    from .._C import LogitsParams, Rows, ScaleParams, ShardParams, TailParams
 
 #: Dtypes that compiled backends take, as numbered by csrc/core/params.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -116,7 +111,7 @@ def row_strides(tensor: Tensor) -> tuple[int, int, int]:
     return max(1, inner_size), outer, inner
 
 
-def rows_of(tensor: Tensor) -> tuple[int, int, int, int, int, int]:
+def rows_of(tensor: Tensor) -> Rows:
     """Address, dtype, width and row strides: Rows of csrc/core/params.h."""
     inner_size, outer, inner = row_strides(tensor)
     return tensor.data_ptr(), DTYPES[tensor.dtype], tensor.shape[-1], inner_size, outer, inner
@@ -142,13 +137,22 @@ def gradient_scale(o: LogitsOptions) -> float:
     return math.ldexp(1.0, max(-100, min(100, 12 - math.frexp(bound)[1]))) if bound else 1.0
 
 
-def pair_call(
+def logits_params(
     student: Tensor,  # (..., width), in rows
     teacher: Tensor,  # (..., width), in rows
-    gradient: Tensor | None,  # (..., width)
+    labels: Tensor | None,  # (...) int64, contiguous
+    token_weight: Tensor | None,  # (...) float32, contiguous
+    normalizer: Tensor | None,  # () float32
     o: LogitsOptions,
-) -> _Pair:
-    """What the kernels of every loss of a row pair take first."""
+    gradient: Tensor | None,  # (..., width)
+    row_scale: Tensor | None,  # (...) float32
+    loss: Tensor | None,  # (...) or () float32
+    metrics: Tensor | None,  # (5, ...) float32
+    reduction: str = "none",
+    divisor: float = 1.0,
+) -> LogitsParams:
+    """The fields of LogitsParams, see csrc/core/params.h."""
+    scale = address(row_scale)
     return (
         math.prod(student.shape[:-1]),
         o.vocab,
@@ -165,60 +169,80 @@ def pair_call(
         o.teacher_softcap,
         o.kd_weight,
         o.ce_weight,
+        address(labels),
+        o.ignore_index,
+        address(token_weight),
+        REDUCTIONS.index(reduction),
+        address(normalizer),
+        divisor,
+        gradient_scale(o) if scale else 1.0,
+        scale,
+        address(loss),
+        address(metrics),
     )
 
 
-def shard_call(
+def shard_params(
     phase: str,
     student: Tensor,  # (..., width), in rows
     teacher: Tensor,  # (..., width), in rows
     labels: Tensor | None,  # (...) int64, contiguous
     weight: Tensor,  # (...) float32, contiguous
-    states: Tensor,  # (rows, 5) float64
-    sums: Tensor | None,  # (rows, 6) float64
+    states: Tensor,  # (rows, 5) float64, contiguous
+    sums: Tensor | None,  # (rows, 6) float64, contiguous
     o: LogitsOptions,
     gradient: Tensor | None,  # (..., width)
     row_scale: Tensor | None,  # (...) float32
-) -> tuple[Any, ...]:
-    """The arguments of ``_C.ShardParams``, see csrc/core/params.h."""
+) -> ShardParams:
+    """The fields of ShardParams, likewise."""
+    rows = student, teacher, labels, weight
     return (
+        logits_params(*rows, None, o, gradient, row_scale, None, None),
         SHARD_PHASES.index(phase),
-        *pair_call(student, teacher, gradient, o),
         o.metrics,
-        address(labels),
-        address(weight),
-        1.0 if row_scale is None else gradient_scale(o),
-        address(row_scale),
         address(states),
         address(sums),
     )
 
 
-def tail_call(
+def tail_params(
     student: Tensor,  # (..., vocab), in rows
     listed: Tensor,  # (..., m) int64, contiguous
     kept: Tensor | None,  # (...) bool
     o: TailOptions,
     tails: Tensor,  # (o.results, ...)
-    *where: int,  # threads, or device and stream
     gradients: tuple[Tensor, Tensor, Tensor] | None = None,  # out, of tails, of what is listed
-) -> tuple[Any, ...]:
-    """The arguments of ``tail_cpu`` and ``tail_cuda``, see csrc/core/params.h."""
+) -> TailParams:
+    """The fields of TailParams, likewise."""
     gradient, grad_tails, grad_listed = gradients or (None, None, None)
     return (
         math.prod(student.shape[:-1]),
         o.vocab,
         rows_of(student),
         None if gradient is None else rows_of(gradient),
-        o.temperature,
-        o.at_1,
         o.scale,
         o.softcap,
+        o.temperature,
+        o.at_1,
         address(listed),
         listed.shape[-1],
         address(kept),
         address(tails),
         address(grad_tails),
         address(grad_listed),
-        *where,
+    )
+
+
+def scale_params(
+    gradient: Tensor,  # (..., width)
+    grad_output: Tensor,  # (...) or () float32
+    row_scale: Tensor | None,  # (...) float32
+) -> ScaleParams:
+    """The fields of ScaleParams, likewise."""
+    return (
+        math.prod(gradient.shape[:-1]),
+        rows_of(gradient),
+        grad_output.data_ptr(),
+        1 if grad_output.dim() > 0 else 0,
+        address(row_scale),
     )
