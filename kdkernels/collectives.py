@@ -45,6 +45,10 @@ def all_sum(x: Tensor, group: str) -> Tensor:
 ROWS_DIFFER = "labels, token_weight or normalizer: they differ between the group's processes"
 
 
+#: Fields of a header.
+_START, _COLUMNS, _OPTIONS = range(3)
+
+
 def header_of(message: Tensor, o: LogitsOptions, *others: Divergence | str) -> Tensor:
     """(1, fields): what this process holds, and what all have to agree on.
 
@@ -52,11 +56,11 @@ def header_of(message: Tensor, o: LogitsOptions, *others: Divergence | str) -> T
     """
     header = message.new_zeros((1, message.shape[-1]))
     # Filled one by one: a tensor made of them would have to be copied to the device.
-    header[:, 0] = o.vocab_start
-    header[:, 1] = o.vocab
+    header[:, _START] = o.vocab_start
+    header[:, _COLUMNS] = o.vocab
     if not torch.compiler.is_compiling():
         agreed = o._replace(vocab=0, vocab_start=0, rank=0, group="")
-        header[:, 2] = zlib.crc32(repr((agreed, *map(_as_text, others))).encode())
+        header[:, _OPTIONS] = zlib.crc32(repr((agreed, *map(_as_text, others))).encode())
     return header
 
 
@@ -70,7 +74,8 @@ def _as_text(value: Divergence | str) -> str:
 
 def is_whole(headers: Tensor, o: LogitsOptions) -> Tensor:
     """Whether the shards lie end to end and are of one call, (); on a CPU raises if not."""
-    start, columns, options = headers[:, 0], headers[:, 1], headers[:, 2]
+    start, columns = headers[:, _START], headers[:, _COLUMNS]
+    options = headers[:, _OPTIONS]
     end = start + columns
     whole = (start[0] == 0) & (end[-1] == o.vocab_size) & (start[1:] == end[:-1]).all()
     alike = (options == options[0]).all()
@@ -98,7 +103,7 @@ def columns_of_all(per_row: list[Tensor], o: LogitsOptions, divergence: Divergen
     is_whole(everyone[:, -1], o)
     if bool((everyone[:, :-1] != everyone[0, :-1]).any()):
         raise ValueError(ROWS_DIFFER)
-    return everyone[:, -1, 1].long().tolist()
+    return everyone[:, -1, _COLUMNS].long().tolist()
 
 
 def whole_logits(shard: Tensor, columns: list[int], o: LogitsOptions) -> Tensor:

@@ -8,7 +8,7 @@ Logits and gradients stay where they are.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -75,7 +75,8 @@ def logits_loss(
         sums = collectives.all_gather(own, o.group).sum(0)
         values["divergence"] = _divergence(sums)
         if agreement is not None:
-            values["student_entropy"], values["teacher_entropy"] = sums[:, -2], sums[:, -1]
+            named = _named(SHARD_SUMS, sums)
+            values |= {name: named[name] for name in ("student_entropy", "teacher_entropy")}
             values["agreement"] = agreement
         sums[:, _LARGEST_SLOPE] = own[:, _LARGEST_SLOPE]
     if not written:
@@ -94,6 +95,11 @@ def logits_loss(
     metrics = reference.stacked_metrics(values, part) if o.metrics else None
     loss = reference.reduced(loss, part, normalizer, o).to(torch.float32)
     return loss, metrics, row_scale
+
+
+def _named(names: Iterable[str], numbers: Tensor) -> dict[str, Tensor]:
+    """The last dimension's numbers by their names."""
+    return dict(zip(names, numbers.unbind(-1), strict=True))
 
 
 def _empty_states(weight: Tensor) -> Tensor:
@@ -119,51 +125,54 @@ def _of_whole(
 
     NaN where processes do not pass the same, or their shards are no whole; on a CPU that raises.
     """
-    per_row = [weight.nan_to_num()]  # each (...)
+    told = _named(SHARD_STATES, states)  # (rows,) or (...) each
+    told["weight"] = weight.nan_to_num()
     if labels is not None:
-        per_row += [_at_labels(student, labels, o), labels]
+        told |= {"label_logit": _at_labels(student, labels, o), "label": labels}
     if o.metrics:
-        for top in (Top.of(student, o.vocab), Top.of(teacher, o.vocab)):
-            per_row += [top.logit, top.token + o.vocab_start]
-    message = torch.cat([states, *(x.double().view(-1, 1) for x in per_row)], -1)
+        for model, logits in (("student", student), ("teacher", teacher)):
+            top = Top.of(logits, o.vocab)
+            told |= {f"{model}_top_logit": top.logit, f"{model}_top": top.token + o.vocab_start}
+    message = torch.stack([x.double().flatten() for x in told.values()], -1)
     header = collectives.header_of(message, o)
     everyone = collectives.all_gather(torch.cat([message, header]), o.group)
     bad = part.outside.flatten() | ~collectives.is_whole(everyone[:, -1], o)
-    everyone = everyone[:, :-1]  # (processes, rows, fields)
-    bad |= (everyone[..., 5] != everyone[0, :, 5]).any(0)
+    everyones = _named(told, everyone[:, :-1])  # (processes, rows) each
+    bad |= (everyones["weight"] != everyones["weight"][0]).any(0)
     label_logit = agreement = None
     if labels is not None:
-        label_logit, label = everyone[..., 6].sum(0), everyone[..., 7]
+        label_logit, label = everyones["label_logit"].sum(0), everyones["label"]
         bad |= part.kept.flatten() & (label != label[0]).any(0)
     if watchers.may_look(bad) and bool(bad.any()):
         raise ValueError(collectives.ROWS_DIFFER)
-    states = _merged(everyone[..., :5], o)
-    states[:, 1:3] *= torch.where(bad, math.nan, 1.0).unsqueeze(-1)
+    whole = _merged(everyones, o)
+    for name in ("student_sum", "student_sum_at_1"):
+        whole[name] = whole[name] * torch.where(bad, math.nan, 1.0)
     if o.metrics:
         student_top, teacher_top = (
-            Top(everyone[..., at], everyone[..., at + 1]).of_all() for at in (-4, -2)
+            Top(everyones[f"{model}_top_logit"], everyones[f"{model}_top"]).of_all()
+            for model in ("student", "teacher")
         )
         agreement = (student_top.token == teacher_top.token).double()
-        defined = _is_valid(states[:, 1]) & _is_valid(states[:, 4])
+        defined = _is_valid(whole["student_sum"]) & _is_valid(whole["teacher_sum"])
         agreement = torch.where(defined, agreement, math.nan)
-    return states, label_logit, agreement
+    return torch.stack([whole[name] for name in SHARD_STATES], -1), label_logit, agreement
 
 
-def _merged(states: Tensor, o: LogitsOptions) -> Tensor:
-    """(rows, 5) of all shards' ``(processes, rows, 5)``."""
-    student_base, student_sum, at_1, teacher_base, teacher_sum = states.unbind(-1)
+def _merged(shards: dict[str, Tensor], o: LogitsOptions) -> dict[str, Tensor]:
+    """States ``(rows,)`` of the whole vocabulary from all shards' ``(processes, rows)``."""
+    student_base, teacher_base = shards["student_base"], shards["teacher_base"]
 
     def total(sums: Tensor, base: Tensor, temperature: float) -> Tensor:
         return (sums * ((base - base.amax(0)) / temperature).exp()).sum(0)
 
-    merged = (
-        student_base.amax(0),
-        total(student_sum, student_base, o.temperature),
-        total(at_1, student_base, 1.0),
-        teacher_base.amax(0),
-        total(teacher_sum, teacher_base, o.temperature),
-    )
-    return torch.stack(merged, -1)
+    return {
+        "student_base": student_base.amax(0),
+        "student_sum": total(shards["student_sum"], student_base, o.temperature),
+        "student_sum_at_1": total(shards["student_sum_at_1"], student_base, 1.0),
+        "teacher_base": teacher_base.amax(0),
+        "teacher_sum": total(shards["teacher_sum"], teacher_base, o.temperature),
+    }
 
 
 def _local(labels: Tensor, o: LogitsOptions) -> Tensor:
@@ -190,7 +199,8 @@ def _is_valid(sums: Tensor) -> Tensor:
 
 def _divergence(sums: Tensor) -> Tensor:
     """(rows,) from the sums over the whole vocabulary."""
-    value, slope, shift = sums[:, 0], sums[:, 1], sums[:, 2]
+    named = _named(SHARD_SUMS, sums)
+    value, slope, shift = named["value"], named["slope"], named["shift"]
     # sum q - p is 0; what it comes to is how far rounding of the softmax sums moved all log q.
     value = value - torch.where(slope.abs() <= _LARGEST_FLOAT32, shift * slope, 0.0)
     return torch.where(value < 0, 0.0, value)
@@ -198,7 +208,8 @@ def _divergence(sums: Tensor) -> Tensor:
 
 def _cross_entropy(states: Tensor, label_logit: Tensor | None) -> Tensor:
     assert label_logit is not None
-    base, at_1 = states[:, 0], states[:, 2]
+    named = _named(SHARD_STATES, states)
+    base, at_1 = named["student_base"], named["student_sum_at_1"]
     value = base + at_1.log() - label_logit
     value = torch.where(value < 0, 0.0, value)
     return torch.where(_is_valid(at_1), value, math.nan)

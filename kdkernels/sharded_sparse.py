@@ -42,7 +42,7 @@ class ShardedStudent:
         with_top: bool,
     ) -> tuple[Tensor, Tensor, Top | None]:
         """See :meth:`kdkernels.tail.Student.listed_and_tails`."""
-        o, slots = self.o, listed.shape[-1]
+        o = self.o
         local = listed - o.vocab_start
         here = (listed >= 0) & (local >= 0) & (local < o.vocab)
         ascending, order = torch.where(here, local, -1).sort(-1)
@@ -63,14 +63,15 @@ class ShardedStudent:
         whole = collectives.is_whole(everyone[:, -1].detach(), o)
         everyone = everyone[:, :-1].reshape(o.processes, *kept.shape, message.shape[-1])
 
-        checksum = everyone[..., slots + tails.shape[0]].detach()
+        # Apart again, with the processes first.
+        stored, tails, checksum, *tops = everyone.split([x.shape[-1] for x in told], -1)
+        checksum = checksum.detach().squeeze(-1)
         alike = whole & (checksum == checksum[0]).all(0)
         if watchers.may_look(alike) and not bool(alike.all()):
             raise ValueError(f"teacher_indices, teacher_logprobs, {collectives.ROWS_DIFFER}")
         nan = torch.where(alike, 1.0, torch.nan)
-        stored = everyone[..., :slots].sum(0) * nan.unsqueeze(-1)
-        tails = everyone[..., slots : slots + tails.shape[0]].movedim(-1, 0)
-        tails = reference.log_sum_exp(tails.movedim(1, -1)) * nan
+        stored = stored.sum(0) * nan.unsqueeze(-1)
+        tails = reference.log_sum_exp(tails.movedim(0, -1).movedim(-2, 0)) * nan
         if top is not None:
-            top = Top(*everyone.detach()[..., -2:].unbind(-1)).of_all()
+            top = Top(*(x.detach().squeeze(-1) for x in tops)).of_all()
         return stored, tails, top
