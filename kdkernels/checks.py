@@ -236,6 +236,21 @@ def logits(student: Tensor, teacher: Tensor, *, shards: bool) -> torch.Size:
     return lead
 
 
+def inplace_grad(value: bool, student: Tensor, *, plain: bool) -> None:
+    """Refuses to overwrite what is not only the call's; ``plain``: not the shard of a DTensor."""
+    if not scalars.option("inplace_grad", value):
+        return
+    if not plain:
+        raise ValueError("inplace_grad: student_logits is a DTensor, expected a plain tensor")
+    if not student.requires_grad:
+        return
+    if student.is_leaf:
+        raise ValueError("inplace_grad: student_logits is a leaf, whose data would be overwritten")
+    base = student._base
+    if base is not None and base.is_leaf and base.requires_grad:
+        raise ValueError("inplace_grad: student_logits is a view of a leaf that requires grad")
+
+
 def _per_token(
     name: str,
     tensor: Tensor,

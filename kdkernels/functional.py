@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from . import autograd, checks, reference, scalars
+from . import autograd, checks, reference
 from .divergences import Divergence
 from .dtensors import Where, is_distributed, local_tensors
 from .options import METRICS
@@ -129,10 +129,7 @@ def kd_loss(
             where,
         )
     lead = checks.logits(student_logits, teacher_logits, shards=where.group is not None)
-    if scalars.option("inplace_grad", inplace_grad):
-        if where.group is not group:
-            raise ValueError("inplace_grad: student_logits is a DTensor, expected a plain tensor")
-        _check_inplace(student_logits)
+    checks.inplace_grad(inplace_grad, student_logits, plain=where.group is group)
     call = checks.call(
         student_logits,
         teacher_logits,
@@ -177,13 +174,3 @@ def with_metrics(
     if labels is None:
         metrics["cross_entropy"] = None
     return loss, metrics
-
-
-def _check_inplace(student: Tensor) -> None:
-    if not student.requires_grad:
-        return
-    if student.is_leaf:
-        raise ValueError("inplace_grad: student_logits is a leaf, whose data would be overwritten")
-    base = student._base
-    if base is not None and base.is_leaf and base.requires_grad:
-        raise ValueError("inplace_grad: student_logits is a view of a leaf that requires grad")

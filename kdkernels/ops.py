@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import memory, sharded
 from .backends import IMPLEMENTATIONS
-from .backends.rows import gradient_like
+from .backends.rows import check_in_place, gradient_like
 from .options import METRICS, LogitsOptions
 from .watchers import goes_straight
 
@@ -94,7 +94,10 @@ def _run(tensors, backend, options, inplace):
     """:func:`loss_and_grad` by the implementation itself."""
     student, teacher, *_ = tensors
     if inplace:
-        _check_inplace(student, teacher)
+        check_in_place(student)
+        storage, other = student.untyped_storage(), teacher.untyped_storage()
+        if storage.data_ptr() == other.data_ptr() and storage.nbytes() > 0:
+            raise ValueError("inplace_grad: student_logits and teacher_logits share their memory")
         gradient = student
     elif student.nbytes < memory.LARGE and student.is_contiguous():
         gradient = torch.empty_like(student)  # what gradient_like comes to, sooner
@@ -108,26 +111,6 @@ def _run(tensors, backend, options, inplace):
 
 def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if tensor is None else tensor
-
-
-def check_overlap(student: Tensor) -> None:
-    """Refuses to write a gradient over rows that share memory."""
-    extent = 1  # of the dimensions inside the one looked at
-    for stride, size in sorted(zip(student.stride(), student.shape, strict=True)):
-        if size > 1:
-            if stride < extent:
-                raise ValueError(
-                    f"inplace_grad: student_logits of shape {tuple(student.shape)} and strides "
-                    f"{student.stride()} overlap themselves; pass a tensor of their own"
-                )
-            extent = stride * (size - 1) + extent
-
-
-def _check_inplace(student: Tensor, teacher: Tensor) -> None:
-    check_overlap(student)
-    storage, other = student.untyped_storage(), teacher.untyped_storage()
-    if storage.data_ptr() == other.data_ptr() and storage.nbytes() > 0:
-        raise ValueError("inplace_grad: student_logits and teacher_logits share their memory")
 
 
 def fake_outputs(student: Tensor, options: LogitsOptions) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import collectives, reference, watchers
-from .backends.rows import check_in_place, has_row_scale, in_rows
+from .backends.rows import has_row_scale, in_rows
 from .options import SHARD_STATES, SHARD_SUMS, LogitsOptions
 from .reference import RowsThatTakePart
 from .top import Top
@@ -41,11 +41,7 @@ def logits_loss(
 
     ``shard`` runs one phase of a backend, see ``backends/cpu.py``.
     """
-    if gradient is student:
-        check_in_place(student)
-    else:
-        student = in_rows(student)
-    teacher = in_rows(teacher)
+    student, teacher = in_rows(student), in_rows(teacher)
     # What is computed per row keeps their strides, and kernels read one row after the other.
     labels = None if labels is None else labels.contiguous()
     token_weight = None if token_weight is None else token_weight.contiguous()

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import checks, reference, scalars
+from . import checks, reference
 from .divergences import Divergence, ForwardKL, as_divergence
 from .dtensors import Where, is_distributed, local_tensors
-from .functional import Metrics, _check_inplace, with_metrics
+from .functional import Metrics, with_metrics
 from .options import LogitsOptions, TailOptions
 from .sharded_sparse import ShardedStudent
 from .sparse_entries import MOST_PROBABILITY, check_entries, check_tail, entries, listed_twice
@@ -147,10 +147,7 @@ def sparse_kd_loss(
     check_entries("student_logits", student_logits, teacher_indices, teacher_logprobs)
     divergence = as_divergence(divergence)
     check_tail(tail, divergence)
-    if scalars.option("inplace_grad", inplace_grad):
-        if where.group is not group:
-            raise ValueError("inplace_grad: student_logits is a DTensor, expected a plain tensor")
-        _check_inplace(student_logits)
+    checks.inplace_grad(inplace_grad, student_logits, plain=where.group is group)
     call = checks.call(
         student_logits,
         student_logits,

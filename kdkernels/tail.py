@@ -14,8 +14,8 @@ from torch import Tensor
 
 from . import memory, reference
 from .autograd import check_backward, check_no_transform
-from .backends.rows import gradient_like
-from .ops import IMPLEMENTATIONS, check_overlap, library
+from .backends.rows import check_in_place, gradient_like
+from .ops import IMPLEMENTATIONS, library
 from .options import TailOptions
 from .top import Top
 
@@ -48,7 +48,7 @@ def _tails_gradient(student, listed, tails, grad_tails, grad_listed, *scalars):
 
 
 def _tails_gradient_(student, listed, tails, grad_tails, grad_listed, *scalars):
-    check_overlap(student)
+    check_in_place(student)
     _write_gradient(student, student, listed, tails, grad_tails, grad_listed, *scalars)
     torch.autograd.graph.increment_version(student)
 

@@ -10,7 +10,6 @@ from ..extension import _C, missing
 from ..options import METRICS, LogitsOptions, TailOptions
 from .rows import (
     address,
-    check_in_place,
     extension_refusals,
     has_row_scale,
     in_rows,
@@ -42,8 +41,6 @@ def logits_loss(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Loss, metrics and row scales; the gradient, if any, is written into ``gradient``."""
     lead = student.shape[:-1]
-    if gradient is student:
-        check_in_place(student)
     loss = _floats(lead) if o.reduction == "none" else _float()
     metrics = _floats((len(METRICS), *lead)) if o.metrics else None
     row_scale = _floats(lead) if has_row_scale(gradient) else None
@@ -118,8 +115,6 @@ def tails_gradient(
     gradient: Tensor,
 ) -> None:
     """The gradient of the log-sum-exps and of the listed logits, written into ``gradient``."""
-    if gradient is student:
-        check_in_place(student)
     student = in_rows(student)
     gradients = gradient, grad_tails, grad_listed
     params = tail_params(student, listed, None, o, tails, gradients)

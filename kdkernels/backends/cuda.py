@@ -16,7 +16,6 @@ from ..extension import _C, missing
 from ..options import METRICS, LogitsOptions, TailOptions
 from .device import row_plan
 from .rows import (
-    check_in_place,
     extension_refusals,
     has_row_scale,
     in_rows,
@@ -86,8 +85,6 @@ def logits_loss(
     """Loss, metrics and row scales; the gradient, if any, is written into ``gradient``."""
     lead = student.shape[:-1]
     rows = math.prod(lead)
-    if gradient is student:
-        check_in_place(student)
     student, teacher = in_rows(student), in_rows(teacher)
     floats = functools.partial(torch.empty, dtype=torch.float32, device=student.device)
     loss = floats(lead)
@@ -146,8 +143,6 @@ def tails_gradient(
     gradient: Tensor,
 ) -> None:
     """The gradient of the log-sum-exps and of the listed logits, written into ``gradient``."""
-    if gradient is student:
-        check_in_place(student)
     student = in_rows(student)
     gradients = gradient, grad_tails, grad_listed
     if gradient.numel() > 0:

@@ -93,7 +93,16 @@ def _congruent_strides(student: Tensor) -> Sequence[int]:
 
 
 def check_in_place(student: Tensor) -> None:
-    """Refuses a student whose rows a kernel could only write into a copy."""
+    """Refuses to write a gradient over rows that share memory, or that kernels read a copy of."""
+    extent = 1  # of the dimensions inside the one looked at
+    for stride, size in sorted(zip(student.stride(), student.shape, strict=True)):
+        if size > 1:
+            if stride < extent:
+                raise ValueError(
+                    f"inplace_grad: student_logits of shape {tuple(student.shape)} and strides "
+                    f"{student.stride()} overlap themselves; pass a tensor of their own"
+                )
+            extent = stride * (size - 1) + extent
     if not _in_two_strides(student):
         raise ValueError(
             f"inplace_grad: student_logits of shape {tuple(student.shape)} and strides "

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..divergences import DIVERGENCES, REGISTERED, Divergence
 from ..options import METRICS, LogitsOptions, TailOptions
-from .rows import address, check_in_place, dtype_refusals, has_row_scale, in_rows
+from .rows import address, dtype_refusals, has_row_scale, in_rows
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
 
@@ -53,8 +53,6 @@ def logits_loss(
     from ..triton import launch
 
     lead = student.shape[:-1]
-    if gradient is student:
-        check_in_place(student)
     with_scale = has_row_scale(gradient)
     row_loss = student.new_empty(lead, dtype=torch.float32)
     metrics = student.new_empty((len(METRICS), *lead) if o.metrics else 0, dtype=torch.float32)
@@ -116,8 +114,6 @@ def tails_gradient(
     """The gradient of the log-sum-exps and of the listed logits, written into ``gradient``."""
     from ..triton import launch
 
-    if gradient is student:
-        check_in_place(student)
     launch.tails_gradient(in_rows(student), gradient, listed, tails, grad_tails, grad_listed, o)
 
 
