@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import backends, scalars
 from .columns import columns_of
-from .divergences import Divergence, as_divergence
+from .divergences import Divergence, ForwardKL, as_divergence
 from .dtensors import is_distributed
 from .options import LogitsOptions
 from .scalars import Processes
@@ -30,7 +30,7 @@ class Call(NamedTuple):
 
 def call(
     student: Tensor,  # (..., vocab_s)
-    teacher: Tensor,  # (..., vocab_t)
+    teacher: Tensor | None,  # (..., vocab_t), None: it has no logits for kernels to read
     lead: torch.Size,
     *,
     divergence: str | Divergence,
@@ -45,10 +45,10 @@ def call(
     temperature_squared: bool,
     vocab_size: int | None,
     student_scale: float,
-    teacher_scale: float,
+    teacher_scale: float = 1.0,
     student_softcap: float | None,
-    teacher_softcap: float | None,
-    inplace_grad: bool,
+    teacher_softcap: float | None = None,
+    inplace_grad: bool = False,
     return_metrics: bool,
     backend: str,
     group: Any,
@@ -68,13 +68,16 @@ def call(
     if isinstance(normalizer, Tensor):
         total = _normalizer_tensor(normalizer, student) if reduction == "mean" else None
         normalizer = None
-    chosen = backends.choose(backend, student, teacher, divergence, inplace_grad)
+    # Without a teacher's logits any backend will do: no kernel has to know the divergence.
+    known = ForwardKL() if teacher is None else divergence
+    teacher = student if teacher is None else teacher
+    chosen = backends.choose(backend, student, teacher, known, inplace_grad)
     compiled = chosen != "reference"
     if token_weight is not None:
         _constant("token_weight", token_weight)
         token_weight = token_weight.to(torch.float32) if compiled else token_weight
     options = _remembered(
-        divergence.kernel() if compiled else ("", 0.0, 0.0),
+        known.kernel() if compiled else ("", 0.0, 0.0),
         temperature,
         kd_weight,
         ce_weight,

@@ -162,7 +162,6 @@ def linear_kd_loss(
         teacher_scale=teacher_scale,
         student_softcap=student_softcap,
         teacher_softcap=teacher_softcap,
-        inplace_grad=False,
         return_metrics=return_metrics,
         backend=backend,
         group=group,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import checks, collectives, linear, linear_checks, scalars
-from .divergences import Divergence, ForwardKL, as_divergence
+from .divergences import Divergence, as_divergence
 from .functional import Metrics
 from .linear_tail import Head
 from .options import LinearOptions
@@ -118,9 +118,9 @@ def linear_sparse_kd_loss(
     like = weight[0].new_empty(0, weight[0].shape[0], dtype=logits_dtype or dtype)
     call = checks.call(
         like,
-        like,
+        None,
         lead,
-        divergence=ForwardKL(),  # no kernel of this level knows the divergence
+        divergence=divergence,
         temperature=temperature,
         labels=labels,
         kd_weight=kd_weight,
@@ -132,10 +132,7 @@ def linear_sparse_kd_loss(
         temperature_squared=temperature_squared,
         vocab_size=vocab_size,
         student_scale=student_scale,
-        teacher_scale=1.0,
         student_softcap=student_softcap,
-        teacher_softcap=None,
-        inplace_grad=False,
         return_metrics=return_metrics,
         backend=backend,
         group=group,
@@ -150,4 +147,4 @@ def linear_sparse_kd_loss(
         wide = logits_dtype is not None
         options = LinearOptions([], dtype, dtype, wide, chunk_bytes, call.backend)
         student = Head(hidden, weight, student_bias, options)
-    return loss_of(student, teacher_indices, teacher_logprobs, labels, call, divergence, tail)
+    return loss_of(student, teacher_indices, teacher_logprobs, labels, call, tail)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import checks, reference
-from .divergences import Divergence, ForwardKL, as_divergence
+from .divergences import Divergence, as_divergence
 from .dtensors import Where, is_distributed, local_tensors
 from .functional import Metrics, with_metrics
 from .options import LogitsOptions, TailOptions
@@ -150,9 +150,9 @@ def sparse_kd_loss(
     checks.inplace_grad(inplace_grad, student_logits, plain=where.group is group)
     call = checks.call(
         student_logits,
-        student_logits,
+        None,
         lead,
-        divergence=ForwardKL(),  # no kernel of this level knows the divergence
+        divergence=divergence,
         temperature=temperature,
         labels=labels,
         kd_weight=kd_weight,
@@ -164,9 +164,7 @@ def sparse_kd_loss(
         temperature_squared=temperature_squared,
         vocab_size=where.vocab_size,
         student_scale=student_scale,
-        teacher_scale=1.0,
         student_softcap=student_softcap,
-        teacher_softcap=None,
         inplace_grad=inplace_grad,
         return_metrics=return_metrics,
         backend=backend,
@@ -174,7 +172,7 @@ def sparse_kd_loss(
         vocab_start=where.vocab_start,
     )
     student = Student(student_logits, inplace_grad, call.backend)
-    return loss_of(student, teacher_indices, teacher_logprobs, labels, call, divergence, tail)
+    return loss_of(student, teacher_indices, teacher_logprobs, labels, call, tail)
 
 
 def loss_of(
@@ -183,12 +181,11 @@ def loss_of(
     logprobs: Tensor,  # (..., k)
     labels: Tensor | None,  # (...)
     call: checks.Call,
-    divergence: Divergence,
     tail: str,
 ) -> Tensor | tuple[Tensor, Metrics]:
     """What :func:`sparse_kd_loss` returns."""
     with reference.without_autocast(student.like.device):
-        loss, stacked = _loss(student, indices, logprobs, labels, call, divergence, tail)
+        loss, stacked = _loss(student, indices, logprobs, labels, call, tail)
     return with_metrics(loss, stacked, labels) if call.options.metrics else loss
 
 
@@ -198,7 +195,6 @@ def _loss(
     logprobs: Tensor,
     labels: Tensor | None,
     call: checks.Call,
-    divergence: Divergence,
     tail: str,
 ) -> tuple[Tensor, Tensor | None]:
     """The loss and, with ``options.metrics``, the stacked metrics ``(5, ...)``."""
@@ -212,7 +208,7 @@ def _loss(
         share = rows.weight / reference.normalizer_of(rows, call.normalizer, o)
         label = torch.zeros_like(share) if labels is None else torch.where(rows.kept, labels, 0)
         alike = torch.cat([log_p, share.unsqueeze(-1), label.unsqueeze(-1)], -1)
-        student = ShardedStudent(student, o, alike, (divergence, tail))
+        student = ShardedStudent(student, o, alike, (call.divergence, tail))
     logits = _Logits(
         student,
         indices,
@@ -221,7 +217,6 @@ def _loss(
         with_tails=labels is not None or (with_divergence and tail != "renormalize"),
         options=o,
     )
-    bad = bad | logits.listed_twice
     terms = []
     values: dict[str, Tensor] = {}
     if with_divergence:
@@ -229,7 +224,7 @@ def _loss(
         bad = bad | logits.listed_twice
         log_p = log_p.masked_fill(bad.unsqueeze(-1), math.nan)
         few = few_tokens(tail, log_p, logits, rows.kept, (indices < 0).all(-1), rounding)
-        of_rows = values_of(few, divergence, o.metrics, call.backend)
+        of_rows = values_of(few, call.divergence, o.metrics, call.backend)
         values["divergence"] = value = of_rows[0]
         if o.kd_weight != 0:
             terms.append(o.kd_weight * value)
