@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .functional import Metrics
 from .linear import linear_kd_loss
-from .modules import LINEAR_OPTIONS, check_options
+from .modules import LinearKDLoss, LossModule
 
 #: What a model's config calls a change of logits after the head, or of hidden states before it. The
 #: same name divides in one model and multiplies in another: docs/linear.md has a table.
@@ -25,7 +25,7 @@ _LORA = ("lora_A", "lora_B", "lora_dropout")  # of layers, by adapter
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
-class LinearKDHead(nn.Module):
+class LinearKDHead(LossModule):
     """:func:`kdkernels.linear_kd_loss` as a module call of the student's LM head.
 
     The loss needs the head's weight, not its logits. Frameworks that shard or gather weights
@@ -67,11 +67,12 @@ class LinearKDHead(nn.Module):
         torch.Size([16, 4])
     """
 
+    known = LinearKDLoss.known
+
     def __init__(
         self, lm_head: nn.Module, teacher_head: nn.Module | None = None, **options: Any
     ) -> None:
-        super().__init__()
-        self.options = check_options(options, LINEAR_OPTIONS)
+        super().__init__(**options)
         lm_head = _head_of("student", lm_head, options)
         self.lm_head = lm_head
         _check_layer("lm_head", _without_adapters(lm_head))
@@ -145,9 +146,6 @@ class LinearKDHead(nn.Module):
             return _call_all(layers, inputs, sum_of_products)
 
         return _call(head, with_adapters, hidden)
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
 def _head_of(side: str, model: Any, options: dict[str, Any]) -> nn.Module:

@@ -39,21 +39,9 @@ def _options_of(function: Callable) -> list[str]:
     return [name for name in inspect.signature(function).parameters if name not in _PER_CALL]
 
 
-OPTIONS, LINEAR_OPTIONS = _options_of(kd_loss), _options_of(linear_kd_loss)
+class LossModule(nn.Module):
+    """Base of the modules: the options of a loss, checked."""
 
-
-def check_options(options: dict[str, Any], known: list[str]) -> dict[str, Any]:
-    """The options with their divergence resolved; unknown names and wrong values raise."""
-    for name, value in options.items():
-        if name not in known:
-            raise TypeError(f"{name} is not an option; expected {', '.join(known)}")
-        scalars.option(name, value)
-    if "divergence" in options:
-        options["divergence"] = as_divergence(options["divergence"])
-    return options
-
-
-class _Loss(nn.Module):
     known: list[str]
 
     def __init__(self, *positional: Any, **options: Any) -> None:
@@ -63,13 +51,19 @@ class _Loss(nn.Module):
                 f"{type(self).__name__} got {positional[0]!r} by position, expected options by "
                 f"name: {', '.join(self.known)}"
             )
-        self.options = check_options(options, self.known)
+        for name, value in options.items():
+            if name not in self.known:
+                raise TypeError(f"{name} is not an option; expected {', '.join(self.known)}")
+            scalars.option(name, value)
+        if "divergence" in options:
+            options["divergence"] = as_divergence(options["divergence"])
+        self.options = options
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
-class KDLoss(_Loss):
+class KDLoss(LossModule):
     """:func:`kdkernels.kd_loss` with its options fixed.
 
     Args:
@@ -87,7 +81,7 @@ class KDLoss(_Loss):
         KDLoss(divergence=JSD(beta=0.1), temperature=2.0)
     """
 
-    known = OPTIONS
+    known = _options_of(kd_loss)
 
     def forward(
         self,
@@ -109,7 +103,7 @@ class KDLoss(_Loss):
         )
 
 
-class LinearKDLoss(_Loss):
+class LinearKDLoss(LossModule):
     """:func:`kdkernels.linear_kd_loss` with its options fixed.
 
     Args:
@@ -124,7 +118,7 @@ class LinearKDLoss(_Loss):
         0.0
     """
 
-    known = LINEAR_OPTIONS
+    known = _options_of(linear_kd_loss)
 
     def forward(
         self,
@@ -158,7 +152,7 @@ class LinearKDLoss(_Loss):
         )
 
 
-class _SparseLoss(_Loss):
+class _SparseLoss(LossModule):
     def __init__(self, *positional: Any, **options: Any) -> None:
         super().__init__(*positional, **options)
         divergence = self.options.get("divergence", ForwardKL())
