@@ -15,6 +15,10 @@
 
 namespace kd::KD_NAMESPACE {
 
+constexpr double kNatsPerBit = 0.69314718055994531;
+constexpr double kBitsPerNat = 1.4426950408889634;
+constexpr float kLog2E = (float)kBitsPerNat;
+
 // x in every lane of F.
 template <class F>
 KD_INLINE F splat(float x) {

@@ -167,7 +167,7 @@ struct SkewReverseKL : Mixture {
   template <class F>
   KD_INLINE Term<F> far(const Point<F>& x, Weights weights) const {
     const F ratio = over_m(x.q, weights.q, x, weights), log = log2(ratio);
-    return {x.q * log, x.q * (log - (kBitsPerNat * rest) * ratio)};
+    return {x.q * log, x.q * (log - (kLog2E * rest) * ratio)};
   }
 
   KD_INLINE double far_value(double value, double slope, Weights weights, Rounding added) const {

@@ -18,9 +18,6 @@ KD_INLINE bool is_far(double divergence, double from) {
 // Of a mixture's parts for its row to be far: the logarithm of a smaller one loses digits.
 constexpr float kLeastShare = 1.0f / 16;
 
-constexpr double kNatsPerBit = 0.69314718055994531;
-constexpr float kBitsPerNat = 1.44269504f;
-
 // One vocabulary entry: probabilities, their logarithms, and r = log q - log p computed from the
 // logits' difference, so that it is accurate where p and q are close.
 template <class F>

@@ -66,10 +66,8 @@ class RowPair : protected RowBlocks {
   }
 
   void read_softmaxes() {
-    // A later logit far above the first ones is rare: then again, from the largest of the row.
-    constexpr int64_t kSample = 512;
     const int64_t vocab = params_.vocab;
-    if (!read_softmaxes(vocab < kSample ? vocab : kSample)) read_softmaxes(vocab);
+    if (!read_softmaxes(sample_of(vocab))) read_softmaxes(vocab);
   }
 
   // Relative to the largest of `sample` logits; keeps their exponentials.
@@ -348,9 +346,9 @@ class RowPair : protected RowBlocks {
   const int64_t next_;
   float* const student_kept_;  // (vocab,), exponentials
   float* const teacher_kept_;  // (vocab,), exponentials, then slopes
-  const float c_ = (float)(1.4426950408889634 / params_.temperature);
+  const float c_ = (float)(kBitsPerNat / params_.temperature);
   // The one that c_ stands for: what a far row adds up has to belong to its exponentials.
-  const double exact_temperature_ = 1.4426950408889634 / c_;
+  const double exact_temperature_ = kBitsPerNat / c_;
   Softmax student_softmax_, teacher_softmax_;
   KL kl_;
 };

@@ -23,9 +23,8 @@ class ShardOfRow : RowPair<Divergence> {
         with_divergence_(params.kd_weight != 0 || params.entropies) {}
 
   void write_states() {
-    constexpr int64_t kSample = 512;
     const int64_t vocab = params_.vocab;
-    if (!read(vocab < kSample ? vocab : kSample)) read(vocab);
+    if (!read(sample_of(vocab))) read(vocab);
     states_[kStudentBase] = student_softmax_.reference();
     states_[kStudentSum] = student_softmax_.total();
     states_[kStudentSumAt1] = softmax_at_1_.total();

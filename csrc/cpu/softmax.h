@@ -11,6 +11,10 @@
 
 namespace kd::KD_NAMESPACE {
 
+// How many logits of a row its first reference is the largest of. A later one far above it is rare:
+// then the row starts again, from the largest of all.
+KD_INLINE int64_t sample_of(int64_t vocab) { return vocab < 512 ? vocab : 512; }
+
 template <class Step>
 KD_INLINE void for_blocks(int64_t vocab, Step step) {
   for (int64_t begin = 0; begin < vocab; begin += kBlock)

@@ -26,10 +26,8 @@ class TailRow {
     result(0) = 0;
     for (int i = 0; i < temperatures(); ++i) result(1 + i) = -kInfinity;
     if (params_.kept && !params_.kept[row_]) return;
-    // As of a row pair: relative to the first logits, rarely again to the largest of the row.
-    constexpr int64_t kSample = 512;
     const int64_t vocab = params_.vocab;
-    if (!read(vocab < kSample ? vocab : kSample)) read(vocab);
+    if (!read(sample_of(vocab))) read(vocab);
     result(0) = tails_[0].reference();
     for (int i = 0; i < temperatures(); ++i) result(1 + i) = log_sum(tails_[i]);
   }
@@ -65,7 +63,7 @@ class TailRow {
   int temperatures() const { return params_.at_1 ? 2 : 1; }
 
   void start(float reference) {
-    tails_[0] = Softmax(reference, (float)(1.4426950408889634 / params_.temperature));
+    tails_[0] = Softmax(reference, (float)(kBitsPerNat / params_.temperature));
     tails_[1] = Softmax(reference, kLog2E);
   }
 
@@ -79,7 +77,7 @@ class TailRow {
     // Not -inf, which the fast exponential leaves to a slower one: next to nothing beside the
     // reference, which is a logit of the tail.
     const bool hotter = params_.at_1 && params_.temperature < 1;
-    const float negligible = 70 * 0.6931472f * (hotter ? 1 : params_.temperature);
+    const float negligible = 70 * (float)kNatsPerBit * (hotter ? 1 : params_.temperature);
     float hidden = reference - negligible;
     if (reference <= kLowestLogit || reference - hidden < negligible / 2) hidden = -kInfinity;
     bool fits = true;

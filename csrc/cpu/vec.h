@@ -174,8 +174,6 @@ KD_INLINE Vec exp2(Vec x) {
 #endif
 }
 
-constexpr float kLog2E = 1.44269504f;
-
 KD_INLINE Vec exp(Vec x) { return exp2(x * kLog2E); }
 
 #if defined(__AVX512F__)

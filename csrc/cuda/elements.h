@@ -17,9 +17,6 @@
 
 namespace kd::cuda {
 
-constexpr float kLog2E = 1.44269504f;
-constexpr double kLn2 = 0.6931471805599453;
-
 KD_INLINE float exp(float x) {
 #if defined(__CUDA_ARCH__) || defined(KD_EMULATE)
   return exp2_approx(x * kLog2E);
@@ -54,7 +51,7 @@ KD_INLINE float log1p(float x) {
   series = series * x + 3.33199441e-1f;
   series = series * x - 4.99996305e-1f;
   series = series * x + 1.0f;
-  return x < 0.45f ? series * x : 0.693147181f * log2_approx(1.0f + x);
+  return x < 0.45f ? series * x : (float)kNatsPerBit * log2_approx(1.0f + x);
 #else
   return log1pf(x);
 #endif
@@ -120,7 +117,7 @@ KD_DEVICE float log_ratio(double x, double y) {
 KD_DEVICE double log2_of(double x) {
   const uint32_t exponent = bits_as<uint32_t>((float)x * 1.41421356f) >> 23;
   const float unit = bits_as<float>((254u - exponent) << 23);  // x unit is about 1
-  return ((int)exponent - 127) + (1 / kLn2) * log_ratio(x * unit, 1);
+  return ((int)exponent - 127) + kBitsPerNat * log_ratio(x * unit, 1);
 }
 
 // tanh to full relative accuracy.

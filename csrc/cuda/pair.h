@@ -122,11 +122,10 @@ struct KL {
   double offset;        // log2 q - log2 p = x_s - x_t + offset
 
   KD_DEVICE KL(const PairState& pair, float c) {
-    constexpr double kBits = 1 / kNatsPerBit;
     const double s_sum = pair.student.corrected_sum(c), t_sum = pair.teacher.corrected_sum(c);
     s_log = log2_of(s_sum);
     t_log = log2_of(t_sum);
-    offset = kBits * log_ratio(t_sum, s_sum);
+    offset = kBitsPerNat * log_ratio(t_sum, s_sum);
     forward = -(pair.sums.forward / pair.teacher.sum + offset);
     reverse = pair.sums.reverse / pair.student.sum + offset;
     entropy = t_log - pair.sums.entropy / pair.teacher.sum;

@@ -28,7 +28,7 @@ struct Probabilities {
     s_origin = shifted ? s_max : 0, t_origin = shifted ? t_max : 0;
     const double apart = ((double)t_max - t_origin) - ((double)s_max - s_origin);
     const double excess = student.excess(c) - teacher.excess(c);
-    offset = (float)(apart * inverse_temperature + kLn2 * excess +
+    offset = (float)(apart * inverse_temperature + kNatsPerBit * excess +
                      log_ratio(teacher.corrected_sum(c), student.corrected_sum(c)));
   }
 

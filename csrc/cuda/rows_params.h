@@ -53,7 +53,7 @@ struct RowsParams : LaunchParams {
   explicit RowsParams(const LogitsParams& params)
       : LaunchParams(params),
         term(params.parameters[0], params.parameters[1]),
-        c((float)(1.4426950408889634 / params.temperature)),
+        c((float)(kBitsPerNat / params.temperature)),
         inverse_temperature((float)(1 / (double)params.temperature)) {}
 };
 

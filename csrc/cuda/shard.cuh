@@ -69,12 +69,13 @@ class ShardPair : RowPair<Divergence, StreamingRow, true> {
     const bool of_divergence = kNeedsSum && params_.kd_weight != 0;
     const bool gradient_is_nan =
         (of_divergence && !(student().valid() && teacher().valid())) || hard_label_is_nan();
-    if (gradient_is_nan) {
-    } else if (!of_divergence) {
-      this->hard_label_gradient();
-    } else if constexpr (kNeedsSum) {
-      largest_slope_ = (float)sums_[kLargestSlope];
-      this->gradient_sweep(probabilities(), sums_[kSlopeSum]);
+    if (!gradient_is_nan) {
+      if (!of_divergence) {
+        this->hard_label_gradient();
+      } else if constexpr (kNeedsSum) {
+        largest_slope_ = (float)sums_[kLargestSlope];
+        this->gradient_sweep(probabilities(), sums_[kSlopeSum]);
+      }
     }
     finish_row(gradient_is_nan);
   }

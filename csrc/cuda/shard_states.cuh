@@ -17,7 +17,7 @@ struct ShardStatesLaunch : LaunchParams {
       : LaunchParams(params),
         states(params.states),
         reads_teacher(params.kd_weight != 0 || params.entropies),
-        c((float)(1.4426950408889634 / params.temperature)) {}
+        c((float)(kBitsPerNat / params.temperature)) {}
 };
 
 __global__ void __launch_bounds__(kMaxStreamingThreads, 3)

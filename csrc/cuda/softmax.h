@@ -49,12 +49,12 @@ struct alignas(16) State {
   // 2^x is approximate.
   KD_DEVICE double corrected_sum(float c) const {
     const float added = exp2_approx(fmaf(max, c, -shift(c)));
-    return sum + (exponential((float)(kLn2 * excess(c))).expm1 - ((double)added - 1));
+    return sum + (exponential((float)(kNatsPerBit * excess(c))).expm1 - ((double)added - 1));
   }
 
   // log sum exp((x - max) / T).
   KD_DEVICE float log_sum(float c) const {
-    return (float)(logf((float)corrected_sum(c)) - kLn2 * excess(c));
+    return (float)(logf((float)corrected_sum(c)) - kNatsPerBit * excess(c));
   }
 };
 

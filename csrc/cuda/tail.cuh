@@ -16,9 +16,7 @@ struct TailLaunch : LaunchParams {
   float c;  // log2(e) / temperature
 
   explicit TailLaunch(const TailParams& params)
-      : LaunchParams(rows_of(params)),
-        tail(params),
-        c((float)(1.4426950408889634 / params.temperature)) {}
+      : LaunchParams(rows_of(params)), tail(params), c((float)(kBitsPerNat / params.temperature)) {}
 
  private:
   static LogitsParams rows_of(const TailParams& params) {
@@ -126,8 +124,8 @@ struct TailFactor {
     if (gradient == 0 || log_sum == -INFINITY) return;
     // A softcap's derivative has the scale.
     const float scale = params.transform.softcap > 0 ? 1 : params.transform.scale;
-    factor =
-        gradient * scale * inverse_temperature * exp(-(log_sum + (float)(kLn2 * state.excess(c))));
+    factor = gradient * scale * inverse_temperature *
+             exp(-(log_sum + (float)(kNatsPerBit * state.excess(c))));
   }
 
   KD_DEVICE float operator()(float x) const { return exp2_approx(fmaf(x, c, -shift)) * factor; }
