@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_losses, dense, device, measure, peers, providers, report, shapes
+from benchmarks import bench_losses, dense, device, measure, peers, providers, shapes
 from benchmarks.__main__ import main
 from benchmarks.case import DTYPES, LOSS, Step
 from benchmarks.cases import CASES
@@ -357,48 +357,3 @@ def test_entry_points_of_pytest_benchmark(provider, cpu):
     bench_losses.time(benchmark, case_of(), provider, cpu)
     assert benchmark.runs == 6
     assert ("gradient_error" in benchmark.extra_info) == (provider != "floor")
-
-
-@pytest.fixture
-def documents(tmp_path, monkeypatch):
-    """A repository of one document, whose tables come from a run."""
-    for level, name in (("logits", "run"), ("linear", "linear")):
-        shape = SHAPE[level].name
-        bench(f"--level {level} --shapes {shape} --rounds 1 --output {tmp_path}/{name}.json")
-    markers = [("forward_kl", "run"), ("shapes", "run"), ("linear", "linear"), ("shapes", "linear")]
-    tables = [f"<!-- table {table} {name}.json -->\n<!-- end -->\n" for table, name in markers]
-    (tmp_path / "README.md").write_text("\n".join(tables))
-    monkeypatch.setattr(report, "ROOT", tmp_path)
-    monkeypatch.setattr(report, "DOCUMENTS", ("README.md",))
-    return tmp_path
-
-
-@pytest.fixture
-def compiled_is_eager(monkeypatch):
-    """Compiling takes seconds, and is not what is tested."""
-    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
-
-
-@pytest.mark.usefixtures("compiled_is_eager")
-def test_stale_tables_are_found(request, monkeypatch, capsys):
-    folder = request.getfixturevalue("documents")
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["report", *arguments])
-        with pytest.raises(SystemExit) as error:
-            report.main()
-        return error.value.code
-
-    assert run("--check") == 1  # the tables are still empty
-    assert run() == 0
-    text = (folder / "README.md").read_text()
-    assert "| 8 x 96 float32 | " in text
-    assert "| kdkernels in place | " in text
-    assert run("--check") == 0
-    results = json.loads((folder / "run.json").read_text())
-    results["cases"][0]["results"]["eager"] = {"wrong": "the gradient is off by 3.0e-01"}
-    (folder / "run.json").write_text(json.dumps(results))
-    assert run("--check") == 1
-    assert "stale: README.md" in capsys.readouterr().out
-    assert run() == 0
-    assert "wrong: the gradient is off by 3.0e-01" in (folder / "README.md").read_text()
