@@ -96,6 +96,14 @@ def linear_kernel(request, monkeypatch, poison):
 
 
 @pytest.fixture
+def fresh_dynamo():
+    """Nothing compiled before counts, nor stays."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def three(monkeypatch):
     """Three threads that take each other for processes."""
     return Processes(3, monkeypatch)

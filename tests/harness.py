@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -108,19 +109,28 @@ def loss_of(backend: Backend, student: Tensor, teacher: Tensor, **options: Any) 
     )
 
 
-def run(
+def run(backend: Backend, student: Tensor, teacher: Tensor, **options: Any) -> Result:
+    """Loss, gradient and metrics; ``reduction="none"`` sums before the backward."""
+
+    def loss(logits: Tensor, **options: Any) -> Any:
+        return loss_of(backend, logits, teacher, **options)
+
+    return run_backward(backend, student, loss, **options)
+
+
+def run_backward(
     backend: Backend,
     student: Tensor,
-    teacher: Tensor,
+    loss_of_logits: Callable[..., Any],
     *,
     grad_output: Tensor | None = None,
     **options: Any,
 ) -> Result:
-    """Loss, gradient and metrics; ``reduction="none"`` sums before the backward."""
+    """What a loss of logits and options gives."""
     leaf = move(student, backend.device).detach().requires_grad_()
     # An in-place gradient needs a student that is no leaf, of the same strides.
     logits = Relay.apply(leaf) if options.get("inplace_grad") else leaf
-    result = loss_of(backend, logits, teacher, **options)
+    result = loss_of_logits(logits, **options)
     loss, metrics = result if options.get("return_metrics") else (result, None)
     loss.backward(torch.ones_like(loss) if grad_output is None else move(grad_output, loss.device))
     if metrics is not None:
@@ -217,6 +227,7 @@ def assert_matches(
     actual: Result, expected: Result, divergence: str, dtype: torch.dtype, *, close: bool = False
 ) -> None:
     """Loss and gradient (of the student's ``dtype``) within the suite's tolerances."""
+    assert actual.loss.dtype == torch.float32
     assert_close(actual.loss, expected.loss, tolerances.loss_tolerance(divergence))
     assert actual.gradient.dtype == dtype
     subnormal = tolerances.FLOAT16_SUBNORMAL if dtype == torch.float16 else 0.0

@@ -67,6 +67,14 @@ class Processes:
                 raise error
         return results
 
+    def put_together(self, function: Callable[[int], harness.Result]) -> harness.Result:
+        """Results for shards of the columns, whose losses are the same bits."""
+        results = self.run(function)
+        for other in results[1:]:
+            assert torch.equal(other.loss.nan_to_num(7.0), results[0].loss.nan_to_num(7.0))
+        gradient = torch.cat([result.gradient for result in results], -1)
+        return harness.Result(results[0].loss, gradient, results[0].metrics)
+
     def _describe(self, name: str, group: Group) -> scalars.Processes:
         return scalars.Processes("threads", self._here.rank, group.size)
 
@@ -118,11 +126,7 @@ def sharded(
             **options,
         )
 
-    results = processes.run(one)
-    for other in results[1:]:
-        assert torch.equal(other.loss.nan_to_num(7.0), results[0].loss.nan_to_num(7.0))
-    gradient = torch.cat([result.gradient for result in results], -1)
-    return harness.Result(results[0].loss, gradient, results[0].metrics)
+    return processes.put_together(one)
 
 
 def check(

@@ -40,14 +40,10 @@ def gradients(function, rows, inplace, options, dtype=torch.float32, seed=0):
 
 
 # Inductor of torch 2.13 and opcheck use parts of torch that warn.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.usefixtures("fresh_dynamo"),
+]
 
 
 OPTION_SETS = [

@@ -15,7 +15,7 @@ from kdkernels.reference import transform
 
 from . import tolerances
 from .cases import ONE_OF_EACH, correlated_pair, labels_for, normal
-from .harness import Relay, Result, assert_close, assert_gradient, move
+from .harness import Result, assert_close, assert_gradient, assert_matches, move, run_backward
 
 INF = math.inf
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -34,17 +34,14 @@ def top(teacher: Tensor, k: int, temperature: float = 1.0) -> tuple[Tensor, Tens
     return indices[..., order], logprobs[..., order].float()
 
 
-def run(backend, student, indices, logprobs, *, grad_output=None, **options) -> Result:
-    leaf = move(student, backend.device).detach().requires_grad_()
-    logits = Relay.apply(leaf) if options.get("inplace_grad") else leaf
-    options = {name: move(value, backend.device) for name, value in options.items()}
+def run(backend, student, indices, logprobs, **options) -> Result:
     entries = move(indices, backend.device), move(logprobs, backend.device)
-    result = sparse_kd_loss(logits, *entries, backend=backend.backend, **options)
-    loss, metrics = result if options.get("return_metrics") else (result, None)
-    loss.backward(torch.ones_like(loss) if grad_output is None else move(grad_output, loss.device))
-    if metrics is not None:
-        metrics = {name: None if m is None else m.cpu() for name, m in metrics.items()}
-    return Result(loss.detach().cpu(), leaf.grad.cpu(), metrics)
+
+    def loss(logits, **options):
+        options = {name: move(value, backend.device) for name, value in options.items()}
+        return sparse_kd_loss(logits, *entries, backend=backend.backend, **options)
+
+    return run_backward(backend, student, loss, **options)
 
 
 def compared(log_q, tokens, log_p, tail):
@@ -120,15 +117,6 @@ def oracle(
         loss = loss.sum() / (total if reduction == "mean" else 1)
     loss.backward(torch.ones_like(loss) if grad_output is None else grad_output.double())
     return Result(loss.detach(), leaf.grad, None)
-
-
-def assert_matches(actual: Result, expected: Result, divergence: str, dtype: torch.dtype) -> None:
-    assert actual.loss.dtype == torch.float32
-    assert_close(actual.loss, expected.loss, tolerances.loss_tolerance(divergence))
-    assert actual.gradient.dtype == dtype
-    subnormal = tolerances.FLOAT16_SUBNORMAL if dtype == torch.float16 else 0.0
-    relative = tolerances.gradient_tolerance(divergence, dtype)
-    assert_gradient(actual.gradient, expected.gradient, relative, subnormal)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
