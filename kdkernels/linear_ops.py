@@ -18,12 +18,16 @@ from .options import METRICS, LinearOptions, LogitsOptions
 
 _ops = torch.ops.kdkernels
 
+LINEAR_SCALARS = (
+    "bool[] needs_grad, ScalarType student_dtype, ScalarType teacher_dtype, bool float32_logits, "
+    "SymInt chunk_bytes, str backend"
+)
+
 library.define(
     "linear_loss(Tensor[] student_hidden, Tensor[] student_weight, Tensor? student_bias, "
     "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
     "Tensor? teacher_logits, Tensor? labels, Tensor? token_weight, Tensor? normalizer, "
-    "Tensor? row_index, bool[] needs_grad, ScalarType student_dtype, ScalarType teacher_dtype, "
-    f"bool float32_logits, SymInt chunk_bytes, str backend, {SCALARS}) "
+    f"Tensor? row_index, {LINEAR_SCALARS}, {SCALARS}) "
     "-> (Tensor loss, Tensor metrics, Tensor[] gradients)"
 )
 

@@ -14,25 +14,21 @@ from torch import Tensor
 
 from .autograd import check_backward, check_no_transform
 from .linear_models import SomeRows, Student
-from .linear_ops import check_memory, fake_gradients
+from .linear_ops import LINEAR_SCALARS, check_memory, fake_gradients
 from .ops import IMPLEMENTATIONS, library
 from .options import LinearOptions, TailOptions, replaced
 from .tail import SCALARS, log_sum_exps
 from .top import Top
 
 _HEAD = "Tensor[] hidden, Tensor[] weight, Tensor? bias, Tensor listed, Tensor kept"
-_LINEAR = (
-    "bool[] needs_grad, ScalarType student_dtype, ScalarType teacher_dtype, bool float32_logits, "
-    "SymInt chunk_bytes, str backend"
-)
 
 library.define(
-    f"linear_tails({_HEAD}, bool with_top, {_LINEAR}, {SCALARS})"
+    f"linear_tails({_HEAD}, bool with_top, {LINEAR_SCALARS}, {SCALARS})"
     " -> (Tensor listed_logits, Tensor tails, Tensor top_logit, Tensor top)"
 )
 library.define(
     f"linear_tails_gradient({_HEAD}, Tensor tails, Tensor grad_tails, Tensor grad_listed, "
-    f"{_LINEAR}, {SCALARS}) -> Tensor[]"
+    f"{LINEAR_SCALARS}, {SCALARS}) -> Tensor[]"
 )
 
 
