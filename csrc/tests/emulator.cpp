@@ -14,12 +14,6 @@ void pause() {
   if (random() % 4 == 0) yield();
 }
 
-// Orders more than a device would: every fence with every other.
-void fence() {
-  acquire(&state.fences);
-  release(&state.fences);
-}
-
 namespace {
 
 Warp& current_warp() { return state.current->cta->warps[state.current->index / 32]; }
@@ -282,8 +276,10 @@ void mbarrier_init(uint64_t* barrier, unsigned arrivals, Where where) {
   state.current->fence_due = true;
 }
 
+// Orders more than a device would: every fence with every other.
 void fence_mbarrier_init() {
-  fence();
+  acquire(&state.fences);
+  release(&state.fences);
   state.current->fence_due = false;
 }
 

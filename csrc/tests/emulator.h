@@ -58,7 +58,6 @@ struct Exchange {
 };
 Exchange exchange(const char* what, unsigned mask, uint64_t value, int source, Where where);
 void sync_warp(unsigned mask, Where where);
-void fence();
 unsigned cluster_rank();
 unsigned cluster_size();
 void cluster_arrive(bool ordered, Where where);
@@ -98,9 +97,6 @@ struct Index {
 extern Index threadIdx, blockIdx, blockDim, gridDim;
 constexpr int warpSize = 32;
 
-struct alignas(8) uint2 {
-  unsigned x, y;
-};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
@@ -110,10 +106,6 @@ struct alignas(8) float2 {
 struct alignas(16) float4 {
   float x, y, z, w;
 };
-inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-inline float2 make_float2(float x, float y) { return {x, y}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 template <class T>
 constexpr T min(T x, T y) {
@@ -129,8 +121,6 @@ inline void __syncwarp(unsigned mask = ~0u, KD_HERE) { kd::emulator::sync_warp(m
 inline uint64_t __umul64hi(uint64_t x, uint64_t y) {
   return (uint64_t)((unsigned __int128)x * y >> 64);
 }
-inline void __threadfence() { kd::emulator::fence(); }
-inline void __threadfence_block() { kd::emulator::fence(); }
 
 namespace kd::emulator {
 
@@ -182,47 +172,17 @@ inline int __all_sync(unsigned mask, int predicate, KD_HERE) {
   return kd::emulator::exchange("__all_sync", mask, predicate != 0, -1, where).ballot == mask;
 }
 
-namespace kd::emulator {
-
-template <class T, class Update>
-T atomic_update(T* address, Where where, Update update) {
-  check_aligned(address, sizeof(T), "an atomic", where);
-  pause();
+template <class T>
+T atomicAdd(T* address, T value, KD_HERE) {
+  kd::emulator::check_aligned(address, sizeof(T), "an atomic", where);
+  kd::emulator::pause();
   T seen, next;
   __atomic_load(address, &seen, __ATOMIC_RELAXED);
   do {
-    next = update(seen);
+    next = seen + value;
   } while (
       !__atomic_compare_exchange(address, &seen, &next, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
   return seen;
-}
-
-template <class T>
-struct Same {
-  using type = T;
-};
-
-}  // namespace kd::emulator
-
-#define KD_EMULATED_ATOMIC(name, result)                                                     \
-  template <class T>                                                                         \
-  T name(T* address, typename kd::emulator::Same<T>::type value, KD_HERE) {                  \
-    return kd::emulator::atomic_update(address, where, [&](T seen) -> T { return result; }); \
-  }
-KD_EMULATED_ATOMIC(atomicAdd, seen + value)
-KD_EMULATED_ATOMIC(atomicSub, seen - value)
-KD_EMULATED_ATOMIC(atomicMin, value < seen ? value : seen)
-KD_EMULATED_ATOMIC(atomicMax, value > seen ? value : seen)
-KD_EMULATED_ATOMIC(atomicAnd, seen& value)
-KD_EMULATED_ATOMIC(atomicOr, seen | value)
-KD_EMULATED_ATOMIC(atomicExch, value)
-KD_EMULATED_ATOMIC(atomicInc, seen >= value ? 0 : seen + 1)
-#undef KD_EMULATED_ATOMIC
-template <class T>
-T atomicCAS(T* address, typename kd::emulator::Same<T>::type compare,
-            typename kd::emulator::Same<T>::type value, KD_HERE) {
-  return kd::emulator::atomic_update(address, where,
-                                     [&](T seen) { return seen == compare ? value : seen; });
 }
 
 // ---- csrc/cuda/ptx.h and launch.h ----
@@ -384,7 +344,6 @@ void store_async(T* mine, const T& value, uint64_t* barrier, unsigned rank, KD_H
   emulator::store_async(mine, &value, sizeof(T), barrier, rank, where);
 }
 inline void fence_mbarrier_init() { emulator::fence_mbarrier_init(); }
-inline void fence_proxy_async() { emulator::fence(); }
 
 struct Grid {
   unsigned grid, block, cluster;
