@@ -133,20 +133,20 @@ def _of_whole(
     header = collectives.header_of(message, o)
     everyone = collectives.all_gather(torch.cat([message, header]), o.group)
     bad = part.outside.flatten() | ~collectives.is_whole(everyone[:, -1], o)
-    everyones = _named(told, everyone[:, :-1])  # (processes, rows) each
-    bad |= (everyones["weight"] != everyones["weight"][0]).any(0)
+    shards = _named(told, everyone[:, :-1])  # (processes, rows) each
+    bad |= (shards["weight"] != shards["weight"][0]).any(0)
     label_logit = agreement = None
     if labels is not None:
-        label_logit, label = everyones["label_logit"].sum(0), everyones["label"]
+        label_logit, label = shards["label_logit"].sum(0), shards["label"]
         bad |= part.kept.flatten() & (label != label[0]).any(0)
     if watchers.may_look(bad) and bool(bad.any()):
         raise ValueError(collectives.ROWS_DIFFER)
-    whole = _merged(everyones, o)
+    whole = _merged(shards, o)
     for name in ("student_sum", "student_sum_at_1"):
         whole[name] = whole[name] * torch.where(bad, math.nan, 1.0)
     if o.metrics:
         student_top, teacher_top = (
-            Top(everyones[f"{model}_top_logit"], everyones[f"{model}_top"]).of_all()
+            Top(shards[f"{model}_top_logit"], shards[f"{model}_top"]).of_all()
             for model in ("student", "teacher")
         )
         agreement = (student_top.token == teacher_top.token).double()
