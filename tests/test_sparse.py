@@ -59,7 +59,8 @@ def compared(log_q, tokens, log_p, tail):
         return log_p.log_softmax(-1), log_q[tokens].log_softmax(-1)
     others = torch.ones_like(log_q, dtype=torch.bool)
     others[tokens] = False
-    rest = torch.log1p(-log_p.exp().sum()) if others.any() else torch.tensor(-INF).double()
+    listed = log_p.exp().sum().clamp(max=1)  # which may round to more
+    rest = torch.log1p(-listed) if others.any() else torch.tensor(-INF).double()
     log_p = log_p if others.any() else log_p.log_softmax(-1)
     q = log_q[others].logsumexp(-1) if others.any() else torch.tensor(-INF).double()
     return torch.cat([log_p, rest.reshape(1)]), torch.cat([log_q[tokens], q.reshape(1)])

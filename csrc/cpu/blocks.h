@@ -35,6 +35,9 @@ KD_INLINE Half to_bfloat16(Vec x) {
 }
 
 KD_INLINE Vec from_float16(Half x) {
+#if defined(__aarch64__)
+  return vcvt_f32_f16((float16x4_t)x);
+#else
   const Bits bits = widen(x);
   const Bits magnitude = bits & 0x7fffu;
   // The exponent's bias differs by 112; multiplying serves normal and subnormal values alike.
@@ -42,10 +45,14 @@ KD_INLINE Vec from_float16(Half x) {
   const Bits special = magnitude << 13 | 0x7f800000u;  // inf and NaN
   const Bits value = magnitude >= 0x7c00u ? special : (Bits)finite;
   return (Vec)(value | (bits & 0x8000u) << 16);
+#endif
 }
 
 // To nearest, ties to even.
 KD_INLINE Half to_float16(Vec x) {
+#if defined(__aarch64__)
+  return (Half)vcvt_f16_f32(x);
+#else
   const Vec magnitude = abs(x);
   const Bits bits = (Bits)magnitude;
   const Bits normal = (bits + 0xfffu + ((bits >> 13) & 1u) - 0x38000000u) >> 13;
@@ -55,6 +62,7 @@ KD_INLINE Half to_float16(Vec x) {
   half = magnitude >= 65520.0f ? 0x7c00u + Bits{} : half;
   half = x == x ? half : 0x7e00u + Bits{};
   return narrow(half | ((Bits)x >> 16 & 0x8000u));
+#endif
 }
 
 template <DType dtype>

@@ -115,7 +115,7 @@ class Exponent : public ExponentBase {
     if constexpr (!kFusedMultiplyAdd) x = x - origin_;
     const Vec steps = x * c_ + grid_;  // whose low bits count x c from -kBelow
     range.marks |= (Bits)steps ^ (Bits)splat<Vec>(kGrid);
-    const Vec f = x * c_ - (steps - grid_);
+    const Vec f = x * c_ + (grid_ - steps);
     const Vec power = (Vec)(((Bits)steps << 23) + ((127u - kBelow) << 23));
     return power * (polynomial(f) * f) + power;
   }

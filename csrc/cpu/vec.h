@@ -7,6 +7,8 @@
 
 #if defined(KD_X86_64)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "../core/base.h"
