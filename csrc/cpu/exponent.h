@@ -82,9 +82,10 @@ class Exponent : public ExponentBase {
   };
 
   KD_INLINE Vec fast(Vec x, Range&) const {
-    const Vec steps = x * c_ + kGrid;  // whose low bits count x c in units of 1/32
+    // Its low bits count x c in units of 1/32.
+    const Vec steps = multiply_add(x, c_, splat<Vec>(kGrid));
     const Vec rounded = steps - (kGrid + kCentre);
-    const Vec f = x * c_ - rounded;
+    const Vec f = multiply_add(x, c_, -rounded);
     const Vec low = load(kPowers.entries) * unshift_;
     const Vec high = load(kPowers.entries + kLanes) * unshift_;
     const Vec entry = (Vec)_mm512_permutex2var_ps((__m512)low, (__m512i)steps, (__m512)high);
@@ -113,9 +114,10 @@ class Exponent : public ExponentBase {
 
   KD_INLINE Vec fast(Vec x, Range& range) const {
     if constexpr (!kFusedMultiplyAdd) x = x - origin_;
-    const Vec steps = x * c_ + grid_;  // whose low bits count x c from -kBelow
+    // Its low bits count x c from -kBelow.
+    const Vec steps = multiply_add(x, c_, splat<Vec>(grid_));
     range.marks |= (Bits)steps ^ (Bits)splat<Vec>(kGrid);
-    const Vec f = x * c_ + (grid_ - steps);
+    const Vec f = multiply_add(x, c_, grid_ - steps);
     const Vec power = (Vec)(((Bits)steps << 23) + ((127u - kBelow) << 23));
     return power * (polynomial(f) * f) + power;
   }

@@ -85,6 +85,19 @@ KD_INLINE Vec select(Mask condition, Vec yes, Vec no) { return condition ? yes :
 
 KD_INLINE Vec abs(Vec x) { return (Vec)((Bits)x & 0x7fffffffu); }
 
+// a b + c, rounded once where kFusedMultiplyAdd. Clang fuses no product that two sums share.
+KD_INLINE Vec multiply_add(Vec a, float b, Vec c) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)splat<Vec>(b), (__m512)c);
+#elif defined(__FMA__)
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)splat<Vec>(b), (__m256)c);
+#elif defined(__aarch64__)
+  return vfmaq_f32(c, a, splat<Vec>(b));
+#else
+  return a * b + c;
+#endif
+}
+
 // The larger of a and x, and x where x is NaN.
 KD_INLINE Vec max(Vec a, Vec x) {
 #if defined(__AVX512F__)
