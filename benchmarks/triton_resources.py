@@ -106,10 +106,9 @@ def kernels() -> list[Kernel]:
         for phase in ("", *SHARD_PHASES):
             result.append(Kernel(target, "jsd", "float16", 1, rows=1, options=True, phase=phase))
         result += other_kernels(target, (1000, 128256))
-    for divergence in DIVERGENCES:
-        result.append(Kernel(AMD, divergence, "bfloat16", 128256))
-        result.append(Kernel(AMD, divergence, "float16", 128256, options=True))
-    return result + shard_kernels(AMD)[:6] + other_kernels(AMD, (128256,))
+    result += [Kernel(AMD, divergence, "bfloat16", 128256) for divergence in DIVERGENCES]
+    result.append(Kernel(AMD, "jsd", "float16", 128256, options=True))
+    return result + shard_kernels(AMD)[:1] + other_kernels(AMD, (128256,))
 
 
 def other_kernels(target: Target, vocabs: Sequence[int]) -> list[Kernel]:
