@@ -166,3 +166,32 @@ def test_default_is_forward_kl_at_temperature_1(backend):
     student, teacher = correlated_pair(3, 300)
     explicit = run(backend, student, teacher, divergence="forward_kl", temperature=1.0)
     assert torch.equal(run(backend, student, teacher).gradient, explicit.gradient)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_16_bit_number_is_read_exactly(backend, dtype):
+    """Subnormals, infinities and NaN among them, as the float32 numbers that they are."""
+    numbers = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    student = numbers.reshape(32, -1) if backend.interpreted else numbers.reshape(-1, 8)
+    teacher = torch.zeros_like(student)
+    student, teacher = student[:, 1:], teacher[:, 1:]  # not from a whole vector on
+    options = {"divergence": kdkernels.SoftCrossEntropy(), "reduction": "none"}
+    expected = loss_of(backend, student.float(), teacher.float(), **options)
+    actual = loss_of(backend, student, teacher, **options)
+    torch.testing.assert_close(actual, expected, rtol=2e-6, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_gradients_are_those_of_float32_rounded(kernel, dtype):
+    """From too small for the dtype to too large; their float32 twins are of the same logits."""
+    student, teacher = (x.to(dtype) for x in correlated_pair(48, 83))
+    weight = torch.logspace(-36, 20, 48, base=2.0)
+    options = {"token_weight": weight, "reduction": "sum"}
+    expected = run(kernel, student.float(), teacher.float(), **options).gradient.to(dtype)
+    actual = run(kernel, student, teacher, **options).gradient
+    # float16 is rounded when stored without weights, and once more times them.
+    rtol, atol = (2**-10, 2**-24) if dtype == torch.float16 else (0, 0)
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
+    if dtype == torch.float16:
+        assert expected.isinf().any()
+        assert (expected == 0).any()

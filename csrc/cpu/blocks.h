@@ -35,7 +35,11 @@ KD_INLINE Half to_bfloat16(Vec x) {
 }
 
 KD_INLINE Vec from_float16(Half x) {
-#if defined(__aarch64__)
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtph_ps((__m256i)x);
+#elif defined(__F16C__)
+  return (Vec)_mm256_cvtph_ps((__m128i)x);
+#elif defined(__aarch64__)
   return vcvt_f32_f16((float16x4_t)x);
 #else
   const Bits bits = widen(x);
@@ -50,7 +54,11 @@ KD_INLINE Vec from_float16(Half x) {
 
 // To nearest, ties to even.
 KD_INLINE Half to_float16(Vec x) {
-#if defined(__aarch64__)
+#if defined(__AVX512F__)
+  return (Half)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__)
+  return (Half)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__aarch64__)
   return (Half)vcvt_f16_f32(x);
 #else
   const Vec magnitude = abs(x);

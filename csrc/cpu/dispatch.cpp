@@ -7,6 +7,10 @@
 #include <memory>
 #include <stdexcept>
 
+#if defined(KD_X86_64)
+#include <cpuid.h>
+#endif
+
 #include "../core/shard.h"
 #include "kernel.h"
 #include "memory.h"
@@ -20,6 +24,14 @@ constexpr const char* kOverride = "KDKERNELS_CPU_ISA";
 constexpr const char* kNames[] = {KD_DIVERGENCES(KD_NAME)};
 static_assert(std::size(kNames) == kDivergences);
 
+#if defined(KD_X86_64)
+// Asked of the processor: not every compiler's __builtin_cpu_supports knows its name.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 std::vector<const InstructionSet*> supported() {
   std::vector<const InstructionSet*> result;
 #if defined(KD_X86_64)
@@ -28,7 +40,8 @@ std::vector<const InstructionSet*> supported() {
     if (__builtin_cpu_supports("avx512bf16")) result.push_back(&kAvx512Bf16);
     result.push_back(&kAvx512);
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) result.push_back(&kAvx2);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c())
+    result.push_back(&kAvx2);
 #endif
   result.push_back(&kBaseline);
   return result;
