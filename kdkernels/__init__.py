@@ -21,7 +21,7 @@ from .divergences import (
     register_divergence,
 )
 from .functional import kd_loss
-from .head import LinearKDHead
+from .head import LinearKDHead, LinearSparseKDHead
 from .linear import linear_kd_loss
 from .linear_sparse import linear_sparse_kd_loss
 from .memory import release_memory
@@ -37,6 +37,7 @@ __all__ = [
     "KDLoss",
     "LinearKDHead",
     "LinearKDLoss",
+    "LinearSparseKDHead",
     "LinearSparseKDLoss",
     "ReverseKL",
     "SkewForwardKL",

@@ -1,4 +1,4 @@
-"""A module that owns the student's LM head, for whatever hooks into module calls."""
+"""Modules that own the student's LM head, for whatever hooks into module calls."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from .functional import Metrics
 from .linear import linear_kd_loss
-from .modules import LinearKDLoss, LossModule
+from .linear_sparse import linear_sparse_kd_loss
+from .modules import LinearKDLoss, LinearSparseKDLoss, LossModule
 
 #: What a model's config calls a change of logits after the head, or of hidden states before it. The
 #: same name divides in one model and multiplies in another: docs/linear.md has a table.
@@ -25,7 +26,45 @@ _LORA = ("lora_A", "lora_B", "lora_dropout")  # of layers, by adapter
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
-class LinearKDHead(LossModule):
+class _HeadModule(LossModule):
+    """A loss of hidden states inside a call of the student's head."""
+
+    def __init__(self, lm_head: nn.Module, **options: Any) -> None:
+        super().__init__(**options)
+        self.lm_head = _head_of("student", lm_head, options)
+        _check_layer("lm_head", _without_adapters(self.lm_head))
+
+    def _loss(
+        self, function: Callable, hidden: Tensor, **arguments: Any
+    ) -> Tensor | tuple[Tensor, Metrics]:
+        """``function(hidden, weight, student_bias=bias)`` of the head, with its adapters."""
+        arguments |= self.options
+        head: Any = self.lm_head
+        if not hasattr(head, "base_layer"):
+            return _call(
+                head,
+                lambda h: function(h, head.weight, student_bias=head.bias, **arguments),
+                hidden,
+            )
+
+        def with_adapters(h: Tensor) -> Tensor | tuple[Tensor, Metrics]:
+            layers = [head.base_layer]
+            inputs = [h]
+            for name in _active_adapters(head):
+                adapted = head.lora_dropout[name](h.to(head.lora_A[name].weight.dtype))
+                inputs.append(head.lora_A[name](adapted) * head.scaling[name])
+                layers.append(head.lora_B[name])
+
+            def sum_of_products(*hidden: Tensor) -> Tensor | tuple[Tensor, Metrics]:
+                weights = [layer.weight for layer in layers]
+                return function(hidden, weights, student_bias=layers[0].bias, **arguments)
+
+            return _call_all(layers, inputs, sum_of_products)
+
+        return _call(head, with_adapters, hidden)
+
+
+class LinearKDHead(_HeadModule):
     """:func:`kdkernels.linear_kd_loss` as a module call of the student's LM head.
 
     The loss needs the head's weight, not its logits. Frameworks that shard or gather weights
@@ -72,10 +111,7 @@ class LinearKDHead(LossModule):
     def __init__(
         self, lm_head: nn.Module, teacher_head: nn.Module | None = None, **options: Any
     ) -> None:
-        super().__init__(**options)
-        lm_head = _head_of("student", lm_head, options)
-        self.lm_head = lm_head
-        _check_layer("lm_head", _without_adapters(lm_head))
+        super().__init__(lm_head, **options)
         if teacher_head is not None:
             teacher_head = _head_of("teacher", teacher_head, options)
             _check_layer("teacher_head", teacher_head)
@@ -106,7 +142,8 @@ class LinearKDHead(LossModule):
         }
 
         def loss(weight: Tensor | None, bias: Tensor | None) -> Tensor | tuple[Tensor, Metrics]:
-            return self._loss(student_hidden, teacher_weight=weight, teacher_bias=bias, **per_call)
+            teacher = {"teacher_weight": weight, "teacher_bias": bias}
+            return self._loss(linear_kd_loss, student_hidden, **teacher, **per_call)
 
         if teacher_head is None or teacher_logits is not None:
             return loss(teacher_weight, teacher_bias)
@@ -121,31 +158,54 @@ class LinearKDHead(LossModule):
         _call(teacher_head, inside)
         return results[0]
 
-    def _loss(self, hidden: Tensor, **arguments: Any) -> Tensor | tuple[Tensor, Metrics]:
-        arguments |= self.options
-        head: Any = self.lm_head
-        if not hasattr(head, "base_layer"):
-            return _call(
-                head,
-                lambda h: linear_kd_loss(h, head.weight, student_bias=head.bias, **arguments),
-                hidden,
-            )
 
-        def with_adapters(h: Tensor) -> Tensor | tuple[Tensor, Metrics]:
-            layers = [head.base_layer]
-            inputs = [h]
-            for name in _active_adapters(head):
-                adapted = head.lora_dropout[name](h.to(head.lora_A[name].weight.dtype))
-                inputs.append(head.lora_A[name](adapted) * head.scaling[name])
-                layers.append(head.lora_B[name])
+class LinearSparseKDHead(_HeadModule):
+    """:func:`kdkernels.linear_sparse_kd_loss` as a module call of the student's LM head.
 
-            def sum_of_products(*hidden: Tensor) -> Tensor | tuple[Tensor, Metrics]:
-                weights = [layer.weight for layer in layers]
-                return linear_kd_loss(hidden, weights, student_bias=layers[0].bias, **arguments)
+    As :class:`LinearKDHead`, beside a teacher known by a few tokens a row. The backward reads the
+    head's weight again, as that of an ``nn.Linear`` does: what shards or gathers weights has it at
+    hand then too.
 
-            return _call_all(layers, inputs, sum_of_products)
+    Args:
+        lm_head: as of :class:`LinearKDHead`.
+        **options: any keyword of :func:`kdkernels.linear_sparse_kd_loss` but the tensors of a call.
 
-        return _call(head, with_adapters, hidden)
+    Raises:
+        ValueError: as :class:`LinearKDHead`.
+        TypeError: as :class:`LinearKDHead`.
+
+    Example:
+        >>> import torch
+        >>> from kdkernels import LinearSparseKDHead
+        >>> head = LinearSparseKDHead(torch.nn.Linear(4, 16, bias=False))
+        >>> logprobs, indices = torch.randn(5, 16).log_softmax(-1).topk(3)
+        >>> head(torch.randn(5, 4), indices, logprobs).backward()
+        >>> head.lm_head.weight.grad.shape
+        torch.Size([16, 4])
+    """
+
+    known = LinearSparseKDLoss.known
+
+    def forward(
+        self,
+        student_hidden: Tensor,
+        teacher_indices: Tensor,
+        teacher_logprobs: Tensor,
+        *,
+        labels: Tensor | None = None,
+        token_weight: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Metrics]:
+        """See :func:`kdkernels.linear_sparse_kd_loss`."""
+        return self._loss(
+            linear_sparse_kd_loss,
+            student_hidden,
+            teacher_indices=teacher_indices,
+            teacher_logprobs=teacher_logprobs,
+            labels=labels,
+            token_weight=token_weight,
+            normalizer=normalizer,
+        )
 
 
 def _head_of(side: str, model: Any, options: dict[str, Any]) -> nn.Module:

@@ -153,7 +153,8 @@ def _check_head(model: str, hidden: Tensor, weight: Tensor) -> None:
     if weight.dim() != 2:
         raise ValueError(
             f"{model}_weight has shape {tuple(weight.shape)}, expected (vocab, hidden); a head "
-            "that is partitioned outside its module's call is reached through LinearKDHead"
+            "that is partitioned outside its module's call is reached through LinearKDHead or "
+            "LinearSparseKDHead"
         )
     if weight.shape[0] == 0:
         raise ValueError(f"{model}_weight has shape {tuple(weight.shape)}, a vocabulary of 0")

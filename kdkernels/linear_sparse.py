@@ -61,7 +61,8 @@ def linear_sparse_kd_loss(
             reference backend).
         student_weight: ``(vocab, hidden)``; no work is done for a gradient that is not needed.
             Sequences of hidden states and weights mean the sum of their products. The backward
-            reads it again: not for heads that are sharded outside their module's call.
+            reads it again. A head that is sharded outside its module's call is reached through
+            :class:`kdkernels.LinearSparseKDHead`.
         teacher_indices: ``(..., k)``, see :func:`kdkernels.sparse_kd_loss`.
         teacher_logprobs: ``(..., k)``, see there.
         student_bias: ``(vocab,)``.

@@ -1,12 +1,6 @@
-"""LinearKDHead: hooks, parametrizations, adapters, sharded and gathered weights."""
+"""Heads as modules: hooks, parametrizations, adapters, gathered weights."""
 
 from __future__ import annotations
-
-import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,12 +9,14 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import kdkernels
-from kdkernels import LinearKDHead, kd_loss
+from kdkernels import LinearKDHead, LinearSparseKDHead, kd_loss, sparse_kd_loss
 
 from .cases import normal
 from .linear_cases import TEACHER_VOCAB, VOCAB, make_case, relative_error, some_labels
+from .test_sparse import top
 
 LABELS = some_labels()
+COMMON = {"temperature": 2.0, "ce_weight": 0.5}
 
 
 def student_head(bias: bool = True) -> nn.Linear:
@@ -40,19 +36,34 @@ def teacher_head() -> nn.Linear:
     return head
 
 
-def fused_step(head: nn.Module, hidden, **options):
+def fused_step(head: nn.Module, hidden):
     case = make_case()
-    return LinearKDHead(head, temperature=2.0, ce_weight=0.5, **options)(
-        hidden, case.teacher_hidden, case.teacher_weight, labels=LABELS
-    )
+    teacher = case.teacher_hidden, case.teacher_weight
+    return LinearKDHead(head, **COMMON)(hidden, *teacher, labels=LABELS)
 
 
 def dense_step(head: nn.Module, hidden):
     case = make_case()
     teacher = F.linear(case.teacher_hidden, case.teacher_weight)
-    return kd_loss(
-        head(hidden), teacher, temperature=2.0, ce_weight=0.5, labels=LABELS, backend="reference"
-    )
+    return kd_loss(head(hidden), teacher, labels=LABELS, backend="reference", **COMMON)
+
+
+def entries():
+    """Tokens and log-probabilities (..., 5) of a teacher."""
+    case = make_case()
+    teacher = F.linear(case.teacher_hidden, case.teacher_weight)[..., :VOCAB]
+    return top(teacher / 2.0, 5)
+
+
+def fused_sparse_step(head: nn.Module, hidden):
+    return LinearSparseKDHead(head, **COMMON)(hidden, *entries(), labels=LABELS)
+
+
+def dense_sparse_step(head: nn.Module, hidden):
+    return sparse_kd_loss(head(hidden), *entries(), labels=LABELS, backend="reference", **COMMON)
+
+
+STEPS = ((fused_step, dense_step), (fused_sparse_step, dense_sparse_step))
 
 
 def gradients(step, head: nn.Module) -> list[torch.Tensor]:
@@ -62,13 +73,15 @@ def gradients(step, head: nn.Module) -> list[torch.Tensor]:
     return [x.grad for x in named]
 
 
-def assert_same(make_head, fused=fused_step) -> None:
-    torch.manual_seed(0)
-    actual = gradients(fused, make_head())
-    torch.manual_seed(0)
-    expected = gradients(dense_step, make_head())
-    for a, b in zip(actual, expected, strict=True):
-        assert relative_error(a, b) < 5e-6
+def assert_same(make_head) -> None:
+    """Both modules give the gradients of the logits that the head gives."""
+    for fused, dense in STEPS:
+        torch.manual_seed(0)
+        actual = gradients(fused, make_head())
+        torch.manual_seed(0)
+        expected = gradients(dense, make_head())
+        for a, b in zip(actual, expected, strict=True):
+            assert relative_error(a, b) < 5e-6
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -91,12 +104,13 @@ def test_parametrized_heads():
     assert_same(lambda: parametrizations.spectral_norm(student_head()).eval())
 
 
-def test_hooks_see_a_module_call():
+@pytest.mark.parametrize("step", [fused_step, fused_sparse_step])
+def test_hooks_see_a_module_call(step):
     head, seen = student_head(), []
     head.register_forward_pre_hook(lambda module, args: seen.append(("pre", args[0].shape)))
     head.register_forward_hook(lambda module, args, out: seen.append(("post", out.shape)))
     head.register_full_backward_hook(lambda module, grads, out: seen.append(("backward", None)))
-    gradients(fused_step, head)
+    gradients(step, head)
     assert seen == [("pre", (3, 7, 16)), ("post", ()), ("backward", None)]
     assert "forward" not in vars(head)
     assert head(normal(2, 16)).shape == (2, VOCAB)  # the head is a head again
@@ -152,6 +166,18 @@ def test_weights_gathered_by_hooks(reduction):
     assert head.weight.numel() == teacher.weight.numel() == 0
     gathered.gather(head)  # as in a backward
     loss = loss if reduction == "mean" else loss.sum() / (LABELS != -100).sum()
+    loss.backward()
+    for p, wanted in zip(head.parameters(), expected, strict=True):
+        assert relative_error(p.grad, wanted) < 1e-6
+
+
+def test_a_weight_gathered_again_for_the_backward():
+    expected = gradients(fused_sparse_step, student_head())[1:]
+    head = student_head()
+    gathered = GatheredLinear(head)
+    loss = fused_sparse_step(head, make_case().student_hidden)
+    assert head.weight.numel() == 0
+    gathered.gather(head)  # as before the backward of a layer
     loss.backward()
     for p, wanted in zip(head.parameters(), expected, strict=True):
         assert relative_error(p.grad, wanted) < 1e-6
@@ -228,7 +254,7 @@ def test_lora_with_hooks_and_both_adapters():
 
     assert_same(make)
     assert calls[:4] == [LoRA, nn.Linear, nn.Linear, nn.Linear]
-    assert len(calls) == 8
+    assert len(calls) == 8 * len(STEPS)
 
 
 def test_disabled_and_merged_adapters():
@@ -236,7 +262,8 @@ def test_disabled_and_merged_adapters():
         head = LoRA(student_head())
         setattr(head, name, True)
         hidden = make_case().student_hidden.clone().requires_grad_()
-        assert torch.allclose(fused_step(head, hidden), dense_step(head, hidden))
+        for fused, dense in STEPS:
+            assert torch.allclose(fused(head, hidden), dense(head, hidden))
 
 
 def test_what_it_refuses():
@@ -270,8 +297,9 @@ def test_what_it_refuses():
         fused_step(dora, hidden)
     with pytest.raises(TypeError, match="adapter 'default' has a bias"):
         fused_step(biased, hidden)
-    with pytest.raises(TypeError, match="temprature"):
-        LinearKDHead(student_head(), temprature=2.0)
+    for module in (LinearKDHead, LinearSparseKDHead):
+        with pytest.raises(TypeError, match="temprature"):
+            module(student_head(), temprature=2.0)
     quantized = student_head()
     del quantized.weight
     quantized.weight = torch.zeros(VOCAB, 8, dtype=torch.uint8)
@@ -283,97 +311,21 @@ def test_module_state():
     head = LinearKDHead(student_head(), teacher_head(), temperature=2.0)
     assert list(head.state_dict()) == ["lm_head.weight", "lm_head.bias"]
     assert "temperature=2.0" in repr(head)
+    assert list(LinearSparseKDHead(student_head()).state_dict()) == list(head.state_dict())
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_compiles_into_one_graph():
+@pytest.mark.parametrize("loss", [LinearKDHead, LinearSparseKDHead])
+def test_compiles_into_one_graph(loss):
     torch._dynamo.reset()
     case, head = make_case(), student_head()
-    module = LinearKDHead(head, temperature=2.0)
+    teacher = case.teacher_hidden, case.teacher_weight
+    if loss is LinearSparseKDHead:
+        teacher = entries()
+    module = loss(head, temperature=2.0)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    compiled(case.student_hidden, case.teacher_hidden, case.teacher_weight).backward()
+    compiled(case.student_hidden, *teacher).backward()
     actual = head.weight.grad
     head.weight.grad = None
-    module(case.student_hidden, case.teacher_hidden, case.teacher_weight).backward()
+    module(case.student_hidden, *teacher).backward()
     torch.testing.assert_close(actual, head.weight.grad)
-
-
-DISTRIBUTED = """
-import sys, torch, torch.distributed as dist
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
-from kdkernels import LinearKDHead
-
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
-torch.manual_seed(0)
-
-class Model(nn.Module):
-    def __init__(self, kind=""):
-        super().__init__()
-        self.body = nn.Linear(8, 16)
-        lm_head = nn.Linear(16, 37, bias=False)
-        if kind != "fsdp of the module":
-            self.lm_head = lm_head
-        self.head = LinearKDHead(lm_head, temperature=2.0)
-    def forward(self, x, teacher_hidden, teacher_weight):
-        return self.head(self.body(x), teacher_hidden, teacher_weight)
-
-plain = Model()
-x, hidden, weight = torch.randn(6, 8), torch.randn(6, 12), torch.randn(37, 12)
-plain(x, hidden, weight).backward()
-mesh = init_device_mesh("cpu", (2,))
-part = slice(3 * rank, 3 * rank + 3)
-for kind in ("ddp", "fsdp of the head", "fsdp of the module", "fsdp of the model"):
-    torch.manual_seed(0)
-    model = Model(kind)
-    if kind == "ddp":
-        model = nn.parallel.DistributedDataParallel(model)
-    else:
-        if kind == "fsdp of the head":
-            fully_shard(model.head.lm_head, mesh=mesh)
-        elif kind == "fsdp of the module":
-            fully_shard(model.head, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        # gloo has no mean of its own: some versions of torch take its sum for one without this.
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.set_force_sum_reduction_for_comms(True)
-    for _ in range(2):
-        model.zero_grad()
-        model(x[part], hidden[part], weight).backward()
-    for actual, expected in zip(model.parameters(), plain.parameters(), strict=True):
-        gradient = actual.grad
-        if isinstance(gradient, DTensor):
-            gradient = gradient.full_tensor()
-        torch.testing.assert_close(gradient, expected.grad, rtol=1e-5, atol=1e-7)
-    print(kind)
-dist.destroy_process_group()
-print("ok")
-"""
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
-def test_two_processes(tmp_path):
-    """Halves of a batch on two ranks, their gradients averaged, are the batch's."""
-    root = str(Path(kdkernels.__file__).parents[1])
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([root, *filter(None, sys.path)]),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-c", textwrap.dedent(DISTRIBUTED)]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "store")],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=120) for process in ranks]
-    for out, err in outputs:
-        assert out.strip().endswith("ok"), out + err[-3000:]
