@@ -47,7 +47,8 @@ def entries(
 def _merged(indices: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
     """The same samples with each token once, its weights added up."""
     ascending, order = indices.sort(-1)
-    weights = (log_weights - log_weights.amax(-1, keepdim=True).clamp(min=-1e300)).exp()
+    largest = log_weights.amax(-1, keepdim=True).clamp(min=torch.finfo(log_weights.dtype).min)
+    weights = (log_weights - largest).exp()
     first = ascending.diff(dim=-1, prepend=torch.full_like(ascending[..., :1], -2)) != 0
     slot = first.cumsum(-1) - 1
     merged = torch.full_like(ascending, -1).scatter(-1, slot, ascending)

@@ -7,6 +7,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import kdkernels
 from kdkernels import (
@@ -20,6 +22,7 @@ from kdkernels import (
     SoftCrossEntropy,
     SymmetricKL,
 )
+from kdkernels.options import TAILS
 
 from .cases import ALL, correlated_pair, labels_for
 
@@ -292,3 +295,46 @@ def test_meta_tensors():
     loss = kdkernels.kd_loss(student, torch.empty(3, 8, device="meta"), reduction="none")
     loss.sum().backward()
     assert (loss.shape, loss.dtype, student.grad.shape) == ((3,), torch.float32, (3, 8))
+
+
+class NoFloat64(TorchDispatchMode):
+    """Refuses what Apple's GPUs do not have."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            assert not isinstance(x, torch.Tensor) or x.dtype != torch.float64, function
+        return result
+
+
+def losses_of_every_level(student, teacher, **options):
+    """Of logits, of hidden states and a head, and of both beside a sparse teacher."""
+    head = torch.eye(student.shape[-1]).to(student.dtype)
+    logprobs, indices = teacher.log_softmax(-1).topk(7)
+    indices = indices.index_fill(0, torch.tensor(1), -1)  # a row that lists nothing
+    yield kdkernels.kd_loss(student, teacher, **options)
+    yield kdkernels.linear_kd_loss(student, head, teacher, head, **options)
+    for tail in TAILS:
+        entries = indices, torch.zeros_like(logprobs) if tail == "sampled" else logprobs
+        yield kdkernels.sparse_kd_loss(student, *entries, tail=tail, **options)
+        yield kdkernels.linear_sparse_kd_loss(student, head, *entries, tail=tail, **options)
+
+
+def test_devices_without_float64(monkeypatch):
+    student, teacher = correlated_pair(5, 41)
+    options = {"labels": labels_for(5, vocab=41), "ce_weight": 0.5, "temperature": 2.0}
+    options |= {"backend": "reference", "return_metrics": True, "student_softcap": 30.0}
+    expected = list(losses_of_every_level(student.double(), teacher.double(), **options))
+    monkeypatch.setattr(kdkernels.reference, "compute_dtype", lambda _: torch.float32)
+    student.requires_grad_()
+    with NoFloat64():
+        actual = list(losses_of_every_level(student, teacher, **options))
+        for loss, _ in actual:
+            loss.backward()
+    assert student.grad.isfinite().all()
+    for (loss, metrics), (wanted, wanted_metrics) in zip(actual, expected, strict=True):
+        torch.testing.assert_close(loss.double(), wanted, rtol=1e-5, atol=0)
+        for name, metric in metrics.items():
+            torch.testing.assert_close(
+                metric.double(), wanted_metrics[name].double(), rtol=1e-5, atol=1e-6
+            )
