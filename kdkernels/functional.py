@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 from torch import Tensor
 
@@ -13,9 +13,49 @@ from .options import METRICS
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
 
-#: What ``return_metrics=True`` adds: per-token tensors of shape ``(...)``, None where undefined.
-Metrics = dict[str, Tensor | None]
+    from .keywords import KDKeywords
+
+
+class Metrics(TypedDict):
+    """What ``return_metrics=True`` adds: per-token tensors of shape ``(...)``."""
+
+    divergence: Tensor
+    cross_entropy: Tensor | None  # None without labels
+    teacher_entropy: Tensor
+    student_entropy: Tensor
+    agreement: Tensor
+
+
+@overload
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    return_metrics: Literal[False] = ...,
+    **keywords: Unpack[KDKeywords],
+) -> Tensor: ...
+
+
+@overload
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    return_metrics: Literal[True],
+    **keywords: Unpack[KDKeywords],
+) -> tuple[Tensor, Metrics]: ...
+
+
+@overload
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    return_metrics: bool,
+    **keywords: Unpack[KDKeywords],
+) -> Tensor | tuple[Tensor, Metrics]: ...
 
 
 def kd_loss(
@@ -170,7 +210,7 @@ def with_metrics(
 ) -> tuple[Tensor, Metrics]:
     """The pair that ``return_metrics=True`` returns, from metrics stacked as kernels write them."""
     assert stacked is not None
-    metrics: Metrics = dict(zip(METRICS, stacked.unbind(0), strict=True))
+    metrics: Any = dict(zip(METRICS, stacked.unbind(0), strict=True))
     if labels is None:
         metrics["cross_entropy"] = None
     return loss, metrics

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,6 +14,11 @@ from .functional import Metrics
 from .linear import linear_kd_loss
 from .linear_sparse import linear_sparse_kd_loss
 from .modules import LinearKDLoss, LinearSparseKDLoss, LossModule
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .keywords import LinearKDOptions, LinearSparseKDOptions
 
 #: What a model's config calls a change of logits after the head, or of hidden states before it. The
 #: same name divides in one model and multiplies in another: docs/linear.md has a table.
@@ -109,7 +114,10 @@ class LinearKDHead(_HeadModule):
     known = LinearKDLoss.known
 
     def __init__(
-        self, lm_head: nn.Module, teacher_head: nn.Module | None = None, **options: Any
+        self,
+        lm_head: nn.Module,
+        teacher_head: nn.Module | None = None,
+        **options: Unpack[LinearKDOptions],
     ) -> None:
         super().__init__(lm_head, **options)
         if teacher_head is not None:
@@ -186,6 +194,12 @@ class LinearSparseKDHead(_HeadModule):
 
     known = LinearSparseKDLoss.known
 
+    if TYPE_CHECKING:
+
+        def __init__(
+            self, lm_head: nn.Module, **options: Unpack[LinearSparseKDOptions]
+        ) -> None: ...
+
     def forward(
         self,
         student_hidden: Tensor,
@@ -208,7 +222,7 @@ class LinearSparseKDHead(_HeadModule):
         )
 
 
-def _head_of(side: str, model: Any, options: dict[str, Any]) -> nn.Module:
+def _head_of(side: str, model: Any, options: Mapping[str, Any]) -> nn.Module:
     """The head of a model, or the head itself; raises where its logits may be more than its own."""
     if not hasattr(model, "get_output_embeddings"):
         return model

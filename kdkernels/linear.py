@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, overload
 
 import numpy as np
 import torch
@@ -17,6 +17,45 @@ from .options import LinearOptions
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
+
+    from .keywords import LinearKDKeywords
+
+
+@overload
+def linear_kd_loss(
+    student_hidden: Tensor | Sequence[Tensor],
+    student_weight: Tensor | Sequence[Tensor],
+    teacher_hidden: Tensor | np.ndarray | None = ...,
+    teacher_weight: Tensor | None = ...,
+    *,
+    return_metrics: Literal[False] = ...,
+    **keywords: Unpack[LinearKDKeywords],
+) -> Tensor: ...
+
+
+@overload
+def linear_kd_loss(
+    student_hidden: Tensor | Sequence[Tensor],
+    student_weight: Tensor | Sequence[Tensor],
+    teacher_hidden: Tensor | np.ndarray | None = ...,
+    teacher_weight: Tensor | None = ...,
+    *,
+    return_metrics: Literal[True],
+    **keywords: Unpack[LinearKDKeywords],
+) -> tuple[Tensor, Metrics]: ...
+
+
+@overload
+def linear_kd_loss(
+    student_hidden: Tensor | Sequence[Tensor],
+    student_weight: Tensor | Sequence[Tensor],
+    teacher_hidden: Tensor | np.ndarray | None = ...,
+    teacher_weight: Tensor | None = ...,
+    *,
+    return_metrics: bool,
+    **keywords: Unpack[LinearKDKeywords],
+) -> Tensor | tuple[Tensor, Metrics]: ...
 
 
 def linear_kd_loss(

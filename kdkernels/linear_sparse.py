@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
@@ -19,6 +19,45 @@ from .tail import Student
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
+
+    from .keywords import LinearSparseKDKeywords
+
+
+@overload
+def linear_sparse_kd_loss(
+    student_hidden: Tensor | Sequence[Tensor],
+    student_weight: Tensor | Sequence[Tensor],
+    teacher_indices: Tensor,
+    teacher_logprobs: Tensor,
+    *,
+    return_metrics: Literal[False] = ...,
+    **keywords: Unpack[LinearSparseKDKeywords],
+) -> Tensor: ...
+
+
+@overload
+def linear_sparse_kd_loss(
+    student_hidden: Tensor | Sequence[Tensor],
+    student_weight: Tensor | Sequence[Tensor],
+    teacher_indices: Tensor,
+    teacher_logprobs: Tensor,
+    *,
+    return_metrics: Literal[True],
+    **keywords: Unpack[LinearSparseKDKeywords],
+) -> tuple[Tensor, Metrics]: ...
+
+
+@overload
+def linear_sparse_kd_loss(
+    student_hidden: Tensor | Sequence[Tensor],
+    student_weight: Tensor | Sequence[Tensor],
+    teacher_indices: Tensor,
+    teacher_logprobs: Tensor,
+    *,
+    return_metrics: bool,
+    **keywords: Unpack[LinearSparseKDKeywords],
+) -> Tensor | tuple[Tensor, Metrics]: ...
 
 
 def linear_sparse_kd_loss(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -12,37 +10,20 @@ from torch import Tensor, nn
 from . import scalars
 from .divergences import ForwardKL, as_divergence
 from .functional import Metrics, kd_loss
+from .keywords import KDOptions, LinearKDOptions, LinearSparseKDOptions, SparseKDOptions
 from .linear import linear_kd_loss
 from .linear_sparse import linear_sparse_kd_loss
 from .sparse import sparse_kd_loss
 from .sparse_entries import check_tail
 
-_PER_CALL = (
-    "student_logits",
-    "student_hidden",
-    "student_weight",
-    "student_bias",
-    "teacher_logits",
-    "teacher_hidden",
-    "teacher_weight",
-    "teacher_bias",
-    "teacher_indices",
-    "teacher_logprobs",
-    "labels",
-    "token_weight",
-    "normalizer",
-    "row_index",
-)
-
-
-def _options_of(function: Callable) -> list[str]:
-    return [name for name in inspect.signature(function).parameters if name not in _PER_CALL]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class LossModule(nn.Module):
     """Base of the modules: the options of a loss, checked."""
 
-    known: list[str]
+    known: tuple[str, ...]
 
     def __init__(self, *positional: Any, **options: Any) -> None:
         super().__init__()
@@ -81,7 +62,11 @@ class KDLoss(LossModule):
         KDLoss(divergence=JSD(beta=0.1), temperature=2.0)
     """
 
-    known = _options_of(kd_loss)
+    known = tuple(KDOptions.__annotations__)
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **options: Unpack[KDOptions]) -> None: ...
 
     def forward(
         self,
@@ -118,7 +103,11 @@ class LinearKDLoss(LossModule):
         0.0
     """
 
-    known = _options_of(linear_kd_loss)
+    known = tuple(LinearKDOptions.__annotations__)
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **options: Unpack[LinearKDOptions]) -> None: ...
 
     def forward(
         self,
@@ -176,7 +165,11 @@ class SparseKDLoss(_SparseLoss):
         True
     """
 
-    known = _options_of(sparse_kd_loss)
+    known = tuple(SparseKDOptions.__annotations__)
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **options: Unpack[SparseKDOptions]) -> None: ...
 
     def forward(
         self,
@@ -216,7 +209,11 @@ class LinearSparseKDLoss(_SparseLoss):
         True
     """
 
-    known = _options_of(linear_sparse_kd_loss)
+    known = tuple(LinearSparseKDOptions.__annotations__)
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **options: Unpack[LinearSparseKDOptions]) -> None: ...
 
     def forward(
         self,

@@ -8,7 +8,7 @@ function of as many numbers as the teacher lists: the divergence is that of rows
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
@@ -26,6 +26,42 @@ from .top import Top
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
+
+    from .keywords import SparseKDKeywords
+
+
+@overload
+def sparse_kd_loss(
+    student_logits: Tensor,
+    teacher_indices: Tensor,
+    teacher_logprobs: Tensor,
+    *,
+    return_metrics: Literal[False] = ...,
+    **keywords: Unpack[SparseKDKeywords],
+) -> Tensor: ...
+
+
+@overload
+def sparse_kd_loss(
+    student_logits: Tensor,
+    teacher_indices: Tensor,
+    teacher_logprobs: Tensor,
+    *,
+    return_metrics: Literal[True],
+    **keywords: Unpack[SparseKDKeywords],
+) -> tuple[Tensor, Metrics]: ...
+
+
+@overload
+def sparse_kd_loss(
+    student_logits: Tensor,
+    teacher_indices: Tensor,
+    teacher_logprobs: Tensor,
+    *,
+    return_metrics: bool,
+    **keywords: Unpack[SparseKDKeywords],
+) -> Tensor | tuple[Tensor, Metrics]: ...
 
 
 def sparse_kd_loss(

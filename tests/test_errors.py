@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 import warnings
@@ -18,8 +19,10 @@ from kdkernels import (
     KDLoss,
     LinearKDHead,
     LinearKDLoss,
+    LinearSparseKDLoss,
     SkewForwardKL,
     SkewReverseKL,
+    SparseKDLoss,
     SymmetricKL,
     kd_loss,
     scalars,
@@ -197,8 +200,26 @@ def test_modules_check_their_options_when_made(make):
             make(logits_dtype=torch.float16)
 
 
-def test_every_option_has_a_check():
-    assert {*KDLoss.known, *LinearKDLoss.known} <= scalars._OPTIONS.keys()
+LOSSES = {
+    kdkernels.kd_loss: KDLoss,
+    kdkernels.linear_kd_loss: LinearKDLoss,
+    kdkernels.sparse_kd_loss: SparseKDLoss,
+    kdkernels.linear_sparse_kd_loss: LinearSparseKDLoss,
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_keyword_is_known(loss):
+    """To those who check options, and to type checkers."""
+    module = LOSSES[loss]
+    signature = inspect.signature(loss).parameters.values()
+    named = {p.name for p in signature if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    typed = getattr(kdkernels.keywords, module.__name__.replace("Loss", "Keywords"))
+    assert named == {*typed.__annotations__, "return_metrics"}
+    assert {*module.known} <= named & scalars._OPTIONS.keys()
+    tensors = inspect.signature(module.forward).parameters.keys()
+    assert named == {*module.known, *tensors} & named
+    assert not tensors & {*module.known}
 
 
 def test_numbers_of_numpy():
