@@ -90,10 +90,13 @@ def _copied_ahead(
             arrived[slot][: end - begin].copy_(source, non_blocking=True)
             copied[slot].record(side)
 
-    fetch(0)
-    for i, (begin, end) in enumerate(spans):
-        if i + 1 < len(spans):
-            fetch(i + 1)
-        current.wait_event(copied[i % 2])
-        yield arrived[i % 2][: end - begin]
-        used[i % 2].record(current)
+    try:
+        fetch(0)
+        for i, (begin, end) in enumerate(spans):
+            if i + 1 < len(spans):
+                fetch(i + 1)
+            current.wait_event(copied[i % 2])
+            yield arrived[i % 2][: end - begin]
+            used[i % 2].record(current)
+    finally:  # where a block's user fails, the next one may still be on its way to freed memory
+        current.wait_stream(side)

@@ -172,6 +172,23 @@ def test_blocks_arrive_whole_and_stay_until_used(monkeypatch, block, index):
     assert torch.equal(torch.cat(used), expected)
 
 
+def test_a_block_on_its_way_arrives_before_its_memory_serves_again(monkeypatch):
+    """Where the user of the block before it fails."""
+    cuda, copied = FakeCuda(), []
+    monkeypatch.setattr(payload, "_pinned", lambda rows, like: torch.empty(rows, like.shape[-1]))
+    rows = payload._Rows(torch.randn(4, 3), None)
+    spans = [(0, 1), (1, 2), (2, 3), (3, 4)]
+    monkeypatch.setattr(FakeCuda, "stream", lambda self, side: copied.append(side) or side)
+    blocks = payload._copied_ahead(rows, spans, torch.device("cpu"), cuda)
+    next(blocks)
+    arrivals = []
+    copied[0].queue(lambda: arrivals.append("the second block"))
+    blocks.close()
+    for run in cuda.default.work:
+        run()
+    assert arrivals
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("rows", "vocab", "hidden"), [(1024, 32000, 256), (256, 128256, 512)])
 def test_default_plan_against_dense(rows, vocab, hidden, dtype):
