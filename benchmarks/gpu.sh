@@ -41,15 +41,16 @@ summary=()
 failed=0
 
 # start NAME SECONDS COMMAND...: in the background, its output in FOLDER/NAME.log. Interrupted at its
-# limit, so that pytest still says what it knows.
+# limit, so that pytest still says what it knows; it gives workers that hang 10 seconds before.
 declare -A pids begins limits
 start() {
-  local name="$1" limit="$2"
+  local name="$1" limit="$2" grace=5
+  [ "$name" = tests ] && grace=15
   shift 2
   printf '== %s\n' "$name"
   begins[$name]=$SECONDS limits[$name]=$limit
   {  # what a shell starts in the background ignores interrupts, unless told otherwise
-    timeout --signal=INT --kill-after=5 "$limit" env --default-signal=INT "$@"
+    timeout --signal=INT --kill-after="$grace" "$limit" env --default-signal=INT "$@"
     echo $? >"$out/$name.status"
     date +%s >"$out/$name.end"
   } >"$out/$name.log" 2>&1 &
@@ -79,8 +80,7 @@ stage() {
 timed() {
   local name="$1" budget="$2"
   shift 2
-  # One pool that grows: tensors of gigabytes and many sizes leave no holes.
-  stage "$name" $((budget + 15)) env PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True \
+  stage "$name" $((budget + 15)) env PYTORCH_CUDA_ALLOC_CONF="$allocator" \
     python3 -m benchmarks --device cuda --budget "$budget" --output "$out/$name.json" "$@"
 }
 
@@ -112,7 +112,7 @@ checks() {
   local which="(cuda or triton or gpu or registered) and not spills"
   which+=" and not (streaming and (sharded or sparse))"
   start tests 85 python3 -m pytest -q --maxfail=50 -p no:cacheprovider "${workers[@]}" \
-    -k "$which" --junitxml="$out/tests.xml"
+    -o faulthandler_timeout=40 -k "$which" --junitxml="$out/tests.xml"  # says where a test hangs
   local sanitizer
   sanitizer="$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)"
   if [ -x "$sanitizer" ]; then
@@ -137,6 +137,10 @@ run_stages() {
   stage build 80 bash -c build || return
   checks
   [ "$only_first" = first ] && return
+  # One pool that grows: tensors of gigabytes and many sizes leave no holes. Not every machine can.
+  allocator=expandable_segments:True
+  PYTORCH_CUDA_ALLOC_CONF=$allocator timeout 10 python3 -c 'import torch
+torch.ones(2**24, device="cuda")' >>"$out/machine.log" 2>&1 || allocator=
   local vocabs=(128256 32000 151936 256000 50257) ours=(kdkernels-cuda kdkernels-triton)
   timed gpu 100 --dtype bfloat16 float32 --shapes "${vocabs[@]}" --rounds 11 \
     --providers "${ours[@]}" kdkernels-cuda-in-place eager torch.compile peers
