@@ -224,6 +224,22 @@ def test_more_than_2_to_the_31_elements(gpu, divergence, inplace):
         assert_gradient(gradient[i : i + 2], expected.gradient, tolerances.BFLOAT16_GRADIENT)
 
 
+@pytest.mark.xdist_group("large")
+@pytest.mark.usefixtures("poison")
+def test_more_than_2_to_the_24_rows(gpu):
+    """More CTAs than a float can number."""
+    few = [x.bfloat16() for x in correlated_pair(8, 8)]
+    expected = oracle(*few, reduction="none")
+    student, teacher = (x.cuda().repeat(2**21 + 1, 1) for x in few)
+    loss = kd_loss(student.requires_grad_(), teacher, reduction="none", backend=gpu.backend)
+    loss.sum().backward()
+    for result in (loss, student.grad):
+        parts = result.view(-1, 8, *result.shape[1:])
+        assert torch.equal(parts, parts[:1].expand_as(parts))
+    assert_close(loss[:8].detach(), expected.loss, tolerances.PLAIN_LOSS)
+    assert_gradient(student.grad[:8], expected.gradient, tolerances.BFLOAT16_GRADIENT)
+
+
 def test_follows_the_current_stream(gpu):
     """Logits that another stream is still computing."""
     student, teacher = pair()

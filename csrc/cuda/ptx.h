@@ -140,13 +140,9 @@ KD_DEVICE unsigned cluster_size() {
   return size;
 }
 
-KD_DEVICE unsigned cluster_index() {
-  unsigned index = blockIdx.x;
-#if __CUDA_ARCH__ >= 900
-  asm("mov.u32 %0, %%clusterid.x;" : "=r"(index));
-#endif
-  return index;
-}
+// A cluster has a power of two of CTAs. Not %clusterid, which nvcc computes in float: of CTAs from
+// 2^24 on it is that of another cluster.
+KD_DEVICE unsigned cluster_index() { return blockIdx.x >> (31 - __clz(cluster_size())); }
 
 // All threads of a CTA call these. Memory is not ordered: all that others learn is that a CTA has
 // started, and what fence_mbarrier_init() is about.
