@@ -88,7 +88,8 @@ void logits(const LogitsParams& params, int device, void* stream) {
   use_device(device);
   Tile tile;
   const bool wanted = tile_override(tile);
-  kRows[params.divergence](params, device_of(device), wanted ? &tile : nullptr, stream);
+  kRows[params.divergence](params, device_of(scale_kernel, device), wanted ? &tile : nullptr,
+                           stream);
 }
 
 bool shard(const ShardParams& call, int device, void* stream) {

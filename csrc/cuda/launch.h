@@ -59,14 +59,28 @@ class Capturable {
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
+inline int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, device), "asking what the device is");
+  return value;
+}
+
+inline int current_device() {
+  int device = 0;
+  check(cudaGetDevice(&device), "asking for the current device");
+  return device;
+}
+
 // What a kernel may only have when it was asked for.
 template <class Params>
 void allow(void (*kernel)(Params), const Grid& grid) {
   constexpr size_t kUnasked = 48 * 1024;
   if (grid.shared_bytes > kUnasked) {
-    check(cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               (int)grid.shared_bytes),
-          "allowing more shared memory");
+    // As much as there is, so that another thread does not take back what this launch needs.
+    check(
+        cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, current_device())),
+        "allowing more shared memory");
     // For a second CTA beside the first; loads pass the first-level cache by.
     check(cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                cudaSharedmemCarveoutMaxShared),
@@ -86,15 +100,13 @@ void launch(void (*kernel)(Params), const Grid& grid, void* stream, const Params
   check(cudaLaunchKernelEx(&launch.config, kernel, params), "launching a kernel");
 }
 
-inline int attribute(cudaDeviceAttr which, int device) {
-  int value = 0;
-  check(cudaDeviceGetAttribute(&value, which, device), "asking what the device is");
-  return value;
-}
-
-inline Device device_of(int device) {
-  return {attribute(cudaDevAttrComputeCapabilityMajor, device),
-          attribute(cudaDevAttrComputeCapabilityMinor, device),
+// As far as this build's code for it goes: PTX of an older device runs there too, but has no
+// clusters.
+template <class Params>
+Device device_of(void (*kernel)(Params), int device) {
+  cudaFuncAttributes code;
+  check(cudaFuncGetAttributes(&code, (const void*)kernel), "asking what a kernel was built for");
+  return {code.ptxVersion / 10, code.ptxVersion % 10,
           attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};
 }
 
@@ -111,10 +123,10 @@ std::string why_not(void (*kernel)(Params), int device) {
   if (status == cudaSuccess) {
     const Capturable capturable;
     use_device(device);
-    const Device capability = device_of(device);
-    if (capability.major < 8)
-      return "compute capability " + std::to_string(capability.major) + "." +
-             std::to_string(capability.minor) + " is below 8.0";
+    const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
+    if (major < 8)
+      return "compute capability " + std::to_string(major) + "." +
+             std::to_string(attribute(cudaDevAttrComputeCapabilityMinor, device)) + " is below 8.0";
     cudaFuncAttributes attributes;
     status = cudaFuncGetAttributes(&attributes, (const void*)kernel);
   }
@@ -129,10 +141,9 @@ template <class Params>
 bool fits(void (*kernel)(Params), const Grid& grid) {
   static std::mutex mutex;
   static std::map<std::tuple<int, const void*, unsigned, unsigned, size_t>, bool> known;
-  int device = 0;
-  check(cudaGetDevice(&device), "asking for the current device");
   const std::lock_guard<std::mutex> lock(mutex);
-  const std::tuple key{device, (const void*)kernel, grid.cluster, grid.block, grid.shared_bytes};
+  const std::tuple key{current_device(), (const void*)kernel, grid.cluster, grid.block,
+                       grid.shared_bytes};
   if (const auto answer = known.find(key); answer != known.end()) return answer->second;
   allow(kernel, grid);  // where this throws, the next call has to ask again
   const LaunchConfig launch(grid, nullptr);
@@ -160,7 +171,10 @@ struct Capturable {
   Capturable() {}
 };
 
-inline Device device_of(int) { return {9, 0, 227 * 1024}; }
+template <class Params>
+Device device_of(void (*)(Params), int) {
+  return {9, 0, 227 * 1024};
+}
 
 template <class Params>
 std::string why_not(void (*)(Params), int) {
