@@ -287,6 +287,15 @@ def test_matches_on_rows_of_several_clusters(gpu):
         assert_matches(actual, expected, "forward_kl", torch.bfloat16)
 
 
+@pytest.mark.parametrize("tile", ["registers:1x64", "registers:8x512", "shared:8x256"])
+def test_this_build_has_clusters_for_this_device(gpu, monkeypatch, tile):
+    if gpu.name != "cuda" or torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("they are of the CUDA backend and devices from 9.0 on")
+    monkeypatch.setenv("KDKERNELS_CUDA_TILE", tile)  # raises where it cannot be had
+    pair_of_rows = correlated_pair(ROWS, 517 if "1x" in tile else VOCAB)
+    assert_matches(run(gpu, *pair_of_rows), oracle(*pair_of_rows), "forward_kl", torch.float32)
+
+
 #: Of a sparse teacher: every tail, a second temperature for the labels, a softcap.
 SPARSE_CALLS = {
     "bucket": {"labels": LABELS, "ce_weight": 0.5, "temperature": 2.0},
