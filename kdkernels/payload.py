@@ -35,7 +35,16 @@ class _Rows:
             return self.tensor[begin:end]
         else:
             index = torch.arange(begin, end, device=self.tensor.device)
-        return self.tensor[torch.unravel_index(index, self.lead)]
+        return self.tensor[_unravelled(index, self.lead)]
+
+
+def _unravelled(index: Tensor, lead: Sequence[int]) -> tuple[Tensor, ...]:
+    """torch.unravel_index, which waits for a GPU: it copies the shape there."""
+    places = []
+    for size in reversed(lead):
+        places.append(index % size)
+        index = index // size
+    return tuple(reversed(places))
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -135,10 +135,19 @@ def test_nothing_waits_where_a_vocabulary_is_shared(gpu, monkeypatch, name):
 CHUNKS = [None, 5 * 413 * 4]
 
 
+def without_last(case: Case) -> Case:
+    """Hidden states that lie as those of ``hidden[:, :-1]`` do."""
+    longer = (torch.cat([x, x[:, :1]], 1) for x in (case.student_hidden, case.teacher_hidden))
+    student, teacher = (x[:, :-1] for x in longer)
+    return case._replace(student_hidden=student, teacher_hidden=teacher)
+
+
+@pytest.mark.parametrize("shift", [False, True], ids=["dense", "shifted"])
 @pytest.mark.parametrize("chunk_bytes", CHUNKS, ids=["one chunk", "chunks"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nothing_waits_in_fused_linear(gpu, dtype, chunk_bytes):
+def test_nothing_waits_in_fused_linear(gpu, dtype, chunk_bytes, shift):
     case, labels = make_case(dtype).to("cuda"), some_labels().cuda()
+    case = without_last(case) if shift else case
     linear_step(gpu, case, labels, chunk_bytes)  # libraries load
     with no_waiting():
         linear_step(gpu, case, labels, chunk_bytes)
@@ -175,9 +184,11 @@ def test_a_graph_repeats_forward_and_backward(gpu, name, inplace):
         assert_gradient(gradient, expected.gradient, relative)
 
 
+@pytest.mark.parametrize("shift", [False, True], ids=["dense", "shifted"])
 @pytest.mark.parametrize("chunk_bytes", CHUNKS, ids=["one chunk", "chunks"])
-def test_a_graph_repeats_fused_linear(gpu, chunk_bytes):
+def test_a_graph_repeats_fused_linear(gpu, chunk_bytes, shift):
     case, labels = make_case().to("cuda"), some_labels().cuda()
+    case = without_last(case) if shift else case
     graph, results = captured(lambda: linear_step(gpu, case, labels, chunk_bytes))
     case.student_hidden.mul_(1.5)
     graph.replay()
