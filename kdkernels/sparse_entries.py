@@ -46,14 +46,19 @@ def entries(
 
 def _merged(indices: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
     """The same samples with each token once, its weights added up."""
-    ascending, order = indices.sort(-1)
+    ascending, order = indices.sort(dim=-1, stable=True)
     largest = log_weights.amax(-1, keepdim=True).clamp(min=torch.finfo(log_weights.dtype).min)
-    weights = (log_weights - largest).exp()
-    first = ascending.diff(dim=-1, prepend=torch.full_like(ascending[..., :1], -2)) != 0
-    slot = first.cumsum(-1) - 1
-    merged = torch.full_like(ascending, -1).scatter(-1, slot, ascending)
-    total = torch.zeros_like(weights).scatter_add(-1, slot, weights.gather(-1, order))
-    return merged, torch.where(merged < 0, -math.inf, total.log())
+    weights = (log_weights - largest).exp().gather(-1, order)
+    # The last of equal tokens gets the sum of all; scatter_add has no order of its own on a GPU.
+    step = 1
+    while step < ascending.shape[-1]:
+        same = ascending[..., step:] == ascending[..., :-step]
+        before = torch.where(same, weights[..., :-step], 0.0)
+        weights = torch.cat([weights[..., :step], weights[..., step:] + before], -1)
+        step *= 2
+    last = ascending.diff(dim=-1, append=torch.full_like(ascending[..., :1], -2)) != 0
+    merged = torch.where(last, ascending, -1)
+    return merged, torch.where(merged < 0, -math.inf, weights.log())
 
 
 def listed_twice(ascending: Tensor) -> Tensor:
