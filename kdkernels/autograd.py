@@ -59,6 +59,8 @@ class LogitsLoss(torch.autograd.Function):
         loss, metrics, row_scale, gradient = ops.loss_and_grad(
             tensors, backend, options, inplace, straight
         )
+        if inplace:
+            gradient = gradient.detach()  # of a Function's view, as to_local() is, none is saved
         ctx.save_for_backward(gradient, row_scale)
         ctx.set_materialize_grads(False)
         ctx.backend = backend

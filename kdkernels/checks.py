@@ -239,13 +239,11 @@ def logits(student: Tensor, teacher: Tensor, *, shards: bool) -> torch.Size:
     return lead
 
 
-def inplace_grad(value: bool, student: Tensor, *, plain: bool) -> None:
-    """Refuses to overwrite what is not only the call's; ``plain``: not the shard of a DTensor."""
+def inplace_grad(value: bool, student: Tensor) -> None:
+    """Refuses to overwrite what is not only the call's; of a DTensor both itself and its shard."""
     if not scalars.option("inplace_grad", value):
         return
-    if not plain:
-        raise ValueError("inplace_grad: student_logits is a DTensor, expected a plain tensor")
-    if not student.requires_grad:
+    if not student.requires_grad or not torch.is_grad_enabled():
         return
     if student.is_leaf:
         raise ValueError("inplace_grad: student_logits is a leaf, whose data would be overwritten")

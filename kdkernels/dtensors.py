@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -70,6 +71,12 @@ def local_tensors(
     values = [_local(name, x, dim) for name, x, dim in tensors]
     vocab_size = size if where.vocab_size is None else where.vocab_size
     return values, Where(mesh.get_group(mesh_dim), start, vocab_size)
+
+
+def overwritten(logits: Tensor) -> None:
+    """Tells autograd what it was told of the shard, so that another consumer's backward fails."""
+    if logits.requires_grad and torch.is_grad_enabled():
+        torch.autograd.graph.increment_version(logits)
 
 
 def _sharded_along(name: str, x: Any, dim: int) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import autograd, checks, reference
 from .divergences import Divergence
-from .dtensors import Where, is_distributed, local_tensors
+from .dtensors import Where, is_distributed, local_tensors, overwritten
 from .options import METRICS
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def kd_loss(
         >>> round(loss.item(), 4), [round(g, 4) for g in student.grad[0].tolist()]
         (0.3986, [0.3986, -0.3986, 0.0])
     """
-    where = Where(group, vocab_start, vocab_size)
+    where, given = Where(group, vocab_start, vocab_size), student_logits
     if is_distributed(student_logits) or is_distributed(teacher_logits):
         (student_logits, teacher_logits, labels, token_weight), where = local_tensors(
             (
@@ -168,8 +168,9 @@ def kd_loss(
             ),
             where,
         )
+        checks.inplace_grad(inplace_grad, given)
     lead = checks.logits(student_logits, teacher_logits, shards=where.group is not None)
-    checks.inplace_grad(inplace_grad, student_logits, plain=where.group is group)
+    checks.inplace_grad(inplace_grad, student_logits)
     call = checks.call(
         student_logits,
         teacher_logits,
@@ -202,6 +203,8 @@ def kd_loss(
         loss, stacked = autograd.logits_loss(
             student_logits, constants, call.backend, inplace_grad, call.options
         )
+    if inplace_grad and given is not student_logits:
+        overwritten(given)
     return with_metrics(loss, stacked, labels) if return_metrics else loss
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import checks, reference
 from .divergences import Divergence, as_divergence
-from .dtensors import Where, is_distributed, local_tensors
+from .dtensors import Where, is_distributed, local_tensors, overwritten
 from .functional import Metrics, with_metrics
 from .options import LogitsOptions, TailOptions
 from .sharded_sparse import ShardedStudent
@@ -165,7 +165,7 @@ def sparse_kd_loss(
         >>> round(loss.item(), 4), [round(g, 4) for g in student.grad[0].tolist()]
         (0.4161, [0.3099, -0.4137, 0.0758, 0.0279])
     """
-    where = Where(group, vocab_start, vocab_size)
+    where, given = Where(group, vocab_start, vocab_size), student_logits
     if is_distributed(student_logits):
         tensors, where = local_tensors(
             (
@@ -178,12 +178,13 @@ def sparse_kd_loss(
             where,
         )
         student_logits, teacher_indices, teacher_logprobs, labels, token_weight = tensors
+        checks.inplace_grad(inplace_grad, given)
     checks.logits_tensor("student_logits", student_logits, least=0 if where.group else 1)
     lead = student_logits.shape[:-1]
     check_entries("student_logits", student_logits, teacher_indices, teacher_logprobs)
     divergence = as_divergence(divergence)
     check_tail(tail, divergence)
-    checks.inplace_grad(inplace_grad, student_logits, plain=where.group is group)
+    checks.inplace_grad(inplace_grad, student_logits)
     call = checks.call(
         student_logits,
         None,
@@ -208,7 +209,10 @@ def sparse_kd_loss(
         vocab_start=where.vocab_start,
     )
     student = Student(student_logits, inplace_grad, call.backend)
-    return loss_of(student, teacher_indices, teacher_logprobs, labels, call, tail)
+    result = loss_of(student, teacher_indices, teacher_logprobs, labels, call, tail)
+    if inplace_grad and given is not student_logits:
+        overwritten(given)
+    return result
 
 
 def loss_of(

@@ -224,6 +224,44 @@ def sparse_dtensors(rank):
             torch.testing.assert_close(leaf.grad.full_tensor(), whole.grad, rtol=1e-5, atol=1e-7)
 
 
+def dtensors_in_place(rank):
+    """Their shards are overwritten, and they know: another consumer's backward fails."""
+    student, teacher = correlated_pair(6, 64)
+    shard = _distributed(teacher, rank)
+    logprobs, indices = teacher.log_softmax(-1).topk(5)
+    losses = [
+        lambda x, **options: kd_loss(x, shard, **options),
+        lambda x, **options: kd_loss(x[:-1], shard[:-1], **options),
+        lambda x, **options: sparse_kd_loss(x, indices, logprobs, **options),
+    ]
+
+    def of_shards(x, **options):  # as plain tensors, which the DTensor doesn't learn of
+        return kd_loss(x.to_local(), shard.to_local(), group=dist.group.WORLD, **options)
+
+    for loss_of in (*losses, of_shards):
+        gradients = []
+        for inplace in (False, True):
+            leaf = _distributed(student, rank).requires_grad_()
+            logits = 2 * leaf
+            loss_of(logits, inplace_grad=inplace).backward()
+            assert torch.equal(logits.to_local(), 2 * leaf.to_local()) != inplace
+            gradients.append(leaf.grad.to_local())
+        assert torch.equal(*gradients)
+
+    for loss_of in losses:
+        logits = 2 * leaf
+        other = logits.square().sum()
+        loss_of(logits, inplace_grad=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            other.backward()
+
+        logits = 2 * leaf
+        other = logits.square().sum()
+        with torch.no_grad():
+            loss_of(logits, inplace_grad=True)  # overwrites nothing
+        other.backward()
+
+
 def dtensors_on_a_mesh_of_two_dimensions(rank):
     """Replicated over one of them."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -255,8 +293,15 @@ def refused_dtensors(rank):
         kd_loss(student, teacher, group=dist.group.WORLD)
     with pytest.raises(ValueError, match="so that their shards lie alike"):
         kd_loss(student, _distributed(correlated_pair(6, 66)[1], rank))
-    with pytest.raises(ValueError, match="inplace_grad: student_logits is a DTensor"):
-        kd_loss(student, teacher, inplace_grad=True)
+    leaf = _distributed(whole[0], rank).requires_grad_()
+    with pytest.raises(ValueError, match="inplace_grad: student_logits is a leaf"):
+        kd_loss(leaf, teacher, inplace_grad=True)
+    plain = leaf.to_local().detach().requires_grad_()
+    of_plain = type(leaf).from_local(plain, leaf.device_mesh, leaf.placements)
+    with pytest.raises(ValueError, match="inplace_grad: student_logits is a view of a leaf"):
+        kd_loss(of_plain, teacher, inplace_grad=True)
+    with pytest.raises(ValueError, match="inplace_grad: student_logits is a view of a leaf"):
+        kd_loss(leaf[:6], teacher, inplace_grad=True)
     weight = _distributed(torch.ones(6), rank)
     with pytest.raises(ValueError, match=r"token_weight is a DTensor .* expected Replicate\(\)"):
         kd_loss(student, teacher, token_weight=weight)
@@ -368,6 +413,7 @@ CHECKS = [
     compiled_sparse,
     dtensors,
     sparse_dtensors,
+    dtensors_in_place,
     dtensors_on_a_mesh_of_two_dimensions,
     refused_dtensors,
     shards_that_are_no_whole,
