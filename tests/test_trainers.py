@@ -2,7 +2,7 @@
 
 transformers, TRL and torchtune are no requirement of the tests: `benchmarks/requirements-peers.txt`
 and its neighbour say how to install them. Other parts of the page are in tests/test_liger.py,
-test_deepspeed.py, test_lightning.py and test_megatron.py.
+test_deepspeed.py, test_lightning.py, test_megatron.py and test_nemo.py.
 """
 
 from __future__ import annotations
@@ -393,5 +393,6 @@ def test_torchtune_losses(divergence, name, argument, entropies):
 
 def test_every_section_with_code_is_run():
     tested = {"Your own loop", "Hugging Face Trainer", "TRL", "Liger", "torchtune"}
-    tested |= {"DeepSpeed", "Lightning", "Megatron", "ModelOpt"}  # each in a file of its name
+    # In files of their names:
+    tested |= {"DeepSpeed", "Lightning", "NeMo AutoModel", "Megatron", "ModelOpt"}
     assert {name for name, text in SECTIONS.items() if "```python" in text} == tested
