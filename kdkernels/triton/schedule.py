@@ -72,7 +72,8 @@ def choose(
     """
     if device == INTERPRETER:  # NumPy is fast on few large blocks; two still test the loops
         return Schedule(max(512, _power_of_two(vocab // 2)), 1)
-    if vocab <= 1024:
+    short = vocab <= 1024
+    if short:
         threads = 128
     else:
         # The later sweeps find a row pair in the cache if those of all running programs fit there:
@@ -82,8 +83,9 @@ def choose(
         if split and not fits:
             return _split(in_flight, plain, device)
         threads = 512 if fits or not plain else 1024
-    # Without a limit the compiler spills a little to fit more programs than the cache serves.
-    registers = device.registers // (1024 if plain else 512)
+    # Without a limit the compiler spills a little to fit more programs than the cache serves. To
+    # short rows, which fit it anyway, 64 registers matter less than that none is spilled.
+    registers = device.registers // (1024 if plain and not short else 512)
     return Schedule(threads * ENTRIES_PER_THREAD, threads // device.warp_size, registers)
 
 
