@@ -3,7 +3,7 @@
 # make bench  the benchmarks (BENCH_ARGS=--help for what they take)
 # make emulator  the CUDA kernels on the CPU, under AddressSanitizer and UBSan; make tsan likewise
 # make emulated  the tests of the CUDA backend, with its kernels on the CPU
-# make lint   formatters, linters and types, pinned in pyproject.toml
+# make lint   formatters, linters and types, pinned in pyproject.toml; with Python 3.11 or later
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
