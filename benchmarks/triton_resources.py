@@ -162,7 +162,8 @@ def compile_tails(kernel: Kernel):
     numbers = torch.empty(o.results, kernel.rows, device="meta")
     if kernel.gradient:
         of_listed = torch.empty(kernel.rows, 64, device="meta")
-        between = launch._rows(student.clone()), numbers, numbers[1:], of_listed
+        of_tails = torch.empty(o.results - 1, kernel.rows, device="meta")
+        between = launch._rows(student.clone()), numbers, of_tails, of_listed
         function = launch.tails_gradient_kernel
     else:
         kept = torch.empty(kernel.rows, dtype=torch.bool, device="meta")

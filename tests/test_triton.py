@@ -150,6 +150,33 @@ def test_no_kernel_spills():
     assert "293 kernels compiled, 0 spill" in result.stdout
 
 
+def test_batches_of_any_size_take_the_same_kernels():
+    """A trainer's rows change from step to step, and compiling takes a second."""
+    script = """
+from benchmarks.triton_resources import SCALE, TAILS, TARGETS, Kernel, compile_kernel
+from kdkernels.triton import launch
+for rows in (1, 7, 16):
+    for what in ("forward_kl", SCALE, TAILS):
+        compile_kernel(Kernel(TARGETS[0], what, "bfloat16", 1000, rows=rows))
+    compile_kernel(Kernel(TARGETS[0], TAILS, "bfloat16", 1000, gradient=False, rows=rows))
+    compile_kernel(Kernel(TARGETS[0], "jsd", "bfloat16", 1000, phase="sums", rows=rows))
+for name in ("loss", "scale", "tails", "tails_gradient", "shard"):
+    (cache,) = getattr(launch, f"{name}_kernel").device_caches.values()
+    print(name, len(cache[0]))
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script],
+        env=environment,
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.split()[1::2] == ["1"] * 5, result.stdout
+
+
 @pytest.fixture(params=[2, 8])
 def split(request):
     """Several programs per row; with 8 some have no part of a small vocabulary."""

@@ -24,7 +24,11 @@ from .tail import Listed, tails_gradient_kernel, tails_kernel
 
 
 def _rows(tensor: Tensor) -> Rows:
-    return Rows(tensor, tensor.shape[-1], *row_strides(tensor))
+    inner_size, outer, inner = row_strides(tensor)
+    if tensor.numel() == inner_size * tensor.shape[-1]:
+        # All rows lie at one stride: a size of 1 is compiled in, that of a batch now and then.
+        inner_size, outer, inner = 1, inner, 0
+    return Rows(tensor, tensor.shape[-1], inner_size, outer, inner)
 
 
 def _logits(tensor: Tensor, scale: float, softcap: float) -> Logits:

@@ -325,13 +325,13 @@ def write_row(
     write_loss(per_row, row, rows, weights, share, state, sums, label_logit, divergence, wanted)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # which change with every batch
 def loss_kernel(
     student,
     teacher,
     gradient,
     per_row,
-    rows,
+    rows: tl.int64,
     vocab,
     weights,
     divergence,
@@ -358,9 +358,9 @@ def loss_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # which change with every batch
 def scale_kernel(
-    gradient, grad_output, row_scale, rows, PER_ROW: tl.constexpr, BLOCK: tl.constexpr
+    gradient, grad_output, row_scale, rows: tl.int64, PER_ROW: tl.constexpr, BLOCK: tl.constexpr
 ):
     """gradient *= grad_output * row_scale, row by row; leaves at once where that is 1."""
     factor = tl.load(grad_output)

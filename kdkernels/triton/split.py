@@ -229,13 +229,13 @@ def write_slice(
                 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # which change with every batch
 def split_kernel(
     student,
     teacher,
     gradient,
     per_row,
-    rows,
+    rows: tl.int64,
     vocab,
     weights,
     divergence,

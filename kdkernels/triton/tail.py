@@ -65,8 +65,10 @@ def write_tails(logits, listed, tails, row, rows, vocab, c, AT_1, BLOCK: tl.cons
         write_log_sum(tails + 2 * rows + row, total)
 
 
-@triton.jit
-def tails_kernel(logits, listed, kept, tails, rows, vocab, temperature, AT_1, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["rows"])  # which change with every batch
+def tails_kernel(
+    logits, listed, kept, tails, rows: tl.int64, vocab, temperature, AT_1, BLOCK: tl.constexpr
+):
     """One program per row: a reference, and log sum exp((x - reference) / T) of its tail."""
     row = tl.program_id(0).to(tl.int64)
     wanted = tl.full((), 1, tl.int1)
@@ -91,7 +93,7 @@ def factor_of(tails, grad_tails, row, rows, which, scale):
     return tl.where(nothing, gradient * 0.0, gradient * scale * exp(-log_sum))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # which change with every batch
 def tails_gradient_kernel(
     logits,
     listed,
@@ -99,7 +101,7 @@ def tails_gradient_kernel(
     tails,
     grad_tails,
     grad_listed,
-    rows,
+    rows: tl.int64,
     vocab,
     temperature,
     AT_1,
