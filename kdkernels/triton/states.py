@@ -72,6 +72,13 @@ def moved(total, by, sum, factor):
 
 
 @triton.jit
+def first_top(tops, tokens):
+    """The largest of some logits and the first of the places that hold it."""
+    top = tl.max(tops, 0)
+    return top, tl.min(tl.where(tops == top, tokens, 0x7FFFFFFF), 0)
+
+
+@triton.jit
 def states(student, teacher, row, begin, end, temperature, divergence, wanted, BLOCK: tl.constexpr):
     """Sweep 1: the states, and what tells far rows."""
     c = LOG2E / temperature
@@ -79,9 +86,9 @@ def states(student, teacher, row, begin, end, temperature, divergence, wanted, B
     t_row = row_of(teacher.rows, row)
     s_base = tl.full((), LOWEST, tl.float32)
     t_base = s_base
-    s_top = tl.full((), -float("inf"), tl.float32)
+    s_top = tl.full((BLOCK,), -float("inf"), tl.float32)
     t_top = s_top
-    s_token = tl.zeros((), tl.int32)
+    s_token = tl.zeros((BLOCK,), tl.int32)
     t_token = s_token
     s_sum = tl.zeros((BLOCK,), tl.float32)
     t_sum = tl.zeros((BLOCK,), tl.float32)
@@ -123,9 +130,8 @@ def states(student, teacher, row, begin, end, temperature, divergence, wanted, B
         if wanted.CROSS_ENTROPY:
             s_sum_at_1 += exp(x - s_base)
         if wanted.METRICS:
-            block_top = tl.max(s_raw, 0)
-            s_token = tl.where(block_top > s_top, start + tl.argmax(s_raw, 0), s_token)
-            s_top = tl.maximum(s_top, block_top)
+            s_token = tl.where(s_raw > s_top, columns, s_token)
+            s_top = tl.maximum(s_top, s_raw)
         if wanted.DIVERGENCE:
             t_e = tl.exp2((y - t_base) * c)
             t_sum += t_e
@@ -139,12 +145,13 @@ def states(student, teacher, row, begin, end, temperature, divergence, wanted, B
                 if divergence.far.ENTROPY:
                     entropy += t_e * tl.where(inside, y - t_base, 0.0)
             if wanted.METRICS:
-                block_top = tl.max(t_raw, 0)
-                t_token = tl.where(block_top > t_top, start + tl.argmax(t_raw, 0), t_token)
-                t_top = tl.maximum(t_top, block_top)
+                t_token = tl.where(t_raw > t_top, columns, t_token)
+                t_top = tl.maximum(t_top, t_raw)
     s_total, s_lost = sum_and_lost(s_sum)
     t_total, t_lost = sum_and_lost(t_sum)
     s_total_at_1 = tl.sum(s_sum_at_1, 0)
+    s_top, s_token = first_top(s_top, s_token)
+    t_top, t_token = first_top(t_top, t_token)
     state = States(
         s_base,
         s_total,
