@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, scalars
+from . import backends, scalars, watchers
 from .columns import columns_of
 from .divergences import Divergence, ForwardKL, as_divergence
 from .dtensors import is_distributed
@@ -289,7 +289,11 @@ def _normalizer_tensor(normalizer: Tensor, student: Tensor) -> Tensor:
     if normalizer.dim() != 0:
         raise ValueError(f"normalizer has shape {tuple(normalizer.shape)}, expected a 0-d tensor")
     _constant("normalizer", normalizer)
-    return normalizer.to(device=student.device, dtype=torch.float32)
+    total = normalizer.to(torch.float32)
+    if total.device != student.device and type(total) is Tensor and watchers.may_look(total):
+        # Filled in: a copy of it would wait for the device.
+        return torch.full((), float(total), dtype=torch.float32, device=student.device)
+    return total.to(student.device)
 
 
 def _constant(name: str, tensor: Tensor) -> None:

@@ -118,6 +118,16 @@ def test_nothing_waits_for_the_device(gpu, name, dtype, inplace):
             kd_loss(student, teacher, backend=gpu.backend, **options)
 
 
+@pytest.mark.parametrize("loss", [kd_loss, sparse_kd_loss])
+def test_a_normalizer_on_the_host_is_not_waited_for(gpu, loss):
+    student, teacher = pair()
+    rest = [x.cuda() for x in top(teacher.cpu(), 9)] if loss is sparse_kd_loss else [teacher]
+    for total in (torch.tensor(5), torch.tensor(5.0)):
+        with no_waiting():
+            actual = loss(student, *rest, normalizer=total, backend=gpu.backend)
+        assert actual == loss(student, *rest, normalizer=total.cuda(), backend=gpu.backend)
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_nothing_waits_where_a_vocabulary_is_shared(gpu, monkeypatch, name):
     two = Processes(2, monkeypatch)
