@@ -337,7 +337,8 @@ def store_gradient(g_row, columns, end, g, raw, x, student, of, scales, wanted):
     """Adds the hard-label term, applies the softcap's derivative and stores a block."""
     if wanted.CE_GRADIENT:
         g += exp(x - of.s_base) * scales.ce_over_sum
-        g -= tl.where(columns == scales.label, scales.ce, 0.0)
+        # The row of a label that this cannot hold is NaN anyway.
+        g -= tl.where(columns == scales.label.to(tl.int32), scales.ce, 0.0)
     if student.TRANSFORM == SOFTCAPPED:
         # A row without a gradient stays NaN where the derivative is 0.
         g = times_or_zero(softcap_derivative(raw, student), g) + (scales.kd + scales.ce) * 0.0

@@ -47,7 +47,7 @@ def write_tails(logits, listed, tails, row, rows, vocab, c, AT_1, BLOCK: tl.cons
         columns = start + tl.arange(0, BLOCK)
         x = transformed(load_raw(at, columns, vocab), logits)
         while column < start + BLOCK:
-            x = tl.where(columns == column, -float("inf"), x)
+            x = tl.where(columns == column.to(tl.int32), -float("inf"), x)
             position += 1
             column = listed_at(listed, row, position)
         if tl.max((x - base) * widest, 0) > HEADROOM:
@@ -140,7 +140,7 @@ def tails_gradient_kernel(
                 # A row without a gradient stays NaN where the derivative is 0.
                 g = times_or_zero(softcap_derivative(raw, logits), g) + (factor + factor_at_1) * 0.0
         while column < start + BLOCK:
-            g = tl.where(columns == column, tl.load(of_listed + position), g)
+            g = tl.where(columns == column.to(tl.int32), tl.load(of_listed + position), g)
             position += 1
             column = listed_at(listed, row, position)
         tl.store(to + columns, g.to(to.dtype.element_ty), mask=columns < vocab)
