@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,11 +73,16 @@ def disassembler() -> str:
 
 def disassembly(objects: list[Path], architecture: str) -> Iterator[tuple[str, str]]:
     """Mangled name and text of every kernel for one architecture, such as "sm_90"."""
-    for path in objects:
-        command = [disassembler(), "-sass", "-arch", architecture, str(path)]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        for part in text.split("Function : ")[1:]:
-            yield part.split(maxsplit=1)[0], part
+    program = disassembler()
+
+    def text_of(path: Path) -> str:
+        command = [program, "-sass", "-arch", architecture, str(path)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    with ThreadPoolExecutor() as pool:
+        for text in pool.map(text_of, objects):
+            for part in text.split("Function : ")[1:]:
+                yield part.split(maxsplit=1)[0], part
 
 
 def objects_of(build: Path) -> list[Path]:
