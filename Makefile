@@ -2,7 +2,9 @@
 # make demo   everything the demo needs, then a real distillation run
 # make bench  the benchmarks (BENCH_ARGS=--help for what they take)
 # make emulator  the CUDA kernels on the CPU, under AddressSanitizer and UBSan; make tsan likewise
-# make emulated  the tests of the CUDA backend, with its kernels on the CPU
+# make emulated  the tests of the CUDA backend, with its kernels on the CPU; PTX=FOLDER as nvcc
+#             compiled them, see csrc/tests/Makefile
+# make compiled  the tests of the Triton backend, with its kernels as compiled for an H100 on the CPU
 # make lint   formatters, linters and types, pinned in pyproject.toml; with Python 3.11 or later
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,6 +14,8 @@ NUMPY ?= numpy
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 EMULATED ?= $(CURDIR)/build/emulated
+PTX ?=
+TESTS ?=
 
 BIN := $(VENV)/bin
 BUILD_INPUTS := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
@@ -21,7 +25,7 @@ GPU := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/n
 export KDKERNELS_CUDA ?= $(if $(GPU),AUTO,OFF)
 export KDKERNELS_CUDA_ARCHS ?= $(shell echo "$(GPU)" | sed -E 's/([0-9]+)\.([0-9]+)/\1\2-real/g; s/ /;/g')
 
-.PHONY: test demo bench emulator emulated tsan lint format clean
+.PHONY: test demo bench emulator emulated compiled tsan lint format clean
 
 test: $(VENV)/.built $(VENV)/.test
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
@@ -37,8 +41,11 @@ emulator:
 
 emulated: $(VENV)/.built $(VENV)/.test
 	$(BIN)/pip install --quiet pybind11
-	$(MAKE) -C csrc/tests -j2 module BUILD=$(EMULATED) PYTHON=$(abspath $(BIN)/python)
+	$(MAKE) -C csrc/tests -j2 module BUILD=$(EMULATED) PTX=$(PTX) PYTHON=$(abspath $(BIN)/python)
 	KDKERNELS_EMULATED=$(EMULATED)/module/_C.so $(BIN)/python -m pytest --numprocesses auto --dist worksteal -k cuda
+
+compiled: $(VENV)/.built $(VENV)/.test
+	KDKERNELS_TRITON_PTX=$(EMULATED)/triton $(BIN)/python -m pytest --numprocesses auto --dist worksteal -k "triton and not spills" $(TESTS)
 
 tsan:
 	$(MAKE) -C csrc/tests tsan

@@ -7,6 +7,8 @@ import os
 
 import torch
 
+from . import compiled_triton
+
 INSTALLED = importlib.util.find_spec("triton") is not None
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -73,7 +75,9 @@ def _convert_bfloat16_as_hardware_does(interpreter) -> None:
     interpreter.InterpreterBuilder.cast_impl = cast
 
 
-if INSTALLED and DEVICE == "cpu":
+if INSTALLED and compiled_triton.FOLDER:
+    compiled_triton.install()
+elif INSTALLED and DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
     from triton.runtime import interpreter
 
