@@ -75,7 +75,7 @@ def triton_resources(report: dict, file: str) -> str:
     kernels = [k for k in large if k["divergence"] not in ("scale", "tails")]
 
     def cell(target: str, divergence: str, **want: bool) -> str:
-        want = {"options": False, "split": False, "gradient": True, **want}
+        want = {"options": False, "gradient": True, **want}
         kernel = next(
             k
             for k in kernels
@@ -89,7 +89,6 @@ def triton_resources(report: dict, file: str) -> str:
         "loss + gradient": {},
         "loss only": {"gradient": False},
         "all options": {"options": True},
-        "split": {"split": True},
     }
     everywhere = dict.fromkeys(k["target"] for k in report["kernels"])
     targets = [target for target in everywhere if target.startswith("sm_")]

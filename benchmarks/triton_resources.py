@@ -65,7 +65,6 @@ class Kernel(NamedTuple):
     vocab: int
     gradient: bool = True
     options: bool = False  # labels and cross-entropy, weights, metrics, softcaps
-    split: bool = False  # several programs per row
     phase: str = ""  # of a shard of the vocabulary
     rows: int = 64
 
@@ -99,8 +98,6 @@ def kernels() -> list[Kernel]:
                     result.append(Kernel(target, divergence, dtype, vocab))
             result.append(Kernel(target, divergence, "bfloat16", 128256, gradient=False))
             result.append(Kernel(target, divergence, "float16", 128256, options=True))
-            result.append(Kernel(target, divergence, "bfloat16", 128256, split=True))
-            result.append(Kernel(target, divergence, "float16", 128256, options=True, split=True))
         result += shard_kernels(target)
         # Sizes of 1 are compiled in as constants.
         for phase in ("", *SHARD_PHASES):
@@ -243,16 +240,8 @@ def compile_kernel(kernel: Kernel):
         torch.empty(len(METRICS), kernel.rows, device="meta") if kernel.options else None,
         options,
     )
-    device = device_of(kernel.target)
-    chosen = launch.schedule_of(call, device)
-    arguments = launch.arguments_of(call, split=kernel.split)
-    if kernel.split:
-        with schedule.splitting():
-            chosen = launch.schedule_of(call, device)
-        extra = launch.split_arguments(per_row, kernel.rows, chosen)
-        return launch.split_kernel.warmup(
-            *arguments, *extra, grid=(1,), **launch.split_options_of(chosen, 0, 2)
-        )
+    arguments = launch.arguments_of(call)
+    chosen = launch.schedule_of(call, device_of(kernel.target))
     return launch.loss_kernel.warmup(*arguments, grid=(kernel.rows,), **launch.options_of(chosen))
 
 
@@ -298,7 +287,6 @@ def resources(kernel: Kernel) -> dict[str, object]:
         "vocab": kernel.vocab,
         "gradient": kernel.gradient,
         "options": kernel.options,
-        "split": kernel.split,
         "phase": kernel.phase,
         "threads": gpu.warp_size * compiled.metadata.num_warps,
         **(

@@ -18,7 +18,6 @@ from . import schedule
 from .divergences import FUNCTIONS, Functions
 from .rows import PerRow, Weights, loss_kernel, scale_kernel
 from .shard import Records, shard_kernel
-from .split import FIELDS, split_kernel
 from .sweeps import AS_IS, SCALED, SOFTCAPPED, Divergence, Far, Logits, Rows, Wanted
 from .tail import Listed, tails_gradient_kernel, tails_kernel
 
@@ -57,7 +56,7 @@ def _far(functions: Functions, o: LogitsOptions) -> Far | None:
     )
 
 
-def _divergence(o: LogitsOptions, *, split: bool) -> Divergence:
+def _divergence(o: LogitsOptions, *, far_rows: bool = True) -> Divergence:
     functions = FUNCTIONS.get(o.divergence)
     if functions is None:
         registered = REGISTERED[o.divergence]
@@ -65,7 +64,7 @@ def _divergence(o: LogitsOptions, *, split: bool) -> Divergence:
     return Divergence(
         functions.value,
         functions.slope,
-        None if split else _far(functions, o),
+        _far(functions, o) if far_rows else None,
         o.parameter_0,
         o.parameter_1,
         tl.constexpr(functions.parameters),
@@ -84,21 +83,6 @@ def options_of(chosen: schedule.Schedule) -> dict[str, Any]:
         "enable_fp_fusion": True,
         **limit,
     }
-
-
-def split_options_of(chosen: schedule.Schedule, first: int, last: int) -> dict[str, Any]:
-    """The same for the phases ``first`` to ``last`` of ``split_kernel``."""
-    return {
-        "FIRST": first,
-        "LAST": last,
-        "SPLITS": chosen.splits,
-        "launch_cooperative_grid": first != last,
-        **options_of(chosen),
-    }
-
-
-def _interpreted(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu"
 
 
 def _on(tensor: Tensor) -> AbstractContextManager:
@@ -144,7 +128,7 @@ class ShardCall(NamedTuple):
             return False
         if self.phase == "gradient":
             return True
-        divergence = _divergence(self.options, split=True)
+        divergence = _divergence(self.options, far_rows=False)
         return self.options.kd_weight != 0 and divergence.SLOPE_SUMS_TO_ZERO.value
 
 
@@ -162,7 +146,7 @@ def _wanted(call: Call) -> Wanted:
 
 
 def schedule_of(call: Call | ShardCall, device: schedule.Device) -> schedule.Schedule:
-    """How the rows of a call are cut into programs."""
+    """How the programs of a call walk its rows."""
     o = call.options
     pair_bytes = o.vocab * (call.student.element_size() + call.teacher.element_size())
     functions = FUNCTIONS.get(o.divergence)
@@ -171,8 +155,8 @@ def schedule_of(call: Call | ShardCall, device: schedule.Device) -> schedule.Sch
     return schedule.of_call(o.vocab, pair_bytes, plain, device)
 
 
-def arguments_of(call: Call, *, split: bool) -> tuple[Any, ...]:
-    """What both kernels of the loss take, for several programs per row or one."""
+def arguments_of(call: Call) -> tuple[Any, ...]:
+    """What ``loss_kernel`` takes before its options."""
     o = call.options
     rows = call.row_loss.numel()
     plan = row_plan(call.labels, call.token_weight, call.normalizer, o, rows)
@@ -192,7 +176,7 @@ def arguments_of(call: Call, *, split: bool) -> tuple[Any, ...]:
         rows,
         o.vocab,
         Weights(o.temperature, o.kd_weight, o.ce_weight, plan.divisor, gradient_factor),
-        _divergence(o, split=split),
+        _divergence(o),
         _wanted(call),
     )
 
@@ -204,19 +188,7 @@ def loss(call: Call) -> None:
         return
     chosen = schedule_of(call, schedule.device_of(call.student.device))
     with _on(call.student):
-        if chosen.splits == 1:
-            loss_kernel[(rows,)](*arguments_of(call, split=False), **options_of(chosen))
-            return
-        arguments = *arguments_of(call, split=True), *split_arguments(call.row_loss, rows, chosen)
-        grid = (min(rows, chosen.groups) * chosen.splits,)
-        for phases in ((0, 0), (1, 1), (2, 2)) if _interpreted(call.student) else ((0, 2),):
-            split_kernel[grid](*arguments, **split_options_of(chosen, *phases))
-
-
-def split_arguments(like: Tensor, rows: int, chosen: schedule.Schedule) -> tuple[Tensor, Tensor]:
-    """Workspace and arrivals of ``split_kernel``."""
-    workspace = like.new_empty((rows, FIELDS.value, chosen.splits), dtype=torch.float32)
-    return workspace, like.new_zeros((rows, 2), dtype=torch.int32)
+        loss_kernel[(rows,)](*arguments_of(call), **options_of(chosen))
 
 
 def _wanted_of_shard(call: ShardCall) -> Wanted:
@@ -245,7 +217,7 @@ def arguments_of_shard(call: ShardCall) -> tuple[Any, ...]:
         Records(call.states, call.sums),
         o.vocab,
         Weights(o.temperature, o.kd_weight, o.ce_weight, 1.0, gradient_factor),
-        _divergence(o, split=True),
+        _divergence(o, far_rows=False),
         _wanted_of_shard(call),
         SHARD_PHASES.index(call.phase),
         call.writes_gradient,
@@ -261,7 +233,7 @@ def shard(call: ShardCall) -> bool:
 
 
 def schedule_of_scaling(gradient: Tensor, device: schedule.Device) -> schedule.Schedule:
-    """How the rows of a gradient are cut into programs."""
+    """How programs walk the rows of a gradient."""
     width = gradient.shape[-1]
     return schedule.choose(width, width * gradient.element_size(), True, device)
 
@@ -290,7 +262,7 @@ def scale(gradient: Tensor, grad_output: Tensor, row_scale: Tensor | None) -> No
 def schedule_of_tails(
     student: Tensor, o: TailOptions, device: schedule.Device
 ) -> schedule.Schedule:
-    """How the rows of a sparse teacher's student are cut into programs."""
+    """How programs walk the rows of a sparse teacher's student."""
     return schedule.choose(o.vocab, o.vocab * student.element_size(), True, device)
 
 

@@ -217,7 +217,6 @@ def write_far(
                         teacher,
                         gradient,
                         row,
-                        0,
                         vocab,
                         of,
                         logs,
@@ -248,9 +247,7 @@ def write_near(
     nothing = tl.zeros((), tl.float32)
     sums = Sums(nothing, nothing, nothing, nothing, nothing, nothing)
     if wanted.DIVERGENCE:
-        sums = values(
-            student, teacher, gradient, row, 0, vocab, of, scales, divergence, wanted, BLOCK
-        )
+        sums = values(student, teacher, gradient, row, vocab, of, scales, divergence, wanted, BLOCK)
     if wanted.GRADIENT and not (wanted.KD_GRADIENT and divergence.SLOPE_SUMS_TO_ZERO):
         if wanted.KD_GRADIENT:
             scales = scales_for(sums.slope, sums.size, scales, wanted)
@@ -259,7 +256,6 @@ def write_near(
             teacher,
             gradient,
             row,
-            0,
             vocab,
             of,
             None,
@@ -290,7 +286,7 @@ def write_row(
     share = share_of(per_row, weights, row)
     label, label_logit = label_of(student, per_row, row, vocab)
     state, gaps = states(
-        student, teacher, row, 0, vocab, weights.temperature, divergence, wanted, BLOCK
+        student, teacher, row, vocab, weights.temperature, divergence, wanted, BLOCK
     )
     of = softmaxes(state, weights.temperature)
     scales = scales_of(student, share, state, label, label_logit, weights, wanted)

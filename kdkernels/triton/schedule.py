@@ -1,10 +1,9 @@
-"""How a call is cut into programs: a pure function of its sizes and the device."""
+"""How programs walk the rows of a call: a pure function of its sizes and the device."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -19,8 +18,6 @@ ENTRIES_PER_THREAD = 4
 #: The part of the cache that the row pairs in flight may take; the gradient passes through it too.
 CACHE_SHARE = 0.8
 
-MOST_SPLITS = 16
-
 
 class Device(NamedTuple):
     """What the choice depends on."""
@@ -32,13 +29,11 @@ class Device(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """Programs of ``num_warps`` warps that walk a row, or a slice of it, in blocks of ``block``."""
+    """Programs of ``num_warps`` warps that walk a row each, in blocks of ``block``."""
 
     block: int
     num_warps: int
     registers: int = 0  # at most, per thread; 0: as many as the compiler likes
-    splits: int = 1  # programs that share a row
-    groups: int = 0  # of such programs, all running at once; 0: one program per row
 
 
 INTERPRETER = Device(0, 0, 0, 0)
@@ -62,13 +57,10 @@ def device_of(device: torch.device) -> Device:
     )
 
 
-def choose(
-    vocab: int, pair_bytes: int, plain: bool, device: Device, *, split: bool = False
-) -> Schedule:
+def choose(vocab: int, pair_bytes: int, plain: bool, device: Device) -> Schedule:
     """The schedule for rows of ``vocab`` entries, student and teacher together ``pair_bytes``.
 
     ``plain`` calls need few registers: a built-in divergence of moderate cost, no rare option.
-    ``split`` allows several programs per row; off until a GPU has shown where it pays.
     """
     if device == INTERPRETER:  # NumPy is fast on few large blocks; two still test the loops
         return Schedule(max(512, _power_of_two(vocab // 2)), 1)
@@ -80,8 +72,6 @@ def choose(
         # where two programs of 512 threads on each multiprocessor are too many, one of 1024.
         in_flight = 2 * device.multiprocessors * pair_bytes
         fits = in_flight <= CACHE_SHARE * device.cache_bytes
-        if split and not fits:
-            return _split(in_flight, plain, device)
         threads = 512 if fits or not plain else 1024
     # Without a limit the compiler spills a little to fit more programs than the cache serves. To
     # short rows, which fit it anyway, 64 registers matter less than that none is spilled.
@@ -89,36 +79,7 @@ def choose(
     return Schedule(threads * ENTRIES_PER_THREAD, threads // device.warp_size, registers)
 
 
-def _split(in_flight: int, plain: bool, device: Device) -> Schedule:
-    """As few programs per row as let all rows in flight stay in the cache.
-
-    They walk over many rows and keep more in registers meanwhile: 256 threads of 8 entries, or 4.
-    """
-    programs = 2 if plain else 1  # on a multiprocessor
-    needed = programs / 2 * in_flight / max(1, CACHE_SHARE * device.cache_bytes)
-    splits = min(MOST_SPLITS, max(2, _power_of_two(math.ceil(needed))))
-    return Schedule(
-        block=2048 if plain else 1024,
-        num_warps=256 // device.warp_size,
-        registers=min(255, device.registers // (256 * programs)),
-        splits=splits,
-        groups=programs * device.multiprocessors // splits,
-    )
-
-
-_splitting = False
 _forced: Schedule | None = None
-
-
-@contextlib.contextmanager
-def splitting() -> Iterator[None]:
-    """Several programs may share a row meanwhile."""
-    global _splitting
-    before, _splitting = _splitting, True
-    try:
-        yield
-    finally:
-        _splitting = before
 
 
 @contextlib.contextmanager
@@ -134,7 +95,7 @@ def forced(schedule: Schedule) -> Iterator[None]:
 
 def of_call(vocab: int, pair_bytes: int, plain: bool, device: Device) -> Schedule:
     """The forced schedule, or the chosen one."""
-    return _forced or choose(vocab, pair_bytes, plain, device, split=_splitting)
+    return _forced or choose(vocab, pair_bytes, plain, device)
 
 
 def _power_of_two(n: int) -> int:

@@ -66,9 +66,7 @@ def write_states(
     student, teacher, records, row, vocab, weights, divergence, wanted, BLOCK: tl.constexpr
 ):
     """Phase 1: the softmax states of a shard."""
-    state, _ = states(
-        student, teacher, row, 0, vocab, weights.temperature, divergence, wanted, BLOCK
-    )
+    state, _ = states(student, teacher, row, vocab, weights.temperature, divergence, wanted, BLOCK)
     record = ShardStates(
         state.s_base,
         state.s_sum.to(tl.float64) + state.s_lost.to(tl.float64),
@@ -154,9 +152,7 @@ def write_terms(
     share = share_of(per_row, weights, row)
     scales = scales_of(student, share, state, label, good, weights, wanted)
     if PHASE == SUMS:
-        sums = values(
-            student, teacher, gradient, row, 0, vocab, of, scales, divergence, wanted, BLOCK
-        )
+        sums = values(student, teacher, gradient, row, vocab, of, scales, divergence, wanted, BLOCK)
         write_sums(records.sums + row * N_SUMS, state, sums)
     else:
         slope_sum = tl.zeros((), tl.float32)
@@ -170,7 +166,6 @@ def write_terms(
             teacher,
             gradient,
             row,
-            0,
             vocab,
             of,
             None,

@@ -1,4 +1,4 @@
-"""The first sweep over a slice of a row pair: softmax states, and what tells far rows."""
+"""The first sweep over a row pair: softmax states, and what tells far rows."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def first_top(tops, tokens):
 
 
 @triton.jit
-def states(student, teacher, row, begin, end, temperature, divergence, wanted, BLOCK: tl.constexpr):
+def states(student, teacher, row, end, temperature, divergence, wanted, BLOCK: tl.constexpr):
     """Sweep 1: the states, and what tells far rows."""
     c = LOG2E / temperature
     s_row = row_of(student.rows, row)
@@ -97,7 +97,7 @@ def states(student, teacher, row, begin, end, temperature, divergence, wanted, B
     reverse = tl.zeros((BLOCK,), tl.float32)
     entropy = tl.zeros((BLOCK,), tl.float32)
     s_c = tl.maximum(c, LOG2E) if wanted.CROSS_ENTROPY else c
-    for start in range(begin, end, BLOCK):
+    for start in range(0, end, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         s_raw = load_raw(s_row, columns, end)
         x = transformed(s_raw, student)

@@ -1,10 +1,10 @@
-"""Sweeps over a slice of a row pair: what every schedule of the Triton backend is made of.
+"""Sweeps over a row pair: what the kernels of the Triton backend are made of.
 
 1. ``states`` of states.py: softmax states of student and teacher
 2. ``values``: value and slope of every entry, and the gradient where the slopes sum to 0
 3. ``slopes``: the gradient otherwise, from slopes computed again
 
-A sweep runs over columns [begin, end) in blocks; entries outside are -inf in both models, a term of
+A sweep runs over columns [0, end) in blocks; entries beyond are -inf in both models, a term of
 0 in every divergence. Structs hold what belongs together; upper-case fields are known when a kernel
 is compiled.
 """
@@ -241,7 +241,6 @@ def values(
     teacher,
     gradient,
     row,
-    begin,
     end,
     of,
     scales,
@@ -260,7 +259,7 @@ def values(
     size = tl.zeros((BLOCK,), tl.float32)
     s_entropy = tl.zeros((BLOCK,), tl.float32)
     t_entropy = tl.zeros((BLOCK,), tl.float32)
-    for start in range(begin, end, BLOCK):
+    for start in range(0, end, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         raw = load_raw(s_row, columns, end)
         x = transformed(raw, student)
@@ -297,7 +296,6 @@ def slopes(
     teacher,
     gradient,
     row,
-    begin,
     end,
     of,
     logs,
@@ -314,7 +312,7 @@ def slopes(
     s_row = row_of(student.rows, row)
     t_row = row_of(teacher.rows, row)
     g_row = row_of(gradient, row)
-    for start in range(begin, end, BLOCK):
+    for start in range(0, end, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         raw = load_raw(s_row, columns, end)
         x = transformed(raw, student)
