@@ -4,12 +4,14 @@
     python -m benchmarks.triton_resources --check      fail where a kernel spills
 
 Registers, spilled bytes and instructions come from the compiled code, for NVIDIA's GPUs through the
-disassembler in Triton's package.
+disassembler in Triton's package. It takes half as long as compiling, so that instructions are
+counted for a file only.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -245,7 +247,7 @@ def compile_kernel(kernel: Kernel):
     return launch.loss_kernel.warmup(*arguments, grid=(kernel.rows,), **launch.options_of(chosen))
 
 
-def nvidia_resources(cubin: bytes) -> dict[str, int]:
+def nvidia_resources(cubin: bytes, *, count: bool) -> dict[str, int]:
     """Of compiled code for NVIDIA's GPUs."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -256,13 +258,15 @@ def nvidia_resources(cubin: bytes) -> dict[str, int]:
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
         usage = dict(re.findall(r"(\w+):(\d+)", tool("--dump-resource-usage").splitlines()[-1]))
-        code = tool("-sass")
-    return {
+        code = tool("-sass") if count else ""
+    result = {
         "registers": int(usage["REG"]),
         "stack": int(usage["STACK"]),  # what registers spill to
         "local": int(usage["LOCAL"]),
-        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.MULTILINE)),
     }
+    if count:
+        result["instructions"] = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.MULTILINE))
+    return result
 
 
 def amd_resources(assembly: str) -> dict[str, int]:
@@ -276,8 +280,8 @@ def amd_resources(assembly: str) -> dict[str, int]:
     }
 
 
-def resources(kernel: Kernel) -> dict[str, object]:
-    """Registers, spills and instructions of one configuration."""
+def resources(kernel: Kernel, *, count: bool) -> dict[str, object]:
+    """Registers and spills of one configuration, and how many instructions it has."""
     compiled = compile_kernel(kernel)
     gpu = kernel.target.gpu
     return {
@@ -290,7 +294,7 @@ def resources(kernel: Kernel) -> dict[str, object]:
         "phase": kernel.phase,
         "threads": gpu.warp_size * compiled.metadata.num_warps,
         **(
-            nvidia_resources(compiled.asm["cubin"])
+            nvidia_resources(compiled.asm["cubin"], count=count)
             if gpu.backend == "cuda"
             else amd_resources(compiled.asm["amdgcn"])
         ),
@@ -309,7 +313,8 @@ def main() -> None:
         sys.exit("TRITON_INTERPRET is set: kernels would be interpreted, not compiled")
 
     with ProcessPoolExecutor(arguments.processes, get_context("spawn")) as pool:
-        compiled = list(pool.map(resources, kernels(), chunksize=4))
+        measure = functools.partial(resources, count=arguments.output is not None)
+        compiled = list(pool.map(measure, kernels(), chunksize=4))
     report = {"triton": triton.__version__, "kernels": compiled}
     if arguments.output:
         arguments.output.write_text(json.dumps(report, indent=1) + "\n")
