@@ -7,6 +7,10 @@ import os
 # Compiled graphs on disk know nothing of a change of our operators' fakes: each run makes its own.
 os.environ["TORCHINDUCTOR_FX_GRAPH_CACHE"] = "0"
 os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
+# Inductor's own loops need not be fast, and without vectors they compile sooner; no processes start
+# to compile them.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import pytest
 import torch

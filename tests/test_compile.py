@@ -98,7 +98,7 @@ def test_without_a_token(compiler, dynamic):
         return kd_loss(first, teacher[:, :-1]) + kd_loss(last, teacher[:, 1:])
 
     compiled = torch.compile(step, fullgraph=True, backend=compiler, dynamic=dynamic)
-    for tokens in (5, 6, 9):
+    for tokens in (5, 6, 9) if dynamic else (5, 6):  # each a graph of its own where static
         results = []
         for function in (step, compiled):
             hidden = normal(5, tokens, 8).bfloat16().requires_grad_()

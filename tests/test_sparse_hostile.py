@@ -145,11 +145,12 @@ def test_a_tail_that_rounding_hides_costs_little(backend):
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
 def test_near_the_teacher(backend, tail, divergence):
     """Log-probabilities err by some 2^-22, and a divergence D by that times sqrt(D)."""
-    teacher = 3 * normal(8, 700)
+    rows = 3 if backend.interpreted else 8
+    teacher = 3 * normal(rows, 700)
     indices, logprobs = top(teacher, 20)
     options = {"tail": tail, "divergence": divergence, "reduction": "none"}
     for distance in (0.1, 1e-2, 1e-3, 1e-4):
-        student = teacher + distance * normal(8, 700, seed=1)
+        student = teacher + distance * normal(rows, 700, seed=1)
         actual = run(backend, student, indices, logprobs, **options).loss.double()
         expected = oracle(student, indices, logprobs, **options).loss
         assert ((actual - expected).abs() <= 1e-6 * expected + 5e-7 * expected.sqrt()).all()
