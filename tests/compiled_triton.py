@@ -7,12 +7,15 @@ csrc/tests/ptx) and run. What ptxas makes of it, and what a GPU's memory does, i
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import functools
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ import torch
 FOLDER = os.environ.get("KDKERNELS_TRITON_PTX", "")
 CSRC_TESTS = Path(__file__).parents[1] / "csrc" / "tests"
 CXX = shutil.which("clang++") or "g++"  # which takes five times as long
-FLAGS = ["-std=c++17", "-O0", "-fwrapv", "-mfma", "-fPIC", "-w", f"-I{CSRC_TESTS / 'ptx'}"]
+FLAGS = ["-std=c++17", "-O0", "-fwrapv", "-mfma", "-fPIC", f"-I{CSRC_TESTS / 'ptx'}"]
 
 #: C types of a kernel's arguments, by Triton's names.
 C_TYPES = {
@@ -36,25 +39,32 @@ def _run(*command: object) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def _emulator() -> Path:
-    """One for all kernels: the stacks of its threads take much room."""
-    library = Path(FOLDER) / "libemulator.so"
+@functools.cache
+def _folder() -> Path:
+    """For what is built, with the emulator, which is loaded.
+
+    One emulator for all kernels: the stacks of its threads take much room.
+    """
+    folder = Path(FOLDER or tempfile.mkdtemp())
+    if not FOLDER:
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    library = folder / "libemulator.so"
     if not library.exists():
         sources = [CSRC_TESTS / f"{name}.cpp" for name in ("emulator", "scheduler")]
         built = library.with_suffix(f".{os.getpid()}.so")
         _run("g++", "-std=c++17", "-O2", "-fPIC", "-shared", *sources, "-o", built)
         built.rename(library)
-    return library
+    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    return folder
 
 
-def _library(ptx: str) -> ctypes.CDLL:
+def library_of(ptx: str) -> ctypes.CDLL:
     """The kernels of some PTX, by their names with ``launch_`` before."""
     sys.path.insert(0, str(CSRC_TESTS / "ptx"))
     from translate import translate
 
-    stem = Path(FOLDER) / hashlib.sha256(ptx.encode()).hexdigest()[:16]
-    library, emulator = stem.with_suffix(".so"), _emulator()
-    ctypes.CDLL(str(emulator), mode=ctypes.RTLD_GLOBAL)
+    stem = _folder() / hashlib.sha256(ptx.encode()).hexdigest()[:16]
+    library = stem.with_suffix(".so")
     if not library.exists():
         stem.with_suffix(".ptx").write_text(ptx)
         # Other processes may be about the same.
@@ -100,7 +110,7 @@ class _Utilities:
     def load_binary(
         name: str, ptx: bytes, shared: int, device: int
     ) -> tuple[Any, Any, int, int, int]:
-        library = _library(ptx.decode())
+        library = library_of(ptx.decode())
         return library, getattr(library, f"launch_{name}"), 0, 0, 1024
 
     @staticmethod

@@ -2,6 +2,8 @@
 // are offsets.
 #pragma once
 
+#include <xmmintrin.h>
+
 #include "../scheduler.h"
 #include "numbers.h"
 
@@ -12,6 +14,9 @@ struct Bytes {
   static_assert(kSize > 16, "smaller structs are passed in registers");
   alignas(8) char bytes[kSize];
 };
+
+// Instructions say themselves which subnormal numbers are 0; to the emulator all are.
+inline void keep_subnormals() { _mm_setcsr(_mm_getcsr() & ~0x8040u); }
 
 // A function that runs a kernel, whose arguments lie at the addresses x.
 #define KD_LAUNCH(kernel)                                                                        \

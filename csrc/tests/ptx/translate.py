@@ -139,10 +139,12 @@ def translate(text: str, file: str) -> str:
 
 def entry(name: str, body: str, sizes: list[int]) -> str:
     """A kernel of one struct is as in C++; one of several arguments comes with its launch."""
+    ready = "keep_subnormals();"
     if len(sizes) == 1:
-        return f'extern "C" void {name}(Bytes<{sizes[0]}> x) {{ {body}(x.bytes); }}'
+        return f'extern "C" void {name}(Bytes<{sizes[0]}> x) {{ {ready} {body}(x.bytes); }}'
     each = ", ".join(f"addresses[{i}]" for i in range(len(sizes)))
     return f"""static void {name}(const void* x) {{
+{ready}
 const auto addresses = static_cast<const char* const*>(x);
 {body}({each});
 }}
