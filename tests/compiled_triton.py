@@ -159,4 +159,12 @@ def install() -> None:
     from kdkernels.triton import schedule
 
     backend._interpreted = lambda: True
-    schedule.device_of = lambda device: schedule.Device(132, 50 * 2**20, 32, 65536)
+    device_of = schedule.device_of
+
+    @functools.wraps(device_of)
+    def emulated(device: torch.device) -> schedule.Device:
+        if device.type == "cpu":
+            return schedule.Device(132, 50 * 2**20, 32, 65536)
+        return device_of(device)
+
+    schedule.device_of = emulated

@@ -149,9 +149,15 @@ def skew_reverse_kl_value(p, q, log_p, log_q, r, alpha, _):
 
 @triton.jit
 def skew_reverse_kl_slope(p, q, log_p, log_q, r, alpha, _):
+    # The two parts nearly cancel where the student's share is large, so the logarithm is taken of
+    # what is close to 1.
     rest = 1.0 - alpha
-    of_mixture = alpha * rest * _share_of_q(p, q, rest, alpha) * bregman_difference(p, q, r)
-    return -times_or_zero(q, mixture_over_q(r, rest, alpha)) - of_mixture
+    difference = bregman_difference(p, q, r)
+    m = alpha * q + (rest * p + LEAST_NORMAL)
+    smaller = tl.where(r <= 0.0, q + LEAST_NORMAL, m)
+    growth = log1p(rest * tl.abs(difference) / smaller)
+    over_m = tl.where(r <= 0.0, -growth, growth)  # log(q / m)
+    return times_or_zero(q, over_m - alpha * rest * difference / m)
 
 
 @triton.jit

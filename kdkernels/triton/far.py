@@ -35,7 +35,6 @@ class KLs(NamedTuple):
     forward: tl.tensor  # KL(p || q)
     reverse: tl.tensor  # KL(q || p)
     entropy: tl.tensor  # of p
-    s_log_sum: tl.tensor
     offset: tl.tensor  # log q - log p = gap per_unit + offset
     per_unit: tl.tensor  # 1 / T, as the exponentials have it
 
@@ -51,7 +50,6 @@ def kls(state, gaps, temperature):
         -(gaps.forward / t_sum * per_unit + offset),
         gaps.reverse / s_sum * per_unit + offset,
         tl.log(t_sum) - gaps.entropy / t_sum * per_unit,
-        tl.log(s_sum),
         offset,
         per_unit,
     )
@@ -137,20 +135,9 @@ def kl_gradient(
 
 
 @triton.jit
-def log_probabilities(state, kl, of):
+def log_probabilities(of):
     """The constants of a far row."""
-    c = tl.full((), of.c, tl.float32).to(tl.float64)
-    s_lse = state.s_base.to(tl.float64) + kl.s_log_sum / kl.per_unit
-    t_lse = state.t_base.to(tl.float64) + (kl.s_log_sum + kl.offset) / kl.per_unit
-    s_origin = s_lse.to(tl.float32)
-    t_origin = t_lse.to(tl.float32)
-    return LogProbabilities(
-        of.c,
-        s_origin,
-        ((s_lse - s_origin.to(tl.float64)) * c).to(tl.float32),
-        t_origin,
-        ((t_lse - t_origin.to(tl.float64)) * c).to(tl.float32),
-    )
+    return LogProbabilities(of.c, of.s_lse, of.s_rest * LOG2E, of.t_lse, of.t_rest * LOG2E)
 
 
 @triton.jit

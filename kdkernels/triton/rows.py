@@ -203,7 +203,7 @@ def write_far(
             if divergence.far.ENTROPY:
                 value = (kl.forward + kl.entropy).to(tl.float32)
         else:
-            logs = log_probabilities(state, kl, of)
+            logs = log_probabilities(of)
             bits, slope = far_values(
                 student, teacher, row, vocab, of, logs, divergence, wanted, BLOCK
             )

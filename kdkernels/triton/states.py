@@ -10,8 +10,8 @@ import triton.language as tl
 from .math import LARGEST_FLOAT, LOG2E, LOWEST, exp
 from .sweeps import load_raw, row_of, transformed
 
-#: How far a logit may lie above the base of a sum, in powers of two.
-HEADROOM = tl.constexpr(40.0)
+#: How far a logit may lie above the base of a sum, in powers of two: its distance is rounded.
+HEADROOM = tl.constexpr(8.0)
 
 
 class States(NamedTuple):
@@ -48,7 +48,7 @@ def valid(sum):
 def base_for(x, base, c):
     """What exponentials are relative to from this block on.
 
-    It moves only where they might overflow: that multiplies the sum so far by a rounded factor.
+    It moves only far, since that multiplies the sum so far by a rounded factor.
     """
     top = tl.max(x, 0)
     return tl.where((top - base) * c > HEADROOM, top, base)

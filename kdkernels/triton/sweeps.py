@@ -21,8 +21,6 @@ from .math import (
     NATS_PER_BIT,
     bregman_difference,
     exp,
-    log,
-    log1p,
     tanh,
     times_or_zero,
 )
@@ -113,8 +111,10 @@ class Softmaxes(NamedTuple):
     t_base: tl.tensor
     s_inverse: tl.tensor
     t_inverse: tl.tensor
-    s_log_sum: tl.tensor
-    t_log_sum: tl.tensor
+    s_lse: tl.tensor  # log q = (s - s_lse) / T - s_rest: what is large is subtracted first
+    s_rest: tl.tensor
+    t_lse: tl.tensor
+    t_rest: tl.tensor
     s_origin: tl.tensor
     t_origin: tl.tensor
     offset: tl.tensor  # log q - log p = ((s - s_origin) - (t - t_origin)) / T + offset
@@ -172,35 +172,40 @@ def softcap_derivative(raw, logits):
 
 
 @triton.jit
-def log_of_ratio(state):
-    """log(t_sum / s_sum), with what was lost from them."""
-    difference = (state.t_sum - state.s_sum) + (state.t_lost - state.s_lost)
-    smaller = tl.minimum(state.s_sum, state.t_sum)
-    size = log1p(tl.abs(difference) / smaller)
-    return tl.where(difference < 0.0, -size, size)
+def lse_of(base, sum, lost, per_unit):
+    """Where a model's probabilities are 1: logarithm of the sum of exp(x / T), times T."""
+    return base.to(tl.float64) + tl.log(sum.to(tl.float64) + lost.to(tl.float64)) / per_unit
 
 
 @triton.jit
 def softmaxes(state, temperature):
     """The constants of a row pair."""
     inverse_temperature = 1.0 / temperature
+    c = tl.full((), LOG2E / temperature, tl.float32)
+    per_unit = c.to(tl.float64) * NATS_PER_BIT  # 1 / T, as the exponentials have it
+    s_lse = lse_of(state.s_base, state.s_sum, state.s_lost, per_unit)
+    t_lse = lse_of(state.t_base, state.t_sum, state.t_lost, per_unit)
+    s_near = s_lse.to(tl.float32)
+    t_near = t_lse.to(tl.float32)
     # Origins of 0 keep s - t exact for close logits; a large shift, which would cost digits, first.
     shifted = tl.abs(state.s_base - state.t_base) > 4.0
-    s_origin = tl.where(shifted, state.s_base, 0.0)
-    t_origin = tl.where(shifted, state.t_base, 0.0)
-    apart = (state.t_base - t_origin) - (state.s_base - s_origin)
+    s_origin = tl.where(shifted, s_near, 0.0)
+    t_origin = tl.where(shifted, t_near, 0.0)
+    apart = (t_lse - t_origin.to(tl.float64)) - (s_lse - s_origin.to(tl.float64))
     return Softmaxes(
-        LOG2E / temperature,
+        c,
         inverse_temperature,
         state.s_base,
         state.t_base,
         1.0 / state.s_sum,
         1.0 / state.t_sum,
-        log(state.s_sum),
-        log(state.t_sum),
+        s_near,
+        ((s_lse - s_near.to(tl.float64)) * per_unit).to(tl.float32),
+        t_near,
+        ((t_lse - t_near.to(tl.float64)) * per_unit).to(tl.float32),
         s_origin,
         t_origin,
-        apart * inverse_temperature + log_of_ratio(state),
+        (apart * inverse_temperature.to(tl.float64)).to(tl.float32),
     )
 
 
@@ -215,8 +220,8 @@ def point(x, y, of):
     """p, q, log p, log q and r = log q - log p of transformed logits; r is 0 if both are -inf."""
     p = tl.exp2((y - of.t_base) * of.c) * of.t_inverse
     q = tl.exp2((x - of.s_base) * of.c) * of.s_inverse
-    log_p = (y - of.t_base) * of.inverse_temperature - of.t_log_sum
-    log_q = (x - of.s_base) * of.inverse_temperature - of.s_log_sum
+    log_p = (y - of.t_lse) * of.inverse_temperature - of.t_rest
+    log_q = (x - of.s_lse) * of.inverse_temperature - of.s_rest
     r = log_ratio(x, y, of)
     return p, q, log_p, log_q, tl.where(r == r, r, 0.0)
 

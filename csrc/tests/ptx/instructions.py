@@ -334,6 +334,15 @@ class Instructions:
         step = f"[](auto x, auto y) {{ return {i.variant}_(x, y); }}"
         return self._set(i.to, f"reduce({x}, {mask}, {step}, {i.where})")
 
+    def _ldmatrix(self, i: Instruction) -> str:
+        if i.modifiers != ["sync", "aligned", "m8n8", "x4", "shared"]:
+            raise Unknown("ldmatrix")
+        code = [f"const uint64_t row = {self._address(i.operands[0])};"]
+        parts = members(i.to)
+        for n in range(len(parts)):
+            code.append(f"const uint32_t x{n} = matrix_part(row, {n}, {i.where});")
+        return " ".join(code + [self._set(x, f"x{n}", "b32") for n, x in enumerate(parts)])
+
     def _mapa(self, i: Instruction) -> str:
         address, rank = map(self._bits, i.operands)
         return self._set(i.to, f"address_in_cluster({address}, {rank})")

@@ -137,6 +137,14 @@ T reduce(T x, uint32_t mask, Step step, Where where) {
   return result;
 }
 
+// A lane's two numbers of 16 bits of the 8 x 8 matrix whose rows eight lanes have the addresses of.
+KD_CALL uint32_t matrix_part(uint64_t row, int matrix, Where where) {
+  const int lane = (int)threadIdx.x % 32;
+  const uint64_t mine =
+      kd::emulator::exchange("ldmatrix", ~0u, row, 8 * matrix + lane / 4, where).value;
+  return load<uint32_t>(shared(mine + 4 * (lane % 4), sizeof(uint32_t), where), 0);
+}
+
 // ---- Clusters: an address in another CTA's shared memory has its rank above 24 bits ----
 
 inline uint32_t address_in_cluster(uint32_t address, uint32_t rank) {
