@@ -41,18 +41,22 @@ def _run(*command: object) -> None:
 
 @functools.cache
 def _folder() -> Path:
-    """For what is built, with the emulator, which is loaded.
+    """For what is built of these sources, with the emulator, which is loaded.
 
     One emulator for all kernels: the stacks of its threads take much room.
     """
-    folder = Path(FOLDER or tempfile.mkdtemp())
+    base = Path(FOLDER or tempfile.mkdtemp())
     if not FOLDER:
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        atexit.register(shutil.rmtree, base, ignore_errors=True)
+    sources = sorted(x for x in CSRC_TESTS.rglob("*") if x.is_file() and x.suffix != ".pyc")
+    digest = hashlib.sha256(b"".join(x.read_bytes() for x in sources)).hexdigest()
+    folder = base / digest[:16]
+    folder.mkdir(parents=True, exist_ok=True)
     library = folder / "libemulator.so"
     if not library.exists():
-        sources = [CSRC_TESTS / f"{name}.cpp" for name in ("emulator", "scheduler")]
+        emulator = [CSRC_TESTS / f"{name}.cpp" for name in ("emulator", "scheduler")]
         built = library.with_suffix(f".{os.getpid()}.so")
-        _run("g++", "-std=c++17", "-O2", "-fPIC", "-shared", *sources, "-o", built)
+        _run("g++", "-std=c++17", "-O2", "-fPIC", "-shared", *emulator, "-o", built)
         built.rename(library)
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     return folder
@@ -142,7 +146,6 @@ class _Driver:
 def install() -> None:
     """Before any kernel is imported: from here on they are compiled."""
     os.environ["TRITON_CACHE_DIR"] = str(Path(FOLDER) / "triton")
-    Path(FOLDER).mkdir(parents=True, exist_ok=True)
     from triton.backends.nvidia.compiler import CUDABackend
     from triton.runtime import driver
 

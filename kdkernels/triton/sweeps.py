@@ -188,7 +188,7 @@ def softmaxes(state, temperature):
     s_near = s_lse.to(tl.float32)
     t_near = t_lse.to(tl.float32)
     # Origins of 0 keep s - t exact for close logits; a large shift, which would cost digits, first.
-    shifted = tl.abs(state.s_base - state.t_base) > 4.0
+    shifted = tl.abs(s_near - t_near) > 4.0
     s_origin = tl.where(shifted, s_near, 0.0)
     t_origin = tl.where(shifted, t_near, 0.0)
     apart = (t_lse - t_origin.to(tl.float64)) - (s_lse - s_origin.to(tl.float64))
