@@ -187,10 +187,10 @@ KD_CALL float rsqrt_approx(float x) {
 KD_CALL float tanh_approx(float x) {
   return (float)(std::tanh((double)x) * (1 + 0x1p11 * kd::cuda::allowed_error(x)));
 }
-// The error follows from the mantissas alone, as it does on a device.
+// By the reciprocal, as on a device; that of a large number would be flushed.
 KD_CALL float div_approx(float x, float y) {
-  const uint32_t mantissas = (bit_cast<uint32_t>(x) * 3 ^ bit_cast<uint32_t>(y)) & 0x7fffff;
-  return (float)((double)x / y * (1 + kd::cuda::allowed_error(bit_cast<float>(mantissas))));
+  const float scale = std::fabs(y) > 0x1p126f ? 0.25f : 1;
+  return x * scale * rcp_approx(y * scale);
 }
 template <class T>
 T div_(T x, T y) {
