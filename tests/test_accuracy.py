@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import kdkernels
-from kdkernels import AlphaBeta
+from kdkernels import JSD, AlphaBeta, SkewForwardKL, SkewReverseKL
 
 from . import tolerances
 from .cases import ALL, ONE_OF_EACH, close_pair, correlated_pair, labels_for, without_ties
@@ -55,6 +55,16 @@ def test_float32(backend, divergence, close, temperature):
     # One row of less than a block, and rows of several blocks that end within a vector.
     check_float32(backend, divergence, 3, 517, temperature, close)
     check_float32(backend, divergence, 4, 2503, temperature, close)
+
+
+@pytest.mark.parametrize(
+    "divergence",
+    [JSD(1e-4), SkewForwardKL(1e-4), SkewForwardKL(0.99), SkewReverseKL(1e-4)],
+    ids=str,
+)
+def test_small_shares_of_a_mixture(backend, divergence):
+    # What is left where nearly all cancels is of the size of the share.
+    check_float32(backend, divergence, 4, 2503, 1.0, close=True)
 
 
 @pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=str)

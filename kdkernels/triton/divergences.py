@@ -23,6 +23,7 @@ from .math import (
     LEAST_NORMAL,
     LOG2E,
     LOWEST,
+    SERIES_RADIUS,
     bregman_difference,
     bregman_excess,
     exp,
@@ -55,23 +56,33 @@ def reverse_kl_slope(p, q, log_p, log_q, r):
 
 
 @triton.jit
-def _mixture_over_larger(r, of_p, of_q):
-    """log m - max(log p, log q), so that the exponential never overflows."""
-    return log1p(tl.where(r <= 0.0, of_q, of_p) * expm1(-tl.abs(r)))
+def _bases_on_p(r, of_p, of_q):
+    """Whether log m comes from log p, not from log q.
+
+    From the larger, so that the exponential never overflows; where they are close, from that with
+    the larger share, which m is nearer to.
+    """
+    return tl.where(tl.abs(r) < SERIES_RADIUS, of_p > of_q, r <= 0.0)
+
+
+@triton.jit
+def _mixture_over_base(r, of_p, of_q):
+    of_other = tl.where(_bases_on_p(r, of_p, of_q), of_q, of_p)
+    return log1p(of_other * expm1(tl.where(_bases_on_p(r, of_p, of_q), r, -r)))
 
 
 @triton.jit
 def mixture_over_p(r, of_p, of_q):
     """log m - log p for the mixture m = of_p p + of_q q, whose shares are positive."""
-    over_larger = _mixture_over_larger(r, of_p, of_q)
-    return tl.where(r <= 0.0, over_larger, over_larger + r)
+    over_base = _mixture_over_base(r, of_p, of_q)
+    return tl.where(_bases_on_p(r, of_p, of_q), over_base, over_base + r)
 
 
 @triton.jit
 def mixture_over_q(r, of_p, of_q):
     """log m - log q for the same mixture."""
-    over_larger = _mixture_over_larger(r, of_p, of_q)
-    return tl.where(r <= 0.0, over_larger - r, over_larger)
+    over_base = _mixture_over_base(r, of_p, of_q)
+    return tl.where(_bases_on_p(r, of_p, of_q), over_base - r, over_base)
 
 
 @triton.jit
@@ -142,22 +153,32 @@ def skew_forward_kl_far_slope(p, q, log_p, log_q, r, alpha, _):
 
 
 @triton.jit
+def _skew_reverse_mixture(p, q, alpha):
+    """m, never 0."""
+    return alpha * q + ((1.0 - alpha) * p + LEAST_NORMAL)
+
+
+@triton.jit
+def _skew_reverse_log(p, q, r, alpha):
+    """log q - log m, of what is close to 1 where the student's share is large."""
+    m = _skew_reverse_mixture(p, q, alpha)
+    smaller = tl.where(r <= 0.0, q + LEAST_NORMAL, m)
+    growth = log1p((1.0 - alpha) * tl.abs(bregman_difference(p, q, r)) / smaller)
+    return tl.where(r <= 0.0, -growth, growth)
+
+
+@triton.jit
 def skew_reverse_kl_value(p, q, log_p, log_q, r, alpha, _):
-    rest = 1.0 - alpha
-    return bregman_excess(q, alpha * q + rest * p, mixture_over_q(r, rest, alpha))
+    m = _skew_reverse_mixture(p, q, alpha)
+    return bregman_excess(q, m, -_skew_reverse_log(p, q, r, alpha))
 
 
 @triton.jit
 def skew_reverse_kl_slope(p, q, log_p, log_q, r, alpha, _):
-    # The two parts nearly cancel where the student's share is large, so the logarithm is taken of
-    # what is close to 1.
-    rest = 1.0 - alpha
-    difference = bregman_difference(p, q, r)
-    m = alpha * q + (rest * p + LEAST_NORMAL)
-    smaller = tl.where(r <= 0.0, q + LEAST_NORMAL, m)
-    growth = log1p(rest * tl.abs(difference) / smaller)
-    over_m = tl.where(r <= 0.0, -growth, growth)  # log(q / m)
-    return times_or_zero(q, over_m - alpha * rest * difference / m)
+    # Its two parts nearly cancel where the student's share is large.
+    difference = bregman_difference(p, q, r) / _skew_reverse_mixture(p, q, alpha)
+    log = _skew_reverse_log(p, q, r, alpha)
+    return times_or_zero(q, log - alpha * (1.0 - alpha) * difference)
 
 
 @triton.jit
