@@ -13,6 +13,8 @@
 // far_unit() is a slope's unit in nats.
 #pragma once
 
+#include <algorithm>
+
 #include "mixtures.h"
 
 namespace kd::KD_NAMESPACE {
@@ -108,6 +110,7 @@ struct TVD : Defaults {
 struct AlphaBeta : Defaults {
   static constexpr bool kFeelsShift = true;
   static constexpr bool kSlopesCancel = true;
+  static constexpr bool kHasClose = true;
 
   // With x = first d:
   // K = sum_phi phi((a+b) d) + first_phi phi(x) + first_product (x (exp(x) - 1) - phi(x))
@@ -137,9 +140,12 @@ struct AlphaBeta : Defaults {
   };
 
   float a, b;
+  float close_radius;  // no power is of more than kSeriesRadius there, nor any linear part left out
   Coefficients student_larger, teacher_larger;
 
   AlphaBeta(float a, float b) : a(a), b(b), student_larger(a, b), teacher_larger(b, a) {
+    const float sizes[] = {fabsf(a), fabsf(b), fabsf(a + b), kSeriesRadius};
+    close_radius = kSeriesRadius / *std::max_element(sizes, sizes + 4);
     if (a != 0) {
       student_larger.first_expm1 = -1 / a;
       teacher_larger.sum_expm1 = 1 / a;
@@ -179,6 +185,19 @@ struct AlphaBeta : Defaults {
         times_or_zero(pick(&Coefficients::linear), d) +
         times_or_zero(pick(&Coefficients::linear_power), times_or_zero(of_first.expm1 + 1.0f, d));
     return {times_or_zero(factor, value), times_or_zero(factor, slope)};
+  }
+
+  // Nothing overflows there, so either of p and q may be factored out.
+  template <class F>
+  KD_INLINE Term<F> close(const Point<F>& x) const {
+    const Coefficients& k = student_larger;
+    const F factor = exp((a + b) * x.log_q);
+    const F sum = -(a + b) * x.r, first = -a * x.r;
+    const F sum_phi = phi_over_x(sum) * sum, first_phi = phi_over_x(first) * first;
+    const F first_expm1 = first_phi + first;
+    const F value = k.sum_phi * sum_phi + k.first_phi * first_phi +
+                    k.first_product * (first * first_expm1 - first_phi) + k.square * (x.r * x.r);
+    return {factor * value, factor * (k.first_expm1 * first_expm1 - k.linear * x.r)};
   }
 
   // Where nothing can overflow. Powers of both have errors of their own, which coefficients

@@ -12,13 +12,17 @@ namespace kd::KD_NAMESPACE {
 //   value / p = (a + b r) exp(r) + (c + d exp(r)) L + constant
 //   slope / q = e log(q / m) + f rest share (q - p) / m = e (r - L) + f (L' - rest)
 struct Mixture : Defaults {
+  static constexpr bool kHasClose = true;
+  static constexpr float close_radius = kSeriesRadius;
   static constexpr int kTerms = 9;
   float share, rest;
   float of_slope[kTerms - 1];  // slope / q, from r on
   float of_value[kTerms - 1];  // value / p, from r^2 on
 
+  // Coefficients not rounded to float: near the teacher all but few of their digits cancel.
   Mixture(float share, double a, double b, double c, double d, double e, double f)
       : share(share), rest(1 - share) {
+    const double rest = 1 - (double)share;
     double exponential[kTerms + 1] = {1}, log[kTerms + 1];
     for (int n = 1; n <= kTerms; ++n) {
       exponential[n] = exponential[n - 1] / n;
@@ -71,18 +75,33 @@ struct Mixture : Defaults {
   }
 
   template <class F>
+  KD_INLINE Term<F> close(const Point<F>& x) const {
+    return {close_value(x), x.q * close_slope(x)};
+  }
+
+  template <class F>
   KD_INLINE F value(const Point<F>& x, F far) const {
-    return select(abs(x.r) < kSeriesRadius, power_series(of_value, x.r) * x.r * (x.p * x.r), far);
+    return select(abs(x.r) < kSeriesRadius, close_value(x), far);
   }
 
   // Given slope / q away from the teacher.
   template <class F>
   KD_INLINE F slope(const Point<F>& x, F far_over_q) const {
-    const F series = power_series(of_slope, x.r) * x.r;
-    return times_or_zero(x.q, select(abs(x.r) < kSeriesRadius, series, far_over_q));
+    return times_or_zero(x.q, select(abs(x.r) < kSeriesRadius, close_slope(x), far_over_q));
   }
 
  private:
+  template <class F>
+  KD_INLINE F close_value(const Point<F>& x) const {
+    return power_series(of_value, x.r) * x.r * (x.p * x.r);
+  }
+
+  // Divided by q.
+  template <class F>
+  KD_INLINE F close_slope(const Point<F>& x) const {
+    return power_series(of_slope, x.r) * x.r;
+  }
+
   template <class F>
   static KD_INLINE F power_series(const float (&coefficients)[kTerms - 1], F r) {
     F sum = splat<F>(coefficients[kTerms - 2]);
@@ -93,7 +112,8 @@ struct Mixture : Defaults {
 
 // beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q. Agarwal et al. 2023 (GKD).
 struct JSD : Mixture {
-  JSD(float beta, float) : Mixture(beta, 0, 1 - beta, -beta, beta - 1, 1 - beta, 0) {}
+  JSD(float beta, float)
+      : Mixture(beta, 0, 1 - (double)beta, -beta, (double)beta - 1, 1 - (double)beta, 0) {}
 
   template <class F>
   KD_INLINE Term<F> operator()(const Point<F>& x) const {
@@ -119,7 +139,8 @@ struct JSD : Mixture {
 
 // KL(p || alpha p + (1 - alpha) q). Ko et al. 2024 (DistiLLM).
 struct SkewForwardKL : Mixture {
-  SkewForwardKL(float alpha, float) : Mixture(alpha, 1 - alpha, 0, -1, 0, 0, 0) {}
+  SkewForwardKL(float alpha, float)
+      : Mixture(alpha, 1 - (double)alpha, 0, -1, 0, 0, (1 - (double)alpha) / alpha) {}
 
   template <class F>
   KD_INLINE Term<F> operator()(const Point<F>& x) const {

@@ -193,6 +193,18 @@ class RowPair : protected RowBlocks {
     return value < 0 ? 0 : value;  // rounding of what nearly cancels
   }
 
+  static KD_INLINE void near_terms(const Divergence& divergence, const Point<Vec> (&x)[2],
+                                   Term<Vec> (&term)[2]) {
+    if constexpr (Divergence::kHasClose) {
+      const float radius = divergence.close_radius;
+      if (all((abs(x[0].r) < radius) & (abs(x[1].r) < radius))) {
+        for (int k = 0; k < 2; ++k) term[k] = divergence.close(x[k]);
+        return;
+      }
+    }
+    for (int k = 0; k < 2; ++k) term[k] = divergence(x[k]);
+  }
+
   // Value and slope of every term, and the gradient too where the slopes are known to sum to 0.
   template <bool kGradient, bool kFar>
   Sums term_sweep() {
@@ -218,28 +230,27 @@ class RowPair : protected RowBlocks {
           next_student.fetch<2>(begin + i, kPair);
           next_teacher.fetch<2>(begin + i, kPair);
           const Pair x = s.pair(i), y = t.pair(i);
-          Vec slope[2];
+          const Point<Vec> v[] = {
+              point(x.first, y.first, load(s_kept + i), load(t_kept + i)),
+              point(x.second, y.second, load(s_kept + i + kLanes), load(t_kept + i + kLanes))};
+          Term<Vec> term[2];
+          if constexpr (kFar)
+            for (int k = 0; k < 2; ++k) term[k] = divergence.far(v[k], point.weights);
+          else
+            near_terms(divergence, v, term);
           for (int k = 0; k < 2; ++k) {
-            const int at = i + k * kLanes;
-            const Point<Vec> v = point(k ? x.second : x.first, k ? y.second : y.first,
-                                       load(s_kept + at), load(t_kept + at));
-            Term<Vec> term;
-            if constexpr (kFar)
-              term = divergence.far(v, point.weights);
-            else
-              term = divergence(v);
-            values += term.value;
-            slopes += term.slope;
-            slope[k] = term.slope;
-            if constexpr (kSizes) sizes = max(sizes, abs(term.slope));
+            values += term[k].value;
+            slopes += term[k].slope;
+            if constexpr (kSizes) sizes = max(sizes, abs(term[k].slope));
             if constexpr (kFeelsShift) {
-              const Vec difference = bregman(v.p, v.q, v.r).difference;
+              const Vec difference = bregman(v[k].p, v[k].q, v[k].r).difference;
               shifts += difference;
             }
             // The teacher's exponentials are not read again.
-            if constexpr (kGradient && !kStoresGradient) store(t_kept + at, term.slope);
+            if constexpr (kGradient && !kStoresGradient)
+              store(t_kept + i + k * kLanes, term[k].slope);
           }
-          if constexpr (kStoresGradient) g.store(i, {slope[0] * scale, slope[1] * scale});
+          if constexpr (kStoresGradient) g.store(i, {term[0].slope * scale, term[1].slope * scale});
         }
         value_sum += sum(values);
         if constexpr (!Divergence::kSlopeSumsToZero) slope_sum += sum(slopes);

@@ -138,6 +138,8 @@ KD_INLINE bool any_bit(Bits x) {
 #endif
 }
 
+KD_INLINE bool all(Mask condition) { return !any_bit(~(Bits)condition); }
+
 template <class T>
 KD_INLINE T larger(T a, T b) {
   return a > b ? a : b;
