@@ -66,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     named = ", ".join(shapes.MODELS)
     add("--shapes", nargs="+", metavar="SHAPE", help=f"real, {named}, [ROWSx]VOCAB[xD_SxD_T]")
     add("--rows", type=int, help="of shapes without: 512, linear 128; on a GPU 8192")
+    add("--close", action="store_true", help="a student next to its teacher: KL of about 1e-3")
     add("--providers", nargs="+", default=["default"], metavar="PROVIDER")
     add("--what", nargs="+", choices=WHAT, default=[LOSS_AND_GRADIENT])
     add("--device", choices=DEVICES, default="cpu")
@@ -87,6 +88,7 @@ def run(
     budget = Budget(arguments.budget)
     level = arguments.level
     divergences = DIVERGENCES if "all" in arguments.divergence else arguments.divergence
+    options = {"close": True} if arguments.close else {}
 
     packages = sorted({p.package for p in providers if p.package})
     report = {"environment": device.describe() | environment(command, packages)}
@@ -109,7 +111,9 @@ def run(
                 report["left_out"].append(f"{label}: the budget was spent")
                 continue
             try:
-                case = case or CASES[level].make(shape, DTYPES[dtype], device.torch_device)
+                if case is None:
+                    of = shape, DTYPES[dtype], device.torch_device
+                    case = CASES[level].make(*of, **options)
                 case = case.variant(divergence, what)
                 result = run_case(case, providers, device, arguments.rounds, budget, progress)
             except Exception as error:  # such as a case too large for the device
@@ -136,6 +140,8 @@ def main(argv: list[str] | None = None) -> None:
     level = arguments.level
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    if arguments.close and level == "linear":
+        parser().error("--close is of logits: heads make those of the linear level")
     try:
         device = device_of(arguments.device)
         providers = choose(arguments.providers, level)

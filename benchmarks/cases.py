@@ -29,25 +29,35 @@ LINEAR_BLOCK, HEAD_BLOCK = 2**25, 2**23
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class LogitsCase(Case):
-    """Logits of a student that has learnt something, and of a teacher."""
+    """Logits of a student that has learnt something, or next to all, and of a teacher."""
 
     level = "logits"
     unit = "bytes"
 
     student: Tensor  # (rows, vocab)
     teacher: Tensor  # (rows, vocab)
+    close: bool = False
 
     @classmethod
-    def make(cls, shape: Shape, dtype: torch.dtype, device: torch.device, **options) -> LogitsCase:
+    def make(
+        cls,
+        shape: Shape,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        close: bool = False,
+        **options,
+    ) -> LogitsCase:
         generator = torch.Generator(device).manual_seed(0)
         student = torch.empty(shape.rows, shape.vocab, dtype=dtype, device=device)
         teacher = torch.empty_like(student)
         block = max(1, BLOCK[device.type] // shape.vocab)
+        learnt, guessed = (1.0, 0.1) if close else (0.6, 1.2)
         for s, t in zip(student.split(block), teacher.split(block), strict=True):
             logits = 2 * torch.randn(t.shape, device=device, generator=generator)
             noise = torch.randn(t.shape, device=device, generator=generator)
             t.copy_(logits)
-            s.copy_(0.6 * logits + 1.2 * noise)
+            s.copy_(learnt * logits + guessed * noise)
         return cls(
             name=shape.name,
             rows=shape.rows,
@@ -55,6 +65,7 @@ class LogitsCase(Case):
             dtype=dtype,
             student=student,
             teacher=teacher,
+            close=close,
             **options,
         )
 
@@ -74,6 +85,9 @@ class LogitsCase(Case):
     def of_teacher(self, rows: slice | Tensor = slice(None)) -> tuple[Tensor, ...]:
         """What a loss takes of the teacher, of some rows."""
         return (self.teacher[rows],)
+
+    def describe(self) -> dict[str, object]:
+        return super().describe() | ({"close": True} if self.close else {})
 
     def step(self, function: Callable[..., Tensor]) -> Step:
         others = *self.of_teacher(), self.temperature

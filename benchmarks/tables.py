@@ -45,7 +45,8 @@ def case_title(case: dict) -> str:
     sizes = f"{case['rows']} x {case['vocab']}"
     if "hidden" in case:
         sizes += f", hidden sizes {case['hidden']} / {case['teacher_hidden']}"
-    return f"{name}{sizes}, {case['dtype']}, {case['divergence']}, {case['what']}"
+    close = ", next to the teacher" if "close" in case else ""
+    return f"{name}{sizes}, {case['dtype']}, {case['divergence']}, {case['what']}{close}"
 
 
 def case_table(case: dict) -> str:
