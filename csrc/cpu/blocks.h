@@ -90,6 +90,44 @@ KD_INLINE void store_from_float(char* to, int index, Vec x) {
   }
 }
 
+// The first `count` lanes, fewer than all; the others are -inf. Not through memory where there are
+// masks: loading a vector waits for stores of its parts, which shows in short rows.
+template <DType dtype>
+KD_INLINE Vec load_some(const char* from, int index, int count) {
+  from += index * item_size(dtype);
+#if defined(__AVX512F__)
+  const auto lanes = (__mmask16)((1u << count) - 1);
+  Vec x;
+  if constexpr (dtype == DType::kFloat32) {
+    x = (Vec)_mm512_maskz_loadu_ps(lanes, from);
+  } else {
+    const Half half = (Half)_mm256_maskz_loadu_epi16(lanes, from);
+    x = dtype == DType::kBFloat16 ? from_bfloat16(half) : from_float16(half);
+  }
+#else
+  char some[kLanes * sizeof(float)] = {};
+  std::memcpy(some, from, count * item_size(dtype));
+  const Vec x = load_as_float<dtype>(some, 0);
+#endif
+  constexpr float ordinals[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return select(load(ordinals) < (float)count, x, splat<Vec>(-kInfinity));
+}
+
+template <DType dtype>
+KD_INLINE void store_some(char* to, int index, Vec x, int count) {
+  to += index * item_size(dtype);
+#if defined(__AVX512F__)
+  const auto lanes = (__mmask16)((1u << count) - 1);
+  if constexpr (dtype == DType::kFloat32) return _mm512_mask_storeu_ps(to, lanes, (__m512)x);
+  const Half half = dtype == DType::kBFloat16 ? to_bfloat16(x) : to_float16(x);
+  _mm256_mask_storeu_epi16(to, lanes, (__m256i)half);
+#else
+  char some[kLanes * sizeof(float)];
+  store_from_float<dtype>(some, 0, x);
+  std::memcpy(to, some, count * item_size(dtype));
+#endif
+}
+
 // The values of two vectors' width: side by side, or for bfloat16 every second one, which takes no
 // shuffle. Kernels go through a row in pairs, and nothing but their memory knows the order.
 struct Pair {
@@ -158,10 +196,8 @@ void read_block(const char* from, int n, float* to) {
   const int whole = n / kLanes * kLanes;
   for (int i = 0; i < whole; i += kLanes) store(to + i, load_as_float<dtype>(from, i));
   if (n % kPair == 0) return;
-  char tail[kLanes * sizeof(float)] = {};
-  std::memcpy(tail, from + whole * item_size(dtype), (n - whole) * item_size(dtype));
-  store(to + whole, load_as_float<dtype>(tail, 0));
-  for (int i = n; i % kPair != 0; ++i) to[i] = -kInfinity;
+  store(to + whole, load_some<dtype>(from, whole, n - whole));
+  if (n % kPair < kLanes) store(to + whole + kLanes, splat<Vec>(-kInfinity));
 }
 
 template <DType dtype>
@@ -169,9 +205,7 @@ void write_block(const float* from, int n, char* to) {
   const int whole = n / kLanes * kLanes;
   for (int i = 0; i < whole; i += kLanes) store_from_float<dtype>(to, i, load(from + i));
   if (whole == n) return;
-  char tail[kLanes * sizeof(float)];
-  store_from_float<dtype>(tail, 0, load(from + whole));
-  std::memcpy(to + whole * item_size(dtype), tail, (n - whole) * item_size(dtype));
+  store_some<dtype>(to, whole, load(from + whole), n - whole);
 }
 
 // tanh to full relative accuracy.
