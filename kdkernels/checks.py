@@ -211,7 +211,7 @@ def logits_tensor(name: str, logits: Tensor, *, least: int = 1) -> None:
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         raise ValueError(
             f"{name} has stride {logits.stride(-1)} in its last dimension, expected 1: pass "
-            "logits whose vocabulary is contiguous"
+            f"{name}.contiguous()"
         )
 
 
