@@ -12,6 +12,7 @@ from . import backends, scalars, watchers
 from .columns import columns_of
 from .divergences import Divergence, ForwardKL, as_divergence
 from .dtensors import is_distributed
+from .ops import library
 from .options import LogitsOptions
 from .scalars import Processes
 
@@ -247,9 +248,21 @@ def inplace_grad(value: bool, student: Tensor) -> None:
         return
     if student.is_leaf:
         raise ValueError("inplace_grad: student_logits is a leaf, whose data would be overwritten")
+    if torch.compiler.is_compiling():
+        torch.ops.kdkernels.no_view_of_a_leaf.default(student)
+    else:
+        _no_view_of_a_leaf(student)
+
+
+def _no_view_of_a_leaf(student: Tensor) -> None:
     base = student._base
     if base is not None and base.is_leaf and base.requires_grad:
         raise ValueError("inplace_grad: student_logits is a view of a leaf that requires grad")
+
+
+# An operator where compiled: written out, a graph would ask a tensor that has lost its base.
+library.define("no_view_of_a_leaf(Tensor student) -> ()")
+library.impl("no_view_of_a_leaf", _no_view_of_a_leaf, "CompositeImplicitAutograd")
 
 
 def _per_token(

@@ -83,8 +83,9 @@ def _sharded_along(name: str, x: Any, dim: int) -> int:
     """The one dimension of the mesh that shards ``dim``; nothing else may be sharded."""
     kinds = sys.modules["torch.distributed.tensor"]
     sharded = [i for i, p in enumerate(x.placements) if type(p) is kinds.Shard]
-    others = [p for p in x.placements if type(p) not in (kinds.Shard, kinds.Replicate)]
-    if others or len(sharded) != 1 or (x.placements[sharded[0]].dim - dim) % x.dim() != 0:
+    replicated = [p for p in x.placements if type(p) is kinds.Replicate]
+    alone = len(sharded) == 1 and len(replicated) == len(x.placements) - 1
+    if not alone or (x.placements[sharded[0]].dim - dim) % x.dim() != 0:
         raise ValueError(
             f"{name} is a DTensor with placements {x.placements}, expected Shard({dim}) in one "
             "dimension of its mesh and Replicate() in others: redistribute it, or pass to_local() "

@@ -130,7 +130,8 @@ def kd_loss(
             ``vocab_size``; shards follow each other in the order of ranks. Default: rank times
             width, of shards of one width.
         inplace_grad: the gradient overwrites ``student_logits``, whose content is undefined
-            afterwards; saves one (tokens, vocab) tensor. Not for leaves.
+            afterwards; saves one (tokens, vocab) tensor. Not for leaves, which a compiled graph
+            refuses only while it is compiled.
         return_metrics: also return a dict of detached float32 tensors ``(...)``: ``divergence``
             (before weights and T^2), ``cross_entropy`` (None without labels), ``teacher_entropy``,
             ``student_entropy``, ``agreement`` (1.0 where both have the same top token). All are 0

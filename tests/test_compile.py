@@ -9,7 +9,7 @@ import torch
 import torch._dynamo.testing
 
 import kdkernels
-from kdkernels import kd_loss
+from kdkernels import kd_loss, sparse_kd_loss
 from kdkernels.options import LogitsOptions
 
 from .cases import correlated_pair, labels_for, normal
@@ -130,6 +130,29 @@ def test_16_bits(dtype, inplace):
         torch.testing.assert_close(actual, wanted)
 
 
+@pytest.mark.parametrize("compiler", BACKENDS)
+@pytest.mark.parametrize("loss", [kd_loss, sparse_kd_loss], ids=lambda loss: loss.__name__)
+def test_in_place_of_a_view_that_the_graph_is_given(compiler, loss):
+    """A graph asked for the view's base while it was compiled, when it has none."""
+    student, teacher = correlated_pair(2, 5, VOCAB)
+    logprobs, indices = teacher[:, :-1].log_softmax(-1).topk(3)
+    target = (teacher[:, :-1],) if loss is kd_loss else (indices, logprobs)
+    compiled = torch.compile(loss, fullgraph=True, backend=compiler)
+    gradients = []
+    for function in (loss, compiled):
+        leaf = student.clone().requires_grad_()
+        logits = 2 * leaf
+        function(logits[:, :-1], *target, inplace_grad=True).backward()
+        assert not torch.equal(logits, 2 * leaf)
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
+    torch._dynamo.reset()  # a graph that is there does not ask again
+    before = leaf.detach().clone()
+    with pytest.raises(RuntimeError, match="inplace_grad: student_logits is a view of a leaf"):
+        compiled(leaf[:, :-1], *target, inplace_grad=True)
+    assert torch.equal(leaf, before)
+
+
 def test_loss_only_metrics_and_module():
     student, teacher = correlated_pair(5, VOCAB)
     criterion = kdkernels.KDLoss(divergence="jsd", return_metrics=True)
@@ -226,6 +249,7 @@ def test_every_operator_is_checked():
         "kdkernels::logits_loss",
         "kdkernels::logits_loss_and_grad",
         "kdkernels::logits_loss_and_grad_",
+        "kdkernels::no_view_of_a_leaf",  # no more than a check
         "kdkernels::scale_gradient_",
         "kdkernels::tails",  # in test_sparse_calls.py
         "kdkernels::tails_gradient",
