@@ -10,7 +10,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 from . import ops
 from .options import LinearOptions, LogitsOptions, replaced
-from .watchers import goes_straight, transforms_active
+from .watchers import goes_straight, hides_gradient, transforms_active
 
 _ops = torch.ops.kdkernels
 
@@ -34,7 +34,8 @@ def check_backward(ctx: Any, name: str, consumes: bool = True) -> None:
 
 def _check_no_tangent(name: str, *tensors: Tensor | None) -> None:
     """Raises where a forward-mode derivative would be lost; Functions do so by themselves."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # which sees no tangents
+        check_no_transform(name)
         return
     for tensor in tensors:
         if tensor is not None and unpack_dual(tensor).tangent is not None:
@@ -45,7 +46,7 @@ def _check_no_tangent(name: str, *tensors: Tensor | None) -> None:
 
 def check_no_transform(name: str) -> None:
     """Raises where torch.func would ask a Function for what it does not have."""
-    if not torch.compiler.is_compiling() and transforms_active():
+    if transforms_active():
         raise RuntimeError(f"{name}: torch.func cannot transform it; use backend='reference'")
 
 
@@ -108,6 +109,8 @@ def logits_loss(
         outputs = apply(student, (constants, backend, inplace, options, straight))
         return outputs if options.metrics else (outputs, None)
     _check_no_tangent("kd_loss", student, constants[0])
+    if not straight and torch.is_grad_enabled() and hides_gradient(student):
+        check_no_transform("kd_loss")  # vmap itself would work
     loss, metrics = ops.loss((student, *constants), backend, options, straight)
     return loss, metrics if options.metrics else None
 

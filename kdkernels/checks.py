@@ -69,6 +69,11 @@ def call(
     if isinstance(normalizer, Tensor):
         total = _normalizer_tensor(normalizer, student) if reduction == "mean" else None
         normalizer = None
+    elif torch.compiler.is_compiling() and normalizer is not None and reduction == "mean":
+        # An option, each number would be compiled anew.
+        number = scalars.number("normalizer", normalizer, positive=True)
+        total = torch.full((), number, dtype=torch.float32, device=student.device)
+        normalizer = None
     # Without a teacher's logits any backend will do: no kernel has to know the divergence.
     known = ForwardKL() if teacher is None else divergence
     teacher = student if teacher is None else teacher

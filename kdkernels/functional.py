@@ -114,6 +114,7 @@ def kd_loss(
             token.
         normalizer: a positive number or 0-d tensor for ``"mean"``, such as the number of tokens of
             an accumulated batch. Default: the sum of the kept rows' weights (1 if not positive).
+            In torch.compile each new float compiles anew, an int or a tensor does not.
         temperature_squared: multiply the divergence by T^2 (Hinton et al. 2015), so that its
             gradient keeps its size as T grows.
         vocab_size: the number of leading columns that take part; the others get gradient 0.

@@ -7,6 +7,7 @@ from functools import reduce
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.compiler import is_compiling
 from torch.overrides import has_torch_function
 
@@ -30,13 +31,23 @@ except (AttributeError, ImportError, TypeError):
     _THREAD_KEYS = 0
 
 
-try:  # a private name too: without it, torch's own errors have to do
+try:  # private names too: without them, torch's own errors have to do
     from torch._C import _are_functorch_transforms_active as transforms_active
+    from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 except ImportError:
 
     def transforms_active() -> bool:
         """Whether torch.func transforms what runs."""
         return False
+
+
+def hides_gradient(tensor: Tensor) -> bool:
+    """Whether it requires grad beneath the wrappers of torch.func's vmap, which say it does not."""
+    if is_compiling() or not transforms_active():
+        return False
+    while is_functorch_wrapped_tensor(tensor):
+        tensor = get_unwrapped(tensor)
+    return tensor.requires_grad
 
 
 def has_autocast(device: torch.device) -> bool:
@@ -45,8 +56,8 @@ def has_autocast(device: torch.device) -> bool:
 
 
 def may_look(tensor: Tensor) -> bool:
-    """Whether a look at values costs no waiting for a device, and is no part of a graph."""
-    return tensor.device.type == "cpu" and not is_compiling()
+    """Whether a look at values can be, costs no waiting for a device, and is no part of a graph."""
+    return tensor.device.type == "cpu" and not is_compiling() and not isinstance(tensor, FakeTensor)
 
 
 def goes_straight(*tensors: Tensor | None) -> bool:

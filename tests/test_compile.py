@@ -9,7 +9,7 @@ import torch
 import torch._dynamo.testing
 
 import kdkernels
-from kdkernels import kd_loss, sparse_kd_loss
+from kdkernels import kd_loss, linear_kd_loss, sparse_kd_loss
 from kdkernels.options import LogitsOptions
 
 from .cases import correlated_pair, labels_for, normal
@@ -119,6 +119,45 @@ def test_dynamic_shapes_compile_once():
     for rows in (6, 17):
         gradients(compiled, rows, False, {})
     assert counter.frame_count == first
+
+
+def test_numbers_of_tokens_compile_once():
+    """Where they turn out to differ; an option would be compiled anew each time."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(kd_loss, fullgraph=True, backend=counter)
+    student, teacher = correlated_pair(5, VOCAB)
+    for tokens in (3, 4, 5, 9):
+        results = []
+        for function in (kd_loss, compiled):
+            leaf = student.clone().requires_grad_()
+            loss = function(leaf, teacher, normalizer=tokens, divergence="jsd")
+            loss.backward()
+            results.append((loss.detach(), leaf.grad))
+        for actual, wanted in zip(*results, strict=True):
+            torch.testing.assert_close(actual, wanted)
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp", "vmap of a leaf"])
+def test_function_transforms_in_a_graph_say_what_to_use(transform):
+    """Rather than give a derivative of 0."""
+    student, teacher = correlated_pair(5, VOCAB)
+    logprobs, indices = teacher.log_softmax(-1).topk(3)
+    head = normal(VOCAB, VOCAB, seed=2)
+    for loss_of in (
+        lambda x: kd_loss(x, teacher),
+        lambda x: sparse_kd_loss(x, indices, logprobs),
+        lambda x: linear_kd_loss(x, head, teacher_logits=teacher),
+    ):
+        transformed = {
+            "grad": lambda x, f=loss_of: torch.func.grad(f)(x),
+            "jvp": lambda x, f=loss_of: torch.func.jvp(f, (x,), (x,)),
+            "vmap of a leaf": lambda x, f=loss_of: torch.func.vmap(lambda y: f(x + y))(x),
+        }[transform]
+        given = student.clone().requires_grad_(transform == "vmap of a leaf")
+        torch._dynamo.reset()
+        with pytest.raises(RuntimeError, match=r"kd_loss: (torch.func|.*jvp).*reference"):
+            torch.compile(transformed, fullgraph=True, backend="aot_eager")(given)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kdkernels import kd_loss, linear_kd_loss, ops, watchers
+from kdkernels import kd_loss, linear_kd_loss, ops, sparse_kd_loss, watchers
 
 from .cases import correlated_pair
 from .harness import loss_of
@@ -128,6 +128,23 @@ def test_fake_tensors_are_never_read():
     assert not watchers.goes_straight(fake)
 
 
+def test_fake_tensors_are_not_looked_at():
+    """Checks of values would read them: labels, listed tokens and their probabilities."""
+    teacher = pair()[1]
+    logprobs, indices = teacher.log_softmax(-1).topk(5)
+    labels = indices[:, 0]
+    with FakeTensorMode() as mode:
+        student, *others = map(mode.from_tensor, (pair()[0], teacher, logprobs, indices, labels))
+        teacher, logprobs, indices, labels = others
+        options = {"labels": labels, "ce_weight": 0.5}
+        for loss in (
+            kd_loss(student, teacher, backend="reference", **options),
+            sparse_kd_loss(student, indices, logprobs, **options),
+            linear_kd_loss(student, torch.randn(8, VOCAB), teacher_logits=teacher[:, :8]),
+        ):
+            assert torch.autograd.grad(loss, student)[0].shape == (3, VOCAB)
+
+
 @pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
 def test_traces_hold_operators(tracing_mode):
     graph = make_fx(lambda s, t: step(s, t), tracing_mode=tracing_mode)(*pair())
@@ -190,6 +207,19 @@ def test_vmap_of_the_loss():
     losses = torch.func.vmap(kd_loss)(student, teacher)
     expected = torch.stack([kd_loss(s, t) for s, t in zip(student, teacher, strict=True)])
     assert torch.equal(losses, expected)
+
+
+def test_vmap_of_the_loss_loses_no_gradient():
+    """What vmap wraps says that it requires none."""
+    student, teacher = correlated_pair(4, 3, VOCAB)
+    leaf = student.requires_grad_()
+    with pytest.raises(RuntimeError, match=r"kd_loss: torch.func.*reference"):
+        torch.func.vmap(kd_loss)(leaf, teacher)
+    with torch.no_grad():
+        assert torch.func.vmap(kd_loss)(leaf, teacher).shape == (4,)
+    loss = torch.func.vmap(lambda s, t: kd_loss(s, t, backend="reference"))(leaf, teacher)
+    loss.sum().backward()
+    assert (leaf.grad.norm(dim=(1, 2)) > 0).all()
 
 
 @pytest.mark.parametrize("context", [torch.inference_mode, nullcontext, torch.no_grad])
