@@ -45,7 +45,7 @@ emulated: $(VENV)/.built $(VENV)/.test
 	KDKERNELS_EMULATED=$(EMULATED)/module/_C.so $(BIN)/python -m pytest --numprocesses auto --dist worksteal -k cuda
 
 compiled: $(VENV)/.built $(VENV)/.test
-	KDKERNELS_TRITON_PTX=$(EMULATED)/triton $(BIN)/python -m pytest --numprocesses auto --dist worksteal -k "triton and not spills" $(TESTS)
+	KDKERNELS_TRITON_PTX=$(EMULATED)/triton $(BIN)/python -m pytest --numprocesses auto --dist worksteal -k "triton and not spills" $(strip $(TESTS))
 
 tsan:
 	$(MAKE) -C csrc/tests tsan

@@ -17,12 +17,12 @@ from .cases import correlated_pair, labels_for, normal
 SIZE = 2
 
 
-def _columns(x: torch.Tensor, rank: int, dim: int = -1) -> torch.Tensor:
+def columns(x: torch.Tensor, rank: int, dim: int = -1) -> torch.Tensor:
     """This process's half, a tensor of its own."""
     return x.chunk(SIZE, dim)[rank].clone()
 
 
-def _whole_of(student, teacher, **options):
+def whole_of(student, teacher, **options):
     student = student.clone().requires_grad_()
     loss = kd_loss(student, teacher, **options)
     loss.backward()
@@ -39,13 +39,13 @@ OPTIONS = {
 
 def logits(rank):
     student, teacher = correlated_pair(6, 64)
-    loss, gradient = _whole_of(student, teacher, **OPTIONS)
+    loss, gradient = whole_of(student, teacher, **OPTIONS)
     for group in (dist.group.WORLD, dist.new_group([0, 1])):
-        mine = _columns(student, rank).requires_grad_()
-        shared = kd_loss(mine, _columns(teacher, rank), group=group, **OPTIONS)
+        mine = columns(student, rank).requires_grad_()
+        shared = kd_loss(mine, columns(teacher, rank), group=group, **OPTIONS)
         shared.backward()
         torch.testing.assert_close(shared.detach(), loss, rtol=2e-6, atol=0)
-        torch.testing.assert_close(mine.grad, _columns(gradient, rank), rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(mine.grad, columns(gradient, rank), rtol=1e-5, atol=1e-8)
 
 
 def linear(rank):
@@ -54,13 +54,13 @@ def linear(rank):
     whole = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     loss = linear_kd_loss(*whole, teacher_hidden, teacher_weight)
     loss.backward()
-    mine = hidden.clone().requires_grad_(), _columns(weight, rank, 0).requires_grad_()
-    teacher = teacher_hidden, _columns(teacher_weight, rank, 0)
+    mine = hidden.clone().requires_grad_(), columns(weight, rank, 0).requires_grad_()
+    teacher = teacher_hidden, columns(teacher_weight, rank, 0)
     shared = linear_kd_loss(*mine, *teacher, group=dist.group.WORLD)
     shared.backward()
     torch.testing.assert_close(shared, loss, rtol=2e-6, atol=0)
     torch.testing.assert_close(mine[0].grad, whole[0].grad, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(mine[1].grad, _columns(whole[1].grad, rank, 0), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(mine[1].grad, columns(whole[1].grad, rank, 0), rtol=1e-5, atol=1e-7)
 
 
 def reference(rank):
@@ -69,17 +69,17 @@ def reference(rank):
     teacher = normal(5, 30, seed=2).double()
     whole = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     linear_kd_loss(*whole, teacher_logits=teacher).backward()
-    mine = hidden.clone().requires_grad_(), _columns(weight, rank, 0).requires_grad_()
-    shard = _columns(teacher, rank)
+    mine = hidden.clone().requires_grad_(), columns(weight, rank, 0).requires_grad_()
+    shard = columns(teacher, rank)
     linear_kd_loss(*mine, teacher_logits=shard, group=dist.group.WORLD).backward()
     torch.testing.assert_close(mine[0].grad, whole[0].grad)
-    torch.testing.assert_close(mine[1].grad, _columns(whole[1].grad, rank, 0))
+    torch.testing.assert_close(mine[1].grad, columns(whole[1].grad, rank, 0))
 
 
 def module(rank):
     student, teacher = correlated_pair(6, 64)
     criterion = KDLoss(group=dist.group.WORLD, divergence="reverse_kl")
-    shared = criterion(_columns(student, rank), _columns(teacher, rank))
+    shared = criterion(columns(student, rank), columns(teacher, rank))
     torch.testing.assert_close(shared, kd_loss(student, teacher, divergence="reverse_kl"))
 
 
@@ -92,12 +92,12 @@ def documented(rank):
     group = dist.group.WORLD
     student, teacher = correlated_pair(6, 64)
     labels = OPTIONS["labels"]
-    mine = _columns(student, rank), _columns(teacher, rank)
+    mine = columns(student, rank), columns(teacher, rank)
     listed = teacher.log_softmax(-1).topk(5)
     hidden, teacher_hidden = normal(5, 8, seed=1), normal(5, 12, seed=2)
     weight, teacher_weight = normal(30, 8, seed=3), normal(30, 12, seed=4)
-    heads = _columns(weight, rank, 0), _columns(teacher_weight, rank, 0)
-    sharded = _distributed(weight, rank, 0).requires_grad_()
+    heads = columns(weight, rank, 0), columns(teacher_weight, rank, 0)
+    sharded = distributed(weight, rank, 0).requires_grad_()
     pairs = [
         (
             names["loss_of_shards"](*mine, labels, group),
@@ -117,13 +117,13 @@ def documented(rank):
         ),
         (
             names["loss_of_dtensors"](
-                _distributed(student, rank), _distributed(teacher, rank), labels
+                distributed(student, rank), distributed(teacher, rank), labels
             ),
             kd_loss(student, teacher, labels=labels, ce_weight=0.5),
         ),
         (
             of_heads := names["loss_of_dtensor_heads"](
-                hidden, sharded, teacher_hidden, _distributed(teacher_weight, rank, 0)
+                hidden, sharded, teacher_hidden, distributed(teacher_weight, rank, 0)
             ),
             linear_kd_loss(hidden, weight, teacher_hidden, teacher_weight),
         ),
@@ -140,11 +140,11 @@ def sparse(rank):
     whole = student.clone().requires_grad_()
     loss = sparse_kd_loss(whole, indices, logprobs, divergence="jsd")
     loss.backward()
-    mine = _columns(student, rank).requires_grad_()
+    mine = columns(student, rank).requires_grad_()
     shared = sparse_kd_loss(mine, indices, logprobs, divergence="jsd", group=dist.group.WORLD)
     shared.backward()
     torch.testing.assert_close(shared, loss, rtol=5e-6, atol=0)
-    torch.testing.assert_close(mine.grad, _columns(whole.grad, rank), rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(mine.grad, columns(whole.grad, rank), rtol=1e-5, atol=1e-8)
 
 
 def operators(rank):
@@ -153,7 +153,7 @@ def operators(rank):
     torch.library.opcheck(torch.ops.kdkernels.all_sum.default, (x, name))
 
 
-def _same_when_compiled(loss_of, student, *others, dynamic=None):
+def same_when_compiled(loss_of, student, *others, dynamic=None):
     """In one graph: operators are opaque, and what they tell others is inside."""
     results = []
     compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager", dynamic=dynamic)
@@ -167,29 +167,29 @@ def _same_when_compiled(loss_of, student, *others, dynamic=None):
 
 
 def compiled(rank):
-    student, teacher = (_columns(x, rank) for x in correlated_pair(6, 64))
+    student, teacher = (columns(x, rank) for x in correlated_pair(6, 64))
     group = dist.group.WORLD
-    _same_when_compiled(lambda x: kd_loss(2 * x, teacher, group=group, divergence="jsd"), student)
+    same_when_compiled(lambda x: kd_loss(2 * x, teacher, group=group, divergence="jsd"), student)
 
 
 def compiled_heads(rank):
-    weight, teacher = (_columns(normal(30, 8, seed=i), rank, 0) for i in (3, 4))
+    weight, teacher = (columns(normal(30, 8, seed=i), rank, 0) for i in (3, 4))
     hidden, group = normal(5, 8), dist.group.WORLD
-    _same_when_compiled(
+    same_when_compiled(
         lambda x: linear_kd_loss(2 * x, weight, hidden, teacher, group=group), hidden
     )
 
 
 def compiled_sparse(rank):
     logprobs, indices = correlated_pair(6, 30)[1].log_softmax(-1).topk(5)
-    weight, group = _columns(normal(30, 8, seed=3), rank, 0), dist.group.WORLD
-    _same_when_compiled(
+    weight, group = columns(normal(30, 8, seed=3), rank, 0), dist.group.WORLD
+    same_when_compiled(
         lambda x: linear_sparse_kd_loss(2 * x, weight, indices, logprobs, group=group),
         normal(6, 8),
     )
 
 
-def _distributed(x, rank, dim=-1):
+def distributed(x, rank, dim=-1):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -200,183 +200,22 @@ def _plain(x):
     return x.to_local() if hasattr(x, "to_local") else x
 
 
-def compiled_dtensors(rank):
-    def loss_of(x, teacher, labels, inplace):
-        return kd_loss(2 * x, teacher, labels=labels, ce_weight=0.5, inplace_grad=inplace)
-
-    for rows, vocab, dynamic in ((7, 33, False), (6, 64, True)):
-        student, teacher = correlated_pair(rows, vocab)
-        leaf, shard = _distributed(student, rank), _distributed(teacher, rank)
-        for inplace in (False, True):
-            others = shard, labels_for(rows, vocab=vocab), inplace
-            _same_when_compiled(loss_of, leaf, *others, dynamic=dynamic)
-    logprobs, indices = (_replicated(x) for x in teacher.log_softmax(-1).topk(5))
-    _same_when_compiled(lambda x: sparse_kd_loss(2 * x, indices, logprobs, inplace_grad=True), leaf)
-
-
-def compiled_dtensors_in_place(rank):
-    """What is overwritten may be the graph's input, which learns of it."""
-    student, teacher = (_distributed(x, rank) for x in correlated_pair(6, 64))
-
-    def loss_of(x):
-        return kd_loss(x[:-1], teacher[:-1], inplace_grad=True)
-
-    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
-    leaf = student.requires_grad_()
-    logits = 2 * leaf
-    other = logits.square().sum()
-    loss = compiled(logits)
-    assert not torch.equal(logits.to_local(), 2 * leaf.to_local())
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        other.backward()
-    loss.backward()
-    expected = student.detach().clone().requires_grad_()
-    kd_loss(2 * expected[:-1], teacher[:-1]).backward()
-    assert torch.equal(leaf.grad.to_local(), expected.grad.to_local())
-    torch._dynamo.reset()  # a graph that is there does not ask again
-    with pytest.raises(RuntimeError, match="inplace_grad: student_logits is a view of a leaf"):
-        compiled(leaf)
-    with pytest.raises(RuntimeError, match=r"student_logits .* expected Shard\(-1\)"):
-        compiled(_replicated(normal(6, 64)))
-
-
-def dtensors(rank):
-    """They say how they are sharded, also unevenly, and down to a process without columns."""
-    for vocab in (64, 33, 1):
-        student, teacher = correlated_pair(6, vocab)
-        options = {**OPTIONS, "labels": labels_for(6, vocab=vocab)}
-        loss, gradient = _whole_of(student, teacher, **options)
-        leaf = _distributed(student, rank).requires_grad_()
-        shared = kd_loss(leaf, _distributed(teacher, rank), **options)
-        shared.backward()
-        torch.testing.assert_close(shared.detach(), loss, rtol=2e-6, atol=1e-7)
-        torch.testing.assert_close(leaf.grad.full_tensor(), gradient, rtol=1e-5, atol=1e-7)
-
-
-def sparse_dtensors(rank):
-    for vocab in (33, 1):
-        for backend in ("cpu", "reference"):
-            options = {"backend": backend, "labels": labels_for(6, vocab=vocab), "ce_weight": 0.5}
-            student, teacher = correlated_pair(6, vocab)
-            listed = [_replicated(x) for x in teacher.log_softmax(-1).topk(min(5, vocab))]
-            whole = student.clone().requires_grad_()
-            loss = sparse_kd_loss(whole, listed[1].to_local(), listed[0].to_local(), **options)
-            loss.backward()
-            leaf = _distributed(student, rank).requires_grad_()
-            shared = sparse_kd_loss(leaf, listed[1], listed[0], return_metrics=True, **options)[0]
-            shared.backward()
-            torch.testing.assert_close(shared, loss, rtol=2e-6, atol=1e-7)
-            torch.testing.assert_close(leaf.grad.full_tensor(), whole.grad, rtol=1e-5, atol=1e-7)
-
-
-def dtensors_in_place(rank):
-    """Their shards are overwritten, and they know: another consumer's backward fails."""
-    student, teacher = correlated_pair(6, 64)
-    shard = _distributed(teacher, rank)
-    logprobs, indices = teacher.log_softmax(-1).topk(5)
-    losses = [
-        lambda x, **options: kd_loss(x, shard, **options),
-        lambda x, **options: kd_loss(x[:-1], shard[:-1], **options),
-        lambda x, **options: sparse_kd_loss(x, indices, logprobs, **options),
-    ]
-
-    def of_shards(x, **options):  # as plain tensors, which the DTensor doesn't learn of
-        return kd_loss(x.to_local(), shard.to_local(), group=dist.group.WORLD, **options)
-
-    for loss_of in (*losses, of_shards):
-        gradients = []
-        for inplace in (False, True):
-            leaf = _distributed(student, rank).requires_grad_()
-            logits = 2 * leaf
-            loss_of(logits, inplace_grad=inplace).backward()
-            assert torch.equal(logits.to_local(), 2 * leaf.to_local()) != inplace
-            gradients.append(leaf.grad.to_local())
-        assert torch.equal(*gradients)
-
-    for loss_of in losses:
-        logits = 2 * leaf
-        other = logits.square().sum()
-        loss_of(logits, inplace_grad=True)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            other.backward()
-
-        logits = 2 * leaf
-        other = logits.square().sum()
-        with torch.no_grad():
-            loss_of(logits, inplace_grad=True)  # overwrites nothing
-        other.backward()
-
-
-def dtensors_on_a_mesh_of_two_dimensions(rank):
-    """Replicated over one of them."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
-    mesh = init_device_mesh("cpu", (1, SIZE))
-    student, teacher = correlated_pair(6, 64)
-    sharded = (distribute_tensor(x, mesh, [Replicate(), Shard(1)]) for x in (student, teacher))
-    torch.testing.assert_close(kd_loss(*sharded), kd_loss(student, teacher), rtol=2e-6, atol=0)
-
-
-def _replicated(x):
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, distribute_tensor
-
-    return distribute_tensor(x, init_device_mesh("cpu", (SIZE,)), [Replicate()])
-
-
-def refused_dtensors(rank):
-    whole = correlated_pair(6, 64)
-    student, teacher = (_distributed(x, rank) for x in whole)
-    with pytest.raises(TypeError, match="teacher_logits is a plain tensor"):
-        kd_loss(student, teacher.to_local())
-    with pytest.raises(ValueError, match=r"teacher_logits is a DTensor .*Replicate"):
-        kd_loss(student, _replicated(whole[1]))
-    with pytest.raises(ValueError, match=r"student_logits .* expected Shard\(-1\)"):
-        kd_loss(*(_replicated(x) for x in whole))
-    with pytest.raises(ValueError, match="expected neither beside DTensors"):
-        kd_loss(student, teacher, group=dist.group.WORLD)
-    with pytest.raises(ValueError, match="so that their shards lie alike"):
-        kd_loss(student, _distributed(correlated_pair(6, 66)[1], rank))
-    leaf = _distributed(whole[0], rank).requires_grad_()
-    with pytest.raises(ValueError, match="inplace_grad: student_logits is a leaf"):
-        kd_loss(leaf, teacher, inplace_grad=True)
-    plain = leaf.to_local().detach().requires_grad_()
-    of_plain = type(leaf).from_local(plain, leaf.device_mesh, leaf.placements)
-    with pytest.raises(ValueError, match="inplace_grad: student_logits is a view of a leaf"):
-        kd_loss(of_plain, teacher, inplace_grad=True)
-    with pytest.raises(ValueError, match="inplace_grad: student_logits is a view of a leaf"):
-        kd_loss(leaf[:6], teacher, inplace_grad=True)
-    weight = _distributed(torch.ones(6), rank)
-    with pytest.raises(ValueError, match=r"token_weight is a DTensor .* expected Replicate\(\)"):
-        kd_loss(student, teacher, token_weight=weight)
-    head = _distributed(normal(30, 8), rank, 0)
-    with pytest.raises(TypeError, match=r"student_weight is a DTensor.*to_local\(\) and group="):
-        linear_kd_loss(normal(6, 8), head, teacher_logits=normal(6, 30))
-    with pytest.raises(ValueError, match="vocab_size is 0"):
-        kd_loss(student, teacher, vocab_size=0)
-    with pytest.raises(TypeError, match="labels is a DTensor, expected a plain tensor"):
-        kd_loss(*whole, labels=_replicated(labels_for(6, vocab=64)), ce_weight=1.0)
-    with pytest.raises(TypeError, match="normalizer is a DTensor"):
-        kd_loss(student, teacher, normalizer=weight.sum())
-
-
 def shards_that_are_no_whole(rank):
     student, teacher = correlated_pair(6, 64)
     for backend in ("cpu", "reference"):
         call = {"group": dist.group.WORLD, "vocab_start": 32 * rank, "backend": backend}
         with pytest.raises(ValueError, match=r"hold columns 0 to 32, 32 to 64, expected .* 66"):
-            kd_loss(_columns(student, rank), _columns(teacher, rank), vocab_size=66, **call)
+            kd_loss(columns(student, rank), columns(teacher, rank), vocab_size=66, **call)
         call["vocab_start"] = 30 * rank
         with pytest.raises(ValueError, match="hold columns 0 to 32, 30 to 62"):
-            kd_loss(_columns(student, rank), _columns(teacher, rank), vocab_size=64, **call)
+            kd_loss(columns(student, rank), columns(teacher, rank), vocab_size=64, **call)
         call["vocab_start"] = 2 + 32 * rank
         with pytest.raises(ValueError, match="hold columns 2 to 34, 34 to 66"):
-            kd_loss(_columns(student, rank), _columns(teacher, rank), vocab_size=66, **call)
+            kd_loss(columns(student, rank), columns(teacher, rank), vocab_size=66, **call)
 
 
 def calls_that_are_not_alike(rank):
-    student, teacher = (_columns(x, rank) for x in correlated_pair(6, 64))
+    student, teacher = (columns(x, rank) for x in correlated_pair(6, 64))
     for backend in ("cpu", "reference"):
         call = {"group": dist.group.WORLD, "backend": backend}
         with pytest.raises(ValueError, match="do not pass the same options"):
@@ -399,7 +238,7 @@ def calls_that_are_not_alike(rank):
 def sparse_calls_that_are_not_alike(rank):
     """Everything that is not a shard, of which every process computes the same loss."""
     student, teacher = correlated_pair(6, 64)
-    student = _columns(student, rank)
+    student = columns(student, rank)
     logprobs, indices = teacher.log_softmax(-1).topk(5)
     weight = torch.tensor([1.0, 1.0, float(rank), 1.0, 1.0, 1.0])
     for backend in ("cpu", "reference"):
@@ -424,7 +263,7 @@ def sparse_calls_that_are_not_alike(rank):
 
 def no_second_derivative(rank):
     """It would miss what other shards' gradients have to do with this one's logits."""
-    student, teacher = (_columns(x, rank).double() for x in correlated_pair(6, 64))
+    student, teacher = (columns(x, rank).double() for x in correlated_pair(6, 64))
     logprobs, indices = correlated_pair(6, 64)[1].log_softmax(-1).topk(5)
     leaf, group = student.requires_grad_(), dist.group.WORLD
     losses = (
@@ -438,7 +277,7 @@ def no_second_derivative(rank):
 
 
 def gradients_are_consumed(rank):
-    student, teacher = (_columns(x, rank) for x in correlated_pair(6, 64))
+    student, teacher = (columns(x, rank) for x in correlated_pair(6, 64))
     loss = kd_loss(student.requires_grad_(), teacher, group=dist.group.WORLD, backend="cpu")
     loss.backward()
     with pytest.raises(RuntimeError, match="a second backward"):
@@ -456,13 +295,6 @@ CHECKS = [
     compiled,
     compiled_heads,
     compiled_sparse,
-    compiled_dtensors,
-    compiled_dtensors_in_place,
-    dtensors,
-    sparse_dtensors,
-    dtensors_in_place,
-    dtensors_on_a_mesh_of_two_dimensions,
-    refused_dtensors,
     shards_that_are_no_whole,
     calls_that_are_not_alike,
     sparse_calls_that_are_not_alike,

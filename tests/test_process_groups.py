@@ -14,8 +14,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from . import process_checks
-from .process_checks import CHECKS, SIZE
+from . import dtensor_checks, process_checks
+from .process_checks import SIZE
+
+CHECKS = process_checks.CHECKS + dtensor_checks.CHECKS
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo"
@@ -28,9 +30,9 @@ def _serve(rank: int, directory: str, pipe: Connection) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=SIZE
     )
-    while name := pipe.recv():
+    while check := pipe.recv():
         try:
-            getattr(process_checks, name)(rank)
+            check(rank)
             pipe.send(None)
         except BaseException:
             pipe.send(traceback.format_exc())
@@ -39,7 +41,7 @@ def _serve(rank: int, directory: str, pipe: Connection) -> None:
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
-    """Calls a check of process_checks.py in every process."""
+    """Calls a check in every process."""
     context = torch.multiprocessing.get_context("spawn")
     directory = str(tmp_path_factory.mktemp("gloo"))
     pipes, workers = [], []
@@ -52,7 +54,7 @@ def processes(tmp_path_factory):
 
     def check(function: Callable[[int], Any]) -> None:
         for pipe in pipes:
-            pipe.send(function.__name__)
+            pipe.send(function)
         answers = [pipe.recv() if pipe.poll(120) else "no answer in 120 s" for pipe in pipes]
         assert not any(answers), "\n".join(f"rank {i}: {x}" for i, x in enumerate(answers) if x)
 

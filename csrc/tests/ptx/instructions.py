@@ -271,7 +271,7 @@ class Instructions:
 
     def _div(self, i: Instruction) -> str:
         kind, approximate = i.kinds[0], {"full", "approx"} & set(i.modifiers)
-        flush = kind == "f32" and bool(approximate or "ftz" in i.modifiers)
+        flush = kind == "f32" and "ftz" in i.modifiers
         x, y = (self._read(each, kind, flush) for each in i.operands)
         return self._set(i.to, f"div_{'approx' if approximate else ''}({x}, {y})", kind, flush)
 

@@ -187,9 +187,9 @@ KD_CALL float rsqrt_approx(float x) {
 KD_CALL float tanh_approx(float x) {
   return (float)(std::tanh((double)x) * (1 + 0x1p11 * kd::cuda::allowed_error(x)));
 }
-// By the reciprocal, as on a device; that of a large number would be flushed.
+// By the reciprocal, scaled as ptxas does where it or the number itself would be flushed.
 KD_CALL float div_approx(float x, float y) {
-  const float scale = std::fabs(y) > 0x1p126f ? 0.25f : 1;
+  const float size = std::fabs(y), scale = size > 0x1p126f ? 0.25f : size < 0x1p-126f ? 0x1p24f : 1;
   return x * scale * rcp_approx(y * scale);
 }
 template <class T>
