@@ -50,7 +50,7 @@ def _pick(rows: SomeRows, values: Tensor, width: int | None = None) -> Tensor:
     if width is not None:
         values = values.reshape(-1, width)
         return values.contiguous() if rows.index is None else values[rows.index]
-    values = values.flatten(1)
+    values = values.reshape(values.shape[0], -1)  # flatten(1) takes no (n,), of a single row
     return values.contiguous() if rows.index is None else values[:, rows.index]
 
 
@@ -110,7 +110,8 @@ def _row_scale(grad_tails: Tensor, grad_listed: Tensor) -> Tensor:
     """Powers of two ``(rows,)`` over which the largest entries of a gradient are about 2^12."""
     largest = torch.maximum(grad_tails.abs().amax(0), grad_listed.abs().amax(1))
     exponent = torch.frexp(torch.where(largest.isfinite(), largest, 0.0)).exponent
-    exponent = torch.where(largest > 0, exponent - 12, 0).clamp(-100, 100)
+    # Rows of zeros say nothing: a larger one would hide the hidden states of the others.
+    exponent = torch.where(largest > 0, exponent - 12, -100).clamp(-100, 100)
     return torch.ldexp(torch.ones_like(largest), exponent)
 
 

@@ -171,6 +171,20 @@ def test_masked_rows_and_none(linear_backend):
     assert not no_rows[1][1].any()
 
 
+def test_a_single_row_without_leading_dimensions(linear_backend):
+    hidden, weight, bias, indices, logprobs = make(rows=1)
+    row = hidden[0], weight, bias, indices[0], logprobs[0]
+    check(linear_backend, row, torch.float32, labels=torch.tensor(5), ce_weight=0.5)
+
+
+def test_a_row_without_a_gradient_takes_no_digits_from_others(linear_backend):
+    """Rows of a float16 gradient have powers of two of their own, which the weight's shares."""
+    hidden, weight, bias, indices, logprobs = make(torch.float16, rows=40)
+    indices[7] = -1
+    options = {"tail": "renormalize", "normalizer": 4000, "grad_output": torch.tensor(16.0)}
+    check(linear_backend, (hidden, weight, bias, indices, logprobs), torch.float16, **options)
+
+
 @pytest.mark.filterwarnings("ignore:Using backward")
 def test_a_second_backward_gives_the_same(linear_kernel):
     hidden, weight, _, indices, logprobs = (move(x, linear_kernel.device) for x in make())
