@@ -214,7 +214,7 @@ def logits_tensor(name: str, logits: Tensor, *, least: int = 1) -> None:
         raise ValueError(f"{name} has shape (), expected (..., vocab)")
     if logits.shape[-1] < least:
         raise ValueError(f"{name} has shape {tuple(logits.shape)}, a vocabulary of 0")
-    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1 and logits.numel() > 0:
         raise ValueError(
             f"{name} has stride {logits.stride(-1)} in its last dimension, expected 1: pass "
             f"{name}.contiguous()"

@@ -104,6 +104,17 @@ def test_teacher_payload_on_disk(linear_backend, kind, tmp_path):
         assert relative_error(student[1].grad, expected.weight) < 1e-6
 
 
+def test_an_array_without_rows(linear_backend):
+    """NumPy's own have strides of 0."""
+    case = make_case(lead=(0,))
+    student = case.student_hidden.requires_grad_(), case.student_weight
+    logits = torch.zeros(0, VOCAB).numpy()
+    assert logits.strides == (0, 0)
+    loss = linear_kd_loss(*student, teacher_logits=logits, backend=linear_backend.backend)
+    loss.backward()
+    assert loss == 0
+
+
 def test_teacher_payload_of_another_dtype(linear_backend):
     case = make_case(torch.bfloat16, bias=False)
     cached = case.teacher_hidden.float().to(torch.float16)
