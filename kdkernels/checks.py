@@ -190,15 +190,20 @@ def _not_a_tensor(name: str, value: Any) -> TypeError:
     return TypeError(message)
 
 
+def strided(name: str, tensor: Tensor) -> None:
+    """Refuses sparse and nested tensors, which have no memory that kernels could read."""
+    if tensor.is_nested or tensor.layout != torch.strided:
+        kind = "a nested tensor" if tensor.is_nested else tensor.layout
+        raise TypeError(f"{name} is {kind}, expected a plain tensor, of layout torch.strided")
+
+
 def float_tensor(name: str, tensor: Tensor) -> None:
     """A tensor of a dtype that losses take."""
     if not isinstance(tensor, Tensor):
         raise _not_a_tensor(name, tensor)
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{name} is {tensor.dtype}, expected float32, bfloat16, float16 or float64")
-    if tensor.is_nested or tensor.layout != torch.strided:
-        kind = "a nested tensor" if tensor.is_nested else tensor.layout
-        raise TypeError(f"{name} is {kind}, expected a plain tensor, of layout torch.strided")
+    strided(name, tensor)
     if is_distributed(tensor):
         raise TypeError(
             f"{name} is a DTensor, expected a plain tensor: gather it with full_tensor(), or where "
@@ -298,6 +303,7 @@ def _per_token(
 def _plain(name: str, tensor: Tensor) -> None:
     if is_distributed(tensor):
         raise TypeError(f"{name} is a DTensor, expected a plain tensor: pass full_tensor()")
+    strided(name, tensor)
 
 
 def _normalizer_tensor(normalizer: Tensor, student: Tensor) -> Tensor:

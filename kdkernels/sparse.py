@@ -179,7 +179,7 @@ def sparse_kd_loss(
         )
         student_logits, teacher_indices, teacher_logprobs, labels, token_weight = tensors
         checks.inplace_grad(inplace_grad, given)
-    checks.logits_tensor("student_logits", student_logits, least=0 if where.group else 1)
+    checks.logits_tensor("student_logits", student_logits, least=1 if where.group is None else 0)
     lead = student_logits.shape[:-1]
     check_entries("student_logits", student_logits, teacher_indices, teacher_logprobs)
     divergence = as_divergence(divergence)

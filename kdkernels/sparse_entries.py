@@ -78,6 +78,7 @@ def check_entries(name: str, student: Tensor, indices: Tensor, logprobs: Tensor)
     if not isinstance(indices, Tensor) or indices.dtype not in (torch.int64, torch.int32):
         kind = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
         raise TypeError(f"teacher_indices is {kind}, expected an int64 or int32 torch.Tensor")
+    checks.strided("teacher_indices", indices)
     if indices.dim() != student.dim() or indices.shape[:-1] != student.shape[:-1]:
         raise ValueError(
             f"teacher_indices has shape {tuple(indices.shape)}, expected (..., k) with the leading "

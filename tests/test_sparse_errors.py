@@ -18,6 +18,8 @@ ERRORS = [
     (S.long(), IDS, P, {}, TypeError, "student_logits is torch.int64, expected float32"),
     (S, None, P, {}, TypeError, "teacher_indices is NoneType, expected an int64 or int32"),
     (S, IDS.float(), P, {}, TypeError, r"teacher_indices is torch\.float32, expected an int64"),
+    (S, IDS.to_sparse(), P, {}, TypeError, "teacher_indices is torch.sparse_coo, expected a plain"),
+    (S, IDS, P, {"group": torch.ones(2)}, TypeError, "group is a Tensor, expected a torch.dist"),
     (S, IDS[0], P, {}, ValueError, r"teacher_indices has shape \(3, 2\), expected .* \(2, 3\)"),
     (S, IDS[:1], P, {}, ValueError, r"teacher_indices has shape \(1, 3, 2\), expected .* \(2, 3\)"),
     (S, IDS[..., :0], P, {}, ValueError, r"teacher_indices has shape \(\.\.\., 0\), expected at"),
