@@ -2,7 +2,7 @@
 # Builds, tests and times the CUDA backend on a machine with an NVIDIA GPU.
 #
 #   benchmarks/gpu.sh FOLDER          all stages, under 9 minutes whatever they do
-#   benchmarks/gpu.sh FOLDER first    build, tests and sanitizers alone, under 3 minutes
+#   benchmarks/gpu.sh FOLDER first    build, tests and sanitizers alone, under 6 minutes
 #
 # Needs python3 with torch, triton, pybind11 and pytest, and nvcc, cmake and ninja; no network and no
 # installation; tests run in parallel where pytest-xdist is installed, peers are timed where they are.
@@ -45,7 +45,7 @@ failed=0
 declare -A pids begins limits
 start() {
   local name="$1" limit="$2" grace=5
-  [ "$name" = tests ] && grace=15
+  [[ $name == tests_* ]] && grace=15
   shift 2
   printf '== %s\n' "$name"
   begins[$name]=$SECONDS limits[$name]=$limit
@@ -57,6 +57,11 @@ start() {
   pids[$name]=$!
 }
 
+# last LINES LOG: of pytest's up to its summary. Its workers say after it where they were interrupted.
+last() {
+  sed -E '/^[0-9]+ [a-z]+.* in [0-9.]+s/q' "$2" | tail -n "$1"
+}
+
 # finish NAME: waits for it; its outcome in the table.
 finish() {
   local name="$1" status outcome="ok"
@@ -66,7 +71,7 @@ finish() {
   rm -f "$out/$name.status" "$out/$name.end"
   [ "$status" -eq 0 ] || outcome="failed ($status)"
   [ "$status" -eq 124 ] || [ "$status" -eq 137 ] && outcome="stopped after ${limits[$name]} s"
-  [ "$status" -ne 0 ] && failed=1 && tail -n 15 "$out/$name.log"
+  [ "$status" -ne 0 ] && failed=1 && last 15 "$out/$name.log"
   summary+=("$(printf '%-16s %4d s  %s' "$name" "$seconds" "$outcome")")
   return "$status"
 }
@@ -104,15 +109,24 @@ assert torch.cuda.is_available(), "torch sees no GPU"' &&
     python3 -c 'import sys; from kdkernels import _C; sys.exit(_C.cuda_why_not(0) or 0)'
 }
 
-# Tests of both GPU backends beside the sanitizers: nothing is timed.
+# tests_of BACKEND SECONDS EXPRESSION...: in the background, the tests whose names it is true of.
+tests_of() {
+  local name="tests_$1" limit="$2" workers=()
+  shift 2
+  python3 -c 'import xdist' 2>/dev/null && workers=(--numprocesses 8 --dist loadgroup)
+  start "$name" "$limit" python3 -m pytest -q --maxfail=50 -p no:cacheprovider "${workers[@]}" \
+    -o faulthandler_timeout=40 -k "$*" --junitxml="$out/$name.xml"  # says where a test hangs
+}
+
+# Tests of both GPU backends beside the sanitizers: nothing is timed. Triton's compile more than a
+# thousand kernels, over ten minutes of one core's time, for which those of CUDA do not wait.
 checks() {
-  local workers=() tools=() tool
-  python3 -c 'import xdist' 2>/dev/null && workers=(--numprocesses 12 --dist loadgroup)
+  local tools=() tool limit=85 triton_limit=85
+  [ "$only_first" = first ] && limit=150 triton_limit=240
   # Shards and sparse teachers have one kind of CUDA kernel.
-  local which="(cuda or triton or gpu or registered) and not spills"
-  which+=" and not (streaming and (sharded or sparse))"
-  start tests 85 python3 -m pytest -q --maxfail=50 -p no:cacheprovider "${workers[@]}" \
-    -o faulthandler_timeout=40 -k "$which" --junitxml="$out/tests.xml"  # says where a test hangs
+  tests_of cuda "$limit" "(cuda or gpu) and not (triton or registered or spills)" \
+    "and not (streaming and (sharded or sparse))"
+  tests_of triton "$triton_limit" "(triton or registered) and not spills"
   local sanitizer
   sanitizer="$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)"
   if [ -x "$sanitizer" ]; then
@@ -124,13 +138,13 @@ checks() {
       # Shared memory and barriers of our own kernels only, by a part of their mangled names.
       case $tool in racecheck | synccheck) options+=(--kernel-regex kns=2kd4cuda) ;; esac
       # A tensor is an allocation then, not a part of a pool: what lies beside it is out of bounds.
-      start "$tool" 85 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" \
+      start "$tool" "$limit" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" \
         "${options[@]}" --error-exitcode 3 python3 -m benchmarks.gpu check
     done
   else
     summary+=("sanitizers       skipped: there is no compute-sanitizer")
   fi
-  for tool in tests "${tools[@]}"; do
+  for tool in tests_cuda "${tools[@]}" tests_triton; do
     finish "$tool"
   done
 }
@@ -166,5 +180,7 @@ done
 [ ${#results[@]} -gt 0 ] && timeout 15 python3 -m benchmarks.gpu table "${results[@]}" | tee "$out/table.txt"
 echo "== stages, $SECONDS s"
 printf '%s\n' "${summary[@]}"
-tail -n 1 "$out/tests.log" 2>/dev/null
+for log in "$out"/tests_*.log; do
+  [ -f "$log" ] && last 1 "$log"
+done
 exit $failed

@@ -58,11 +58,15 @@ def test_a_gpu_is_described(monkeypatch):
         asked.append(command)
         return "1980" if "clocks" in command[2] else "580.1"
 
+    def no_library(_):  # of the driver for Python, which a machine with a GPU may have
+        raise ModuleNotFoundError
+
     properties = SimpleNamespace(
         name="GPU", major=9, minor=0, multi_processor_count=132, total_memory=2**36, uuid="0-1"
     )
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "clock_rate", no_library)
     monkeypatch.setattr(device, "output", smi)
     a_gpu = device.Cuda()
     assert a_gpu.clock_mhz() == 1980
