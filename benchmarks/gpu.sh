@@ -3,6 +3,7 @@
 #
 #   benchmarks/gpu.sh FOLDER          all stages, under 9 minutes whatever they do
 #   benchmarks/gpu.sh FOLDER first    build, tests and sanitizers alone, under 6 minutes
+#   benchmarks/gpu.sh FOLDER times    build and times alone, under 8 minutes
 #
 # Needs python3 with torch, triton, pybind11 and pytest, and nvcc, cmake and ninja; no network and no
 # installation; tests run in parallel where pytest-xdist is installed, peers are timed where they are.
@@ -10,14 +11,14 @@
 # others, but the exit status tells.
 set -uo pipefail
 
-if [ $# -lt 1 ] || { [ $# -ge 2 ] && [ "$2" != first ]; }; then
-  echo "usage: $0 FOLDER [first]" >&2
+only="${2:-}"
+if [ $# -lt 1 ] || [[ ! $only =~ ^(first|times)?$ ]]; then
+  echo "usage: $0 FOLDER [first|times]" >&2
   exit 2
 fi
 root="$(cd "$(dirname "$0")/.." && pwd)"
 mkdir -p "$1" || exit 2
 out="$(cd "$1" && pwd)"
-only_first="${2:-}"
 cd "$root" || exit 2
 
 if ! command -v nvidia-smi >/dev/null || ! nvidia-smi -L >/dev/null 2>&1; then
@@ -123,7 +124,7 @@ tests_of() {
 # thousand kernels, over ten minutes of one core's time, for which those of CUDA do not wait.
 checks() {
   local tools=() tool limit=85 triton_limit=85
-  [ "$only_first" = first ] && limit=150 triton_limit=240
+  [ "$only" = first ] && limit=150 triton_limit=240
   # Shards and sparse teachers have one kind of CUDA kernel.
   tests_of cuda "$limit" "(cuda or gpu) and not (triton or registered or spills)" \
     "and not (streaming and (sharded or sparse))"
@@ -152,8 +153,8 @@ checks() {
 
 run_stages() {
   stage build 80 bash -c build || return
-  checks
-  [ "$only_first" = first ] && return
+  [ "$only" = times ] || checks
+  [ "$only" = first ] && return
   # One pool that grows: tensors of gigabytes and many sizes leave no holes. Not every machine can.
   allocator=expandable_segments:True
   PYTORCH_CUDA_ALLOC_CONF=$allocator timeout 10 python3 -c 'import torch
