@@ -168,6 +168,8 @@ torch.ones(2**24, device="cuda")' >>"$out/machine.log" 2>&1 || allocator=
     --providers kdkernels eager peers
   timed gpu_sparse 12 --level sparse --dtype bfloat16 --shapes 128256 32000 --rounds 7 \
     --providers kdkernels-cuda kdkernels-triton kdkernels-cuda-in-place eager torch.compile
+  timed gpu_close 12 --close --dtype bfloat16 --shapes 128256 --rounds 7 \
+    --divergence forward_kl reverse_kl jsd --providers "${ours[@]}" eager
   stage tune 40 python3 -m benchmarks.gpu tune --budget 28 --output "$out/tune.json"
 }
 export -f build  # for the shell that timeout runs
@@ -176,7 +178,7 @@ run_stages
 
 echo
 results=()
-for name in gpu gpu_divergences gpu_linear gpu_sparse; do
+for name in gpu gpu_divergences gpu_linear gpu_sparse gpu_close; do
   [ -s "$out/$name.json" ] && results+=("$out/$name.json")
 done
 [ ${#results[@]} -gt 0 ] && timeout 15 python3 -m benchmarks.gpu table "${results[@]}" | tee "$out/table.txt"
