@@ -13,8 +13,6 @@
 // far_unit() is a slope's unit in nats.
 #pragma once
 
-#include <algorithm>
-
 #include "mixtures.h"
 
 namespace kd::KD_NAMESPACE {
@@ -144,8 +142,8 @@ struct AlphaBeta : Defaults {
   Coefficients student_larger, teacher_larger;
 
   AlphaBeta(float a, float b) : a(a), b(b), student_larger(a, b), teacher_larger(b, a) {
-    const float sizes[] = {fabsf(a), fabsf(b), fabsf(a + b), kSeriesRadius};
-    close_radius = kSeriesRadius / *std::max_element(sizes, sizes + 4);
+    const float most = fmaxf(fmaxf(fabsf(a), fabsf(b)), fabsf(a + b));
+    close_radius = kSeriesRadius / fmaxf(most, kSeriesRadius);
     if (a != 0) {
       student_larger.first_expm1 = -1 / a;
       teacher_larger.sum_expm1 = 1 / a;
