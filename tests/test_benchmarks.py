@@ -69,6 +69,17 @@ def changed(change):
     return Provider("changed", make)
 
 
+def test_a_student_next_to_its_teacher(capsys):
+    case = case_of(close=True)
+    losses, _ = case.expected
+    assert 5e-4 < losses.mean() / case.temperature**2 < 2e-3
+    bench("--close --shapes 2x64 --dtype float32 --providers kdkernels --rounds 1")
+    assert "next to the teacher" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        bench("--close --level linear")
+    assert "--close is of logits" in capsys.readouterr().err
+
+
 @LEVELS
 @pytest.mark.parametrize("what", ["loss", "loss+gradient"])
 def test_a_run_writes_everything(level, what, tmp_path, capsys):

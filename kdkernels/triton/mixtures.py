@@ -1,0 +1,142 @@
+"""JSD and the skew divergences, of a mixture of teacher and student: see divergences.py."""
+
+import triton
+import triton.language as tl
+
+from .math import (
+    LEAST_NORMAL,
+    LOG2E,
+    SERIES_RADIUS,
+    bregman_difference,
+    bregman_excess,
+    expm1,
+    log1p,
+    log2_minus,
+    times_or_zero,
+)
+
+
+@triton.jit
+def _bases_on_p(r, of_p, of_q):
+    """Whether log m comes from log p, not from log q.
+
+    From the larger, so that the exponential never overflows; where they are close, from that with
+    the larger share, which m is nearer to.
+    """
+    return tl.where(tl.abs(r) < SERIES_RADIUS, of_p > of_q, r <= 0.0)
+
+
+@triton.jit
+def _mixture_over_base(r, of_p, of_q):
+    of_other = tl.where(_bases_on_p(r, of_p, of_q), of_q, of_p)
+    return log1p(of_other * expm1(tl.where(_bases_on_p(r, of_p, of_q), r, -r)))
+
+
+@triton.jit
+def mixture_over_p(r, of_p, of_q):
+    """log m - log p for the mixture m = of_p p + of_q q, whose shares are positive."""
+    over_base = _mixture_over_base(r, of_p, of_q)
+    return tl.where(_bases_on_p(r, of_p, of_q), over_base, over_base + r)
+
+
+@triton.jit
+def mixture_over_q(r, of_p, of_q):
+    """log m - log q for the same mixture."""
+    over_base = _mixture_over_base(r, of_p, of_q)
+    return tl.where(_bases_on_p(r, of_p, of_q), over_base - r, over_base)
+
+
+@triton.jit
+def jsd_value(p, q, log_p, log_q, r, beta, _):
+    rest = 1.0 - beta
+    m = beta * p + rest * q
+    of_p = bregman_excess(p, m, mixture_over_p(r, beta, rest))
+    of_q = bregman_excess(q, m, mixture_over_q(r, beta, rest))
+    return beta * of_p + rest * of_q
+
+
+@triton.jit
+def jsd_slope(p, q, log_p, log_q, r, beta, _):
+    return (beta - 1.0) * times_or_zero(q, mixture_over_q(r, beta, 1.0 - beta))
+
+
+@triton.jit
+def jsd_far_value(p, q, log_p, log_q, r, beta, _):
+    of_p = beta * p
+    of_q = (1.0 - beta) * q
+    m = of_p + of_q
+    return of_p * log2_minus(log_p, m) + of_q * log2_minus(log_q, m)
+
+
+@triton.jit
+def jsd_far_slope(p, q, log_p, log_q, r, beta, _):
+    of_q = (1.0 - beta) * q
+    return of_q * log2_minus(log_q, beta * p + of_q)
+
+
+@triton.jit
+def _skew_mixture(own, other, alpha):
+    """m of a skew divergence of ``own``, never 0: what divides by it is 0 where p and q are."""
+    return alpha * own + ((1.0 - alpha) * other + LEAST_NORMAL)
+
+
+@triton.jit
+def skew_forward_kl_value(p, q, log_p, log_q, r, alpha, _):
+    rest = 1.0 - alpha
+    return bregman_excess(p, _skew_mixture(p, q, alpha), mixture_over_p(r, alpha, rest))
+
+
+@triton.jit
+def skew_forward_kl_slope(p, q, log_p, log_q, r, alpha, _):
+    rest = 1.0 - alpha
+    return rest * rest * (q / _skew_mixture(p, q, alpha)) * bregman_difference(p, q, r)
+
+
+# With m - p or m - q, whose sums are 0, rounding of log p and log q changes a skew divergence at
+# second order only, and slopes where p and q are close keep their digits.
+@triton.jit
+def skew_forward_kl_far_value(p, q, log_p, log_q, r, alpha, _):
+    m = _skew_mixture(p, q, alpha)
+    return p * log2_minus(log_p, m) + LOG2E * (m - p)
+
+
+@triton.jit
+def skew_forward_kl_far_slope(p, q, log_p, log_q, r, alpha, _):
+    m = _skew_mixture(p, q, alpha)
+    return (LOG2E * (1.0 - alpha)) * ((m - p) * (q / m))
+
+
+@triton.jit
+def _skew_reverse_log(p, q, r, alpha):
+    """log q - log m, of what is close to 1 where the student's share is large."""
+    m = _skew_mixture(q, p, alpha)
+    smaller = tl.where(r <= 0.0, q + LEAST_NORMAL, m)
+    growth = log1p((1.0 - alpha) * tl.abs(bregman_difference(p, q, r)) / smaller)
+    return tl.where(r <= 0.0, -growth, growth)
+
+
+@triton.jit
+def skew_reverse_kl_value(p, q, log_p, log_q, r, alpha, _):
+    m = _skew_mixture(q, p, alpha)
+    return bregman_excess(q, m, -_skew_reverse_log(p, q, r, alpha))
+
+
+@triton.jit
+def skew_reverse_kl_slope(p, q, log_p, log_q, r, alpha, _):
+    # Its two parts nearly cancel where the student's share is large.
+    difference = bregman_difference(p, q, r) / _skew_mixture(q, p, alpha)
+    log = _skew_reverse_log(p, q, r, alpha)
+    return times_or_zero(q, log - alpha * (1.0 - alpha) * difference)
+
+
+@triton.jit
+def skew_reverse_kl_far_value(p, q, log_p, log_q, r, alpha, _):
+    m = (1.0 - alpha) * p + alpha * q
+    return q * log2_minus(log_q, m) + LOG2E * (m - q)
+
+
+@triton.jit
+def skew_reverse_kl_far_slope(p, q, log_p, log_q, r, alpha, _):
+    m = (1.0 - alpha) * p + alpha * q
+    over_m = log2_minus(log_q, m)
+    return q * over_m + (LOG2E * alpha) * ((m - q) * tl.exp2(over_m))
