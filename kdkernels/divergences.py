@@ -109,7 +109,7 @@ class JSD(Divergence):
 
     def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         if self.beta in (0, 1):
-            return ForwardKL().value(log_p, log_q) if self.beta == 0 else _kl(log_q, log_p)
+            return _kl(log_p, log_q) if self.beta == 0 else _kl(log_q, log_p)
         log_m = _log_mixture(log_p, log_q, self.beta)
         return self.beta * _kl(log_p, log_m) + (1 - self.beta) * _kl(log_q, log_m)
 

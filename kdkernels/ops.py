@@ -51,15 +51,6 @@ def _implementation(backend: str, options: LogitsOptions) -> Callable:
     return kernels.logits_loss
 
 
-def _implement(name: str) -> Callable[[Callable], Callable]:
-    def register(function: Callable) -> Callable:
-        library.impl(name, function, "CompositeExplicitAutograd")
-        return function
-
-    return register
-
-
-@_implement("logits_loss")
 def _logits_loss(student, teacher, labels, token_weight, normalizer, backend, *scalars):
     options = LogitsOptions(*scalars)
     run = _implementation(backend, options)
@@ -67,7 +58,6 @@ def _logits_loss(student, teacher, labels, token_weight, normalizer, backend, *s
     return loss, _or_empty(metrics, loss)
 
 
-@_implement("logits_loss_and_grad")
 def _logits_loss_and_grad(student, teacher, labels, token_weight, normalizer, backend, *scalars):
     tensors = student, teacher, labels, token_weight, normalizer
     outputs = _run(tensors, backend, LogitsOptions(*scalars), inplace=False)
@@ -75,14 +65,12 @@ def _logits_loss_and_grad(student, teacher, labels, token_weight, normalizer, ba
     return loss, _or_empty(metrics, loss), _or_empty(row_scale, loss), gradient
 
 
-@_implement("logits_loss_and_grad_")
 def _logits_loss_and_grad_(student, teacher, labels, token_weight, normalizer, backend, *scalars):
     tensors = student, teacher, labels, token_weight, normalizer
     loss, metrics, row_scale, _ = _run(tensors, backend, LogitsOptions(*scalars), inplace=True)
     return loss, _or_empty(metrics, loss), _or_empty(row_scale, loss)
 
 
-@_implement("scale_gradient_")
 def _scale_gradient_(gradient, grad_output, row_scale, backend):
     if gradient.numel() > 0:  # a shard may have no columns
         IMPLEMENTATIONS[backend].scale_gradient(gradient, grad_output, row_scale)
@@ -111,6 +99,12 @@ def _run(tensors, backend, options, inplace):
 
 def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if tensor is None else tensor
+
+
+library.impl("logits_loss", _logits_loss, "CompositeExplicitAutograd")
+library.impl("logits_loss_and_grad", _logits_loss_and_grad, "CompositeExplicitAutograd")
+library.impl("logits_loss_and_grad_", _logits_loss_and_grad_, "CompositeExplicitAutograd")
+library.impl("scale_gradient_", _scale_gradient_, "CompositeExplicitAutograd")
 
 
 def fake_outputs(student: Tensor, options: LogitsOptions) -> tuple[Tensor, Tensor]:

@@ -78,4 +78,4 @@ class TailOptions(NamedTuple):
     @property
     def results(self) -> int:
         """Numbers a row: a reference, and a log-sum-exp for each temperature."""
-        return 2 if not self.at_1 else 3
+        return 1 + len(self.temperatures())

@@ -201,10 +201,5 @@ def _cross_entropy(logits: Tensor, labels: Tensor, kept: Tensor, outside: Tensor
 
 
 def _agreement(s: Tensor, t: Tensor, undefined: Tensor) -> Tensor:
-    def first_top(x: Tensor) -> Tensor:
-        position = torch.arange(x.shape[-1], device=x.device)
-        top = x.amax(-1, keepdim=True)
-        return torch.where(x == top, position, x.shape[-1]).amin(-1)
-
-    agree = (first_top(s) == first_top(t)).to(s.dtype)
+    agree = (s.argmax(-1) == t.argmax(-1)).to(s.dtype)  # the first of equal ones
     return torch.where(undefined.isnan(), math.nan, agree)
