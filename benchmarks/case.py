@@ -41,6 +41,7 @@ class Step:
 
 
 def relative(got: Tensor, expected: Tensor) -> float:
+    """The error in the Euclidean norm; NaN where anything is."""
     return float((got.double() - expected).norm() / expected.norm())
 
 

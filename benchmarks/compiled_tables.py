@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .tables import table
+from .tables import source, table
 
 
 def cpu_instructions(report: dict, file: str) -> str:
@@ -19,8 +19,8 @@ def cpu_instructions(report: dict, file: str) -> str:
     header = ["instructions an entry: loss, loss + gradient"]
     header += [f"{name} {dtype}" for name, dtype in columns]
     rows = [[f"`{d}`", *(cell(d, *column) for column in columns)] for d in divergences]
-    source = f"[`{file}`]({{root}}{file}), `python -m benchmarks.instructions`"
-    return table(header, rows) + f"\n\n{report['compiler']}: {source}.\n"
+    note = f"\n\n{report['compiler']}: {source(file, 'python -m benchmarks.instructions')}.\n"
+    return table(header, rows) + note
 
 
 def cpu_flops(report: dict, file: str) -> str:
@@ -35,8 +35,8 @@ def cpu_flops(report: dict, file: str) -> str:
     header = ["FLOPs an entry: loss, loss + gradient (a byte of 3U)", *dtypes]
     divergences = dict.fromkeys(key.split()[0] for key in counts)
     rows = [[f"`{d}`", *(cell(d, dtype) for dtype in dtypes)] for d in divergences]
-    source = f"[`{file}`]({{root}}{file}), `python -m benchmarks.instructions`"
-    return table(header, rows) + f"\n\n{report['compiler']}, AVX2: {source}.\n"
+    note = f"\n\n{report['compiler']}, AVX2: {source(file, 'python -m benchmarks.instructions')}.\n"
+    return table(header, rows) + note
 
 
 def cuda_instructions(report: dict, file: str) -> str:
@@ -65,7 +65,7 @@ def cuda_instructions(report: dict, file: str) -> str:
         for name in names
     ]
     e = report["environment"]
-    note = f"\n\n{e['note']}, nvcc {e['nvcc']}: [`{file}`]({{root}}{file}), `{e['command']}`.\n"
+    note = f"\n\n{e['note']}, nvcc {e['nvcc']}: {source(file, e['command'])}.\n"
     return table(header, rows) + note
 
 
@@ -102,7 +102,7 @@ def triton_resources(report: dict, file: str) -> str:
     spilled = sum(k["stack"] > 0 or k["local"] > 0 for k in report["kernels"])
     note = (
         f"\n\n{len(report['kernels'])} kernels for {', '.join(everywhere)}, {spilled} with spills "
-        f"or local memory, Triton {report['triton']}: [`{file}`]({{root}}{file}), "
-        "`python -m benchmarks.triton_resources`.\n"
+        f"or local memory, Triton {report['triton']}: "
+        f"{source(file, 'python -m benchmarks.triton_resources')}.\n"
     )
     return table(header, rows) + note

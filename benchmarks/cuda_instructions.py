@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import re
 import shlex
 import shutil
@@ -24,6 +23,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+
+from .output import json_text
 
 #: An H100 SXM: multiprocessors, Hz under load, instructions of a warp and special functions of a
 #: thread that one issues in a cycle, bytes a second of a device copy.
@@ -318,7 +319,7 @@ def main() -> None:
             },
         }
         report = {"environment": environment, "cases": cases}
-        arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+        arguments.output.write_text(json_text(report))
 
 
 if __name__ == "__main__":

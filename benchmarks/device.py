@@ -39,6 +39,12 @@ def cache_bytes() -> int:
     return int(size.read_text().strip().rstrip("K")) * 1024 if size.exists() else 2**26
 
 
+def status_bytes(key: str) -> int:
+    """A line of Linux's account of this process, such as VmRSS."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+
 class Cpu:
     """Wall time, and the growth of the process's resident memory."""
 
@@ -65,20 +71,15 @@ class Cpu:
 
     def peak_bytes(self, step: Step) -> int | None:
         """None where the system does not tell."""
-        status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+        clear = Path("/proc/self/clear_refs")
         if not clear.exists():
             return None
-
-        def read(key: str) -> int:
-            line = next(line for line in status.read_text().splitlines() if line.startswith(key))
-            return int(line.split()[1]) * 1024
-
         step.prepare()
         self.release()
         clear.write_text("5")
-        before = read("VmRSS")
+        before = status_bytes("VmRSS")
         result = step.run()
-        peak = read("VmHWM") - before
+        peak = status_bytes("VmHWM") - before
         del result
         return max(0, peak)
 

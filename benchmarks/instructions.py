@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import flops
+from .output import json_text
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "benchmarks/results/cpu_instructions.json"
@@ -129,7 +130,7 @@ def main() -> None:
                 "flops_per_entry": counts.flops,
             }
     if arguments.output:
-        arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+        arguments.output.write_text(json_text(report))
     if arguments.check:
         sys.exit(check(json.loads(RECORD.read_text()), report))
 

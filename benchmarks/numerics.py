@@ -31,11 +31,11 @@ import torch
 from kdkernels import kd_loss, linear_kd_loss
 
 from . import behaviour, dense
+from .case import DTYPES, relative
 from .environment import ROOT, environment
-from .pairs import Pair, compare, error
+from .pairs import Pair, compare
 from .peers import PEERS, Loss, why_not
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd")
 TARGETS = tuple(10.0**exponent for exponent in range(-9, 2))  # of the KL, in nats
 TEMPERATURES = (0.5, 1.0, 2.0, 5.0, 20.0)
@@ -167,7 +167,7 @@ def errors(
                 temperature,
                 scale_of(dtype, temperature),
             )
-            row.append((abs(got.loss / exact.loss - 1), error(got.gradient, exact.gradient)))
+            row.append((abs(got.loss / exact.loss - 1), relative(got.gradient, exact.gradient)))
         for name, column in zip(table, zip(*row, strict=True), strict=True):
             table[name].append([float(f"{x:.1e}") if math.isfinite(x) else None for x in column])
     return table
@@ -180,7 +180,7 @@ def rounding(grid: Grid, dtype: str, divergence: str) -> list[list[float]]:
         scale = scale_of(dtype, temperature)
         exact = [pair.exact(divergence, temperature).gradient for pair in pairs]
         rounded = [(x * scale).to(DTYPES[dtype]).double() / scale for x in exact]
-        table.append([float(f"{error(*x):.1e}") for x in zip(rounded, exact, strict=True)])
+        table.append([float(f"{relative(*x):.1e}") for x in zip(rounded, exact, strict=True)])
     return table
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import cycle
 from pathlib import Path
 
-from .tables import table
+from .tables import source, table
 
 FINEST = 1e-8  # where the axis of errors ends: half a unit in the last place of float32 is 6e-8
 COARSEST = 1e3
@@ -104,7 +104,7 @@ def _source(report: dict, file: str) -> str:
     note = f" Under Triton's interpreter: {', '.join(marked)}." if marked else ""
     return (
         f"\n\ntorch {e['torch']}, {packages}, {e['date']}, commit {e['commit']}: "
-        f"[`{file}`]({{root}}{file}), `{e['command']}`.{note}{missing}\n"
+        f"{source(file, e['command'])}.{note}{missing}\n"
     )
 
 

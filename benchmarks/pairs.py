@@ -101,8 +101,3 @@ def compare(
     gradient = student.grad[:, pair.finite] if level == "linear" else student.grad
     got = Outcome(result.item(), gradient.double() / scale)
     return got, pair.exact(divergence, temperature, level)
-
-
-def error(got: Tensor, exact: Tensor) -> float:
-    """Relative, in the Euclidean norm; NaN where anything is."""
-    return float((got - exact).norm() / exact.norm())

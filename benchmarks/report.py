@@ -13,9 +13,9 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from .compiled_tables import cpu_flops, cpu_instructions, cuda_instructions, triton_resources
+from .environment import ROOT
 from .numerics_report import behaviour_table, numerics_table
 from .sharded import sharded_table
 from .tables import (
@@ -25,12 +25,12 @@ from .tables import (
     milliseconds,
     name_of,
     reason,
+    source,
     table,
     worst_gradient_error,
 )
 from .training import training_table
 
-ROOT = Path(__file__).parent.parent
 DOCUMENTS = (
     "README.md",
     "docs/linear.md",
@@ -61,7 +61,7 @@ def _ratio(slow: dict, fast: dict, digits: int = 1) -> str:
 
 def _source(report: dict, file: str) -> str:
     e = report["environment"]
-    return f"\n\n{machine(e)}: [`{file}`]({{root}}{file}), `{e['command']}`.\n"
+    return f"\n\n{machine(e)}: {source(file, e['command'])}.\n"
 
 
 def beside_eager(report: dict, file: str) -> str:

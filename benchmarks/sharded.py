@@ -31,7 +31,7 @@ from .environment import environment
 from .measure import Budget, interleaved, speed, summary, verify
 from .output import json_text
 from .shapes import Shape
-from .tables import machine, milliseconds, table
+from .tables import machine, milliseconds, source, table
 
 VOCABS = 32000, 128256
 ROWS = 512
@@ -215,10 +215,8 @@ def sharded_table(report: dict, file: str) -> str:
     header = ["logits", "divergence", "eager", "gather, then kd_loss", "kd_loss(group=)"]
     header += ["add(s, t, out=g)", "eager / kd_loss"]
     e = report["environment"]
-    source = (
-        f"{e['processes']} processes, {machine(e)}: [`{file}`]({{root}}{file}), `{e['command']}`"
-    )
-    return f"{table(header, rows)}\n\n{source}.\n"
+    where = f"{e['processes']} processes, {machine(e)}"
+    return f"{table(header, rows)}\n\n{where}: {source(file, e['command'])}.\n"
 
 
 def main() -> None:

@@ -17,6 +17,11 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def source(file: str, command: str) -> str:
+    """A link to the results, and what writes them; benchmarks.report fills in the root."""
+    return f"[`{file}`]({{root}}{file}), `{command}`"
+
+
 def reason(result: dict) -> str:
     """Why there is no time, or nothing."""
     return next((f"{key.replace('_', ' ')}: {result[key]}" for key in REASONS if key in result), "")

@@ -17,7 +17,6 @@ those a straight line through two peaks predicts, until one fits and the next do
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -32,10 +31,11 @@ from torch import Tensor
 from kdkernels import kd_loss, linear_kd_loss
 
 from .case import Step
-from .device import DEVICES, Cpu, Cuda, device_of
+from .device import DEVICES, Cpu, Cuda, device_of, status_bytes
 from .environment import ROOT, environment
+from .output import json_text
 from .peers import PEERS, why_not
-from .tables import machine, milliseconds, table
+from .tables import machine, milliseconds, source, table
 
 #: Of the gradients, relative to eager's in the Euclidean norm, and of the loss: float32 throughout.
 AGREEMENT = 1e-3
@@ -201,8 +201,7 @@ def in_use(device: Cpu | Cuda) -> int:
     device.release()
     if isinstance(device, Cuda):
         return torch.cuda.memory_allocated()
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
+    return status_bytes("VmRSS")
 
 
 def measure(
@@ -275,8 +274,8 @@ def training_table(report: dict, file: str) -> str:
     ]
     refused = "".join(f" Not run: {name}, {why}." for name, why in report["refused"].items())
     e = report["environment"]
-    source = f"\n\n{machine(e)}: [`{file}`]({{root}}{file}), `{e['command']}`.{refused}\n"
-    return table(header, rows) + source
+    note = f"\n\n{machine(e)}: {source(file, e['command'])}.{refused}\n"
+    return table(header, rows) + note
 
 
 def load(arguments: argparse.Namespace) -> tuple[torch.nn.Module, torch.nn.Module, Tensor]:
@@ -352,7 +351,7 @@ def main() -> None:
         "refused": refused,
         "results": results,
     }
-    text = json.dumps(report, indent=1) + "\n"
+    text = json_text(report)
     if arguments.output:
         arguments.output.write_text(text)
     else:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import json
 import os
 import re
 import subprocess
@@ -34,6 +33,8 @@ from kdkernels.divergences import DIVERGENCES
 from kdkernels.options import METRICS, SHARD_PHASES, LogitsOptions, TailOptions
 from kdkernels.triton import launch, schedule
 from kdkernels.triton.divergences import FUNCTIONS
+
+from .output import json_text
 
 SCALE = "scale"  # in the place of a divergence: the kernel that scales a gradient
 TAILS = "tails"  # likewise: those of a sparse teacher
@@ -317,7 +318,7 @@ def main() -> None:
         compiled = list(pool.map(measure, kernels(), chunksize=4))
     report = {"triton": triton.__version__, "kernels": compiled}
     if arguments.output:
-        arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+        arguments.output.write_text(json_text(report))
     spilled = [k for k in compiled if k["stack"] or k["local"]]
     for kernel in spilled:
         print("spills:", kernel)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from benchmarks import behaviour, dense, numerics
+from benchmarks.case import relative
 from benchmarks.numerics_report import behaviour_table, draw, numerics_table
-from benchmarks.pairs import Pair, compare, error, head
+from benchmarks.pairs import Pair, compare, head
 
 
 def halved(divergence: str):
@@ -95,7 +96,7 @@ def test_what_is_nan_is_never_right():
     got, _ = compare(dense.logits_loss("forward_kl"), "logits", nan, "forward_kl", 1.0)
     exact = behaviour.identical().exact("forward_kl", 1.0)
     assert behaviour.verdict(got, exact, 1.0) == "NaN"
-    assert math.isnan(error(torch.tensor([1.0, torch.nan]), torch.ones(2)))
+    assert math.isnan(relative(torch.tensor([1.0, torch.nan]), torch.ones(2)))
 
 
 def test_report_picture_and_tables(report, tmp_path):
