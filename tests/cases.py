@@ -54,6 +54,10 @@ BOUNDED = [
 ]
 
 
+#: Those that kernels take.
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 

@@ -75,6 +75,15 @@ def kernel(request, monkeypatch, poison):
     return _enter(request.param, monkeypatch)
 
 
+@pytest.fixture(params=[c for c in BACKENDS if c.backend in ("cuda", "triton")], ids=str)
+def gpu(request, monkeypatch):
+    """The backends of GPUs on one, where there is one."""
+    config = _enter(request.param, monkeypatch)
+    if not torch.cuda.is_available():
+        pytest.skip(f"{config.name}: there is no GPU")
+    return config
+
+
 def _first_of_each(configs):
     """The fused-linear level runs products around whatever the backend is: one of each will do.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -160,6 +161,16 @@ class InPlace(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return gradient.new_zeros(()), None
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """As ``torch.set_default_dtype``, for a while."""
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 REFERENCE = Backend("oracle", "reference", kernel=False)

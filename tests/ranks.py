@@ -13,13 +13,18 @@ ROOT = Path(__file__).parent.parent
 SOURCE = "import importlib, sys; getattr(importlib.import_module(sys.argv[1]), sys.argv[2])()"
 
 
-def run_two(module: str, check: str, *, timeout: int = 240, **environment: str) -> None:
-    """Calls ``tests.<module>.<check>()`` in both, which are told who they are as by torchrun."""
+def meeting() -> dict[str, str]:
+    """What torchrun tells two processes of one thread each, but their ranks."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    common |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return where | {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+
+
+def run_two(module: str, check: str, *, timeout: int = 240, **environment: str) -> None:
+    """Calls ``tests.<module>.<check>()`` in both."""
+    common = meeting() | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", SOURCE, f"tests.{module}", check],

@@ -11,7 +11,7 @@ import kdkernels
 from kdkernels import JSD, AlphaBeta, SkewForwardKL, SkewReverseKL
 
 from . import tolerances
-from .cases import ALL, ONE_OF_EACH, close_pair, correlated_pair, labels_for, without_ties
+from .cases import ALL, DTYPES, ONE_OF_EACH, close_pair, correlated_pair, labels_for, without_ties
 from .harness import assert_close, assert_gradient, assert_matches, loss_of, oracle, run
 
 TEMPERATURES = (0.5, 1.0, 2.5, 100.0)
@@ -109,9 +109,6 @@ def test_powers_of_nearly_0_count_as_0(backend, other):
     beyond, limit = of(other, 2.0**-14), of(other, 0)  # so that nothing jumps
     assert_close(beyond.loss, limit.loss, tolerances.TINY_POWER)
     assert_gradient(beyond.gradient, limit.gradient, tolerances.TINY_POWER[0])
-
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("teacher_dtype", DTYPES, ids=str)

@@ -12,7 +12,7 @@ import kdkernels
 from kdkernels import kd_loss, linear_kd_loss, sparse_kd_loss
 from kdkernels.options import LogitsOptions
 
-from .cases import correlated_pair, labels_for, normal
+from .cases import DTYPES, correlated_pair, labels_for, normal
 
 COMPILER = pytest.mark.skipif(
     not (shutil.which("g++") or shutil.which("clang++")),
@@ -253,7 +253,7 @@ def operands(dtype):
     return student.to(dtype), teacher, labels, normal(2, 3).abs(), torch.tensor(3.0), "cpu"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["logits_loss", "logits_loss_and_grad", "logits_loss_and_grad_"])
 def test_opcheck(name, dtype):
     operator = getattr(torch.ops.kdkernels, name).default
@@ -267,7 +267,7 @@ def test_opcheck(name, dtype):
         torch.library.opcheck(operator, (*sliced, *bare))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck_of_scale_gradient(dtype):
     operator = torch.ops.kdkernels.scale_gradient_.default
     half = dtype == torch.float16

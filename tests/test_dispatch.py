@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kdkernels import kd_loss, linear_kd_loss, ops, sparse_kd_loss, watchers
 
 from .cases import correlated_pair
-from .harness import loss_of
+from .harness import default_dtype, loss_of
 
 FORWARD = torch.ops.kdkernels.logits_loss_and_grad.default
 IN_PLACE = torch.ops.kdkernels.logits_loss_and_grad_.default
@@ -222,24 +221,13 @@ def test_vmap_of_the_loss_loses_no_gradient():
     assert (leaf.grad.norm(dim=(1, 2)) > 0).all()
 
 
-@pytest.mark.parametrize("context", [torch.inference_mode, nullcontext, torch.no_grad])
-def test_contexts_give_the_same(context):
-    student, teacher = pair()
-    expected = kd_loss(student, teacher)
-    with context():
-        assert torch.equal(kd_loss(student, teacher), expected)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_the_default_dtype_is_not_that_of_results(kernel, dtype):
     student, teacher = pair()
     options = {"reduction": "none", "return_metrics": True}
     expected, metrics = loss_of(kernel, student, teacher, **options)
-    torch.set_default_dtype(dtype)
-    try:
+    with default_dtype(dtype):
         actual, actual_metrics = loss_of(kernel, student, teacher, **options)
-    finally:
-        torch.set_default_dtype(torch.float32)
     assert torch.equal(actual, expected)
     assert torch.equal(actual_metrics["divergence"], metrics["divergence"])
 
@@ -276,11 +264,8 @@ def test_the_default_dtype_is_not_that_of_linear_results(student_dtype):
         return loss, metrics["divergence"], *torch.autograd.grad(loss, leaves)
 
     expected = results()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
+    with default_dtype(torch.bfloat16):
         actual = results()
-    finally:
-        torch.set_default_dtype(torch.float32)
     for x, y in zip(actual, expected, strict=True):
         assert x.dtype == y.dtype
         assert torch.equal(x, y)

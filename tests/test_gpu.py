@@ -13,9 +13,8 @@ import torch
 from kdkernels import kd_loss, linear_kd_loss, linear_sparse_kd_loss, sparse_kd_loss
 
 from . import tolerances
-from .cases import ONE_OF_EACH, correlated_pair, labels_for, normal
+from .cases import DTYPES, ONE_OF_EACH, correlated_pair, labels_for, normal
 from .harness import (
-    BACKENDS,
     Backend,
     InPlace,
     assert_close,
@@ -33,7 +32,6 @@ from .test_sparse import top
 
 VOCAB = 2051
 ROWS = 7
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LABELS = labels_for(ROWS, vocab=VOCAB).index_fill(0, torch.tensor([2]), -100)
 
 #: Calls that take every way through the adapters, and through the kernels' options.
@@ -49,16 +47,6 @@ CALLS = {
     "labels, per token": {"labels": LABELS, "ce_weight": 0.5, "reduction": "none"},
     "softcap, metrics": {"labels": LABELS, "student_softcap": 5.0, "return_metrics": True},
 }
-
-
-@pytest.fixture(params=[c for c in BACKENDS if c.backend in ("cuda", "triton")], ids=str)
-def gpu(request, monkeypatch) -> Backend:
-    config = request.param
-    if config.skip or not torch.cuda.is_available():
-        pytest.skip(f"{config.name}: {config.skip or 'there is no GPU'}")
-    for name, value in config.environment.items():
-        monkeypatch.setenv(name, value)
-    return config
 
 
 def to_device(value):

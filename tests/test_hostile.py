@@ -10,7 +10,7 @@ import torch
 from kdkernels import JSD, AlphaBeta, ForwardKL, SkewForwardKL, kd_loss
 
 from . import tolerances
-from .cases import ALL, BOUNDED, ONE_OF_EACH, close_pair, correlated_pair, labels_for
+from .cases import ALL, BOUNDED, DTYPES, ONE_OF_EACH, close_pair, correlated_pair, labels_for
 from .harness import assert_close, assert_gradient, assert_matches, loss_of, oracle, run
 
 INF = math.inf
@@ -130,7 +130,7 @@ def test_metrics_of_a_bad_row_are_the_same_everywhere(backend):
         assert_close(actual.metrics[name], value, tolerances.METRIC, name)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
 def test_masked_rows_give_exactly_nothing(kernel, dtype, inplace):
     student, teacher = (x.to(dtype) for x in correlated_pair(5, 37))

@@ -10,7 +10,7 @@ import torch
 
 from kdkernels import kd_loss, linear_kd_loss, memory, release_memory
 
-from .cases import normal
+from .cases import DTYPES, normal
 from .harness import Result, assert_matches, oracle
 
 CPU = torch.device("cpu")
@@ -95,7 +95,7 @@ def test_threads():
         assert all(pool.map(work, range(16)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_memory_held_is_never_seen(dtype):
     """Columns beyond the vocabulary, masked rows and unused entries between rows included."""
     rows, vocab, width = 40, 65537, 65543

@@ -11,7 +11,7 @@ import kdkernels
 from kdkernels import linear_kd_loss
 
 from . import tolerances
-from .cases import ALL, ONE_OF_EACH, normal
+from .cases import ALL, DTYPES, ONE_OF_EACH, normal
 from .harness import BACKENDS, assert_close, assert_metrics
 from .linear_cases import (
     LEAD,
@@ -28,7 +28,6 @@ from .linear_cases import (
     some_labels,
 )
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 #: One chunk; several of several rows; one row at a time.
 CHUNKS = [None, 5 * (VOCAB + TEACHER_VOCAB) * 4, 1]
 
@@ -194,9 +193,8 @@ def test_float32_logits_of_the_reference_and_of_float32(linear_backend):
         assert_close(loss, oracle(case).loss, (1e-5, 1e-6))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64])
-def test_float64_runs_on_the_reference(dtype):
-    case = make_case(dtype)
+def test_float64_runs_on_the_reference():
+    case = make_case(torch.float64)
     actual, expected = run(fused, case), oracle(case)
     assert actual.loss.dtype == torch.float64
     for a, b in zip(actual[:4], expected[:4], strict=True):

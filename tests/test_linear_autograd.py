@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kdkernels
 
+from .cases import DTYPES
 from .harness import assert_close
 from .linear_cases import (
     VOCAB,
@@ -24,7 +25,6 @@ from .linear_cases import (
 )
 
 CHUNK = 5 * 413 * 4
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -7,7 +7,7 @@ import torch
 
 from kdkernels.options import LinearOptions
 
-from .cases import normal
+from .cases import DTYPES, normal
 from .linear_cases import (
     LEAD,
     VOCAB,
@@ -17,8 +17,6 @@ from .linear_cases import (
     some_labels,
 )
 from .test_compile import COMPILER, options
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -315,9 +315,9 @@ def test_module_state():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("loss", [LinearKDHead, LinearSparseKDHead])
 def test_compiles_into_one_graph(loss):
-    torch._dynamo.reset()
     case, head = make_case(), student_head()
     teacher = case.teacher_hidden, case.teacher_weight
     if loss is LinearSparseKDHead:

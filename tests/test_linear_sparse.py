@@ -9,12 +9,11 @@ import torch.nn.functional as F
 from kdkernels import linear_sparse_kd_loss, sparse_kd_loss
 
 from . import tolerances
-from .cases import labels_for, normal
+from .cases import DTYPES, labels_for, normal
 from .harness import TRITON, assert_close, assert_gradient, move
 from .test_sparse import top
 
 ROWS, HIDDEN, VOCAB, K = 300, 24, 530, 7
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def make(dtype=torch.float32, rows=ROWS, vocab=VOCAB):
@@ -206,9 +205,8 @@ def test_an_interpreted_backend():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_compiles_without_a_break():
-    torch._dynamo.reset()
-
     def step(hidden, weight, indices, logprobs, labels):
         return linear_sparse_kd_loss(
             hidden, weight, indices, logprobs, labels=labels, ce_weight=0.5, backend="cpu"
@@ -224,7 +222,6 @@ def test_compiles_without_a_break():
         gradients.append([leaf.grad for leaf in leaves])
     for expected, actual in zip(*gradients, strict=True):
         assert_gradient(actual, expected.double(), 1e-6)
-    torch._dynamo.reset()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -10,7 +10,7 @@ import torch
 import kdkernels
 
 from . import tolerances
-from .cases import ALL, ONE_OF_EACH, correlated_pair, labels_for, normal
+from .cases import ALL, DTYPES, ONE_OF_EACH, correlated_pair, labels_for, normal
 from .harness import (
     assert_close,
     assert_gradient,
@@ -136,7 +136,7 @@ def test_mixture_of_options(backend, seed):
     check(backend, student, teacher, divergence, **options)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("seed", range(20))
 def test_inplace_is_the_same_to_the_bit(kernel, seed, dtype):
     divergence, student, teacher, options = mixture(seed)

@@ -1,28 +1,21 @@
-"""Benchmarks' peers compute what kdkernels computes, and none is imported before it is asked for.
+"""Benchmarks' peers compute what kdkernels computes.
 
 Peers are no requirement of the tests: `benchmarks/requirements-peers.txt` says how to install them.
 """
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
+from benchmarks.numerics import NOT_INTERPRETED
 from benchmarks.peers import PEERS, Peer, why_not
 from kdkernels import kd_loss
 from kdkernels.divergences import DIVERGENCES
 
 from . import interpreter
 
-ROOT = Path(__file__).parent.parent
 CASES = [(peer, name) for peer in PEERS.values() for name in peer.divergences]
-
-#: Their kernels convert a number, which the interpreter hands them as Python's.
-NOT_INTERPRETED = ("Liger KL", "Liger TVD")
 
 #: float32 throughout, in the textbook form.
 RTOL = 1e-5
@@ -83,15 +76,6 @@ def test_a_peer_agrees_with_the_oracle(peer, divergence):
 def test_the_table_names_what_exists():
     assert all(set(peer.divergences) <= set(DIVERGENCES) for peer in PEERS.values())
     assert {peer.level for peer in PEERS.values()} == {"logits", "linear"}
-
-
-def test_importing_the_peers_imports_none():
-    code = "import sys, benchmarks.peers; print(*sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    packages = {"liger_kernel", "trl", "torchtune", "fla", "speculators", "modelopt"}
-    assert not {*packages, "transformers", "triton"} & set(done.stdout.split())
 
 
 def test_why_not_says_what_is_missing():

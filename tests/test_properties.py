@@ -11,10 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from . import tolerances
-from .cases import ALL, ONE_OF_EACH, correlated_pair, labels_for, normal
+from .cases import ALL, DTYPES, ONE_OF_EACH, correlated_pair, labels_for, normal
 from .harness import assert_close, assert_gradient, assert_same, loss_of, run
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 divergences = st.sampled_from(
     [d for d in ALL if d.name != "alpha_beta" or min(d.alpha, d.beta) >= 0]
 )

@@ -14,11 +14,10 @@ from kdkernels.options import TAILS
 from kdkernels.reference import transform
 
 from . import tolerances
-from .cases import ONE_OF_EACH, correlated_pair, labels_for, normal
+from .cases import DTYPES, ONE_OF_EACH, correlated_pair, labels_for, normal
 from .harness import Result, assert_close, assert_gradient, assert_matches, move, run_backward
 
 INF = math.inf
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PAIRS = [
     (tail, divergence)
     for divergence in ONE_OF_EACH

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,8 +15,9 @@ from kdkernels import sparse_kd_loss
 from kdkernels.divergences import Divergence
 
 from . import tolerances
-from .cases import ONE_OF_EACH, correlated_pair, labels_for, normal
-from .harness import REFERENCE, InPlace, assert_gradient, move
+from .cases import DTYPES, ONE_OF_EACH, correlated_pair, labels_for, normal
+from .harness import REFERENCE, assert_gradient, default_dtype, move
+from .test_compile import COMPILER
 from .test_sparse import oracle, run, top
 
 VOCAB, K = 130, 6
@@ -105,11 +105,8 @@ def test_under_autocast(backend):
 def test_default_dtype_does_not_count(backend):
     student, indices, logprobs = entries(3)
     expected = run(backend, student, indices, logprobs)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
+    with default_dtype(torch.bfloat16):
         actual = run(backend, student, indices, logprobs)
-    finally:
-        torch.set_default_dtype(torch.float32)
     assert torch.equal(actual.gradient, expected.gradient)
 
 
@@ -173,30 +170,14 @@ def test_few_operators():
     leaf = student.requires_grad_()
     with Operators() as operators:
         sparse_kd_loss(leaf, indices, logprobs, backend="cpu").backward()
-    print(operators.count)
     assert operators.count < 140
 
 
-def test_a_frozen_graph_frees_the_logits_in_place(kernel):
-    """In place, nothing as large as the logits is made."""
-    student, indices, logprobs = entries(3)
-    logits = InPlace.apply(torch.ones((), requires_grad=True), move(student, kernel.device))
-    loss_of(kernel, logits, indices, logprobs, inplace_grad=True).backward()
-    expected = oracle(entries(3)[0], indices, logprobs)
-    assert_gradient(logits.detach().cpu(), expected.gradient, 2e-6)
-
-
-COMPILER = pytest.mark.skipif(
-    not (shutil.which("g++") or shutil.which("clang++")),
-    reason="torch.compile needs a C++ compiler (g++ or clang++) on the CPU",
-)
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=COMPILER)])
 @pytest.mark.parametrize("tail", ["bucket", "sampled"])
 def test_compiles_without_a_break(tail, compiler):
-    torch._dynamo.reset()
     options = {"tail": tail, "temperature": 2.0, "ce_weight": 0.5, "backend": "cpu"}
 
     def step(student, indices, logprobs, labels):
@@ -210,11 +191,10 @@ def test_compiles_without_a_break(tail, compiler):
         step(expected, indices, logprobs, labels).backward()
         compiled(actual, indices, logprobs, labels).backward()
         assert_gradient(actual.grad, expected.grad.double(), 1e-6)
-    torch._dynamo.reset()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck(dtype):
     ops = torch.ops.kdkernels
     student, indices, _ = entries(3)
@@ -245,9 +225,9 @@ def test_modules_hold_options():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_bad_input_is_nan_where_nobody_may_look():
     """Under a compiler, as on a GPU, where a look would wait."""
-    torch._dynamo.reset()
     student, indices, logprobs = entries(4)
     expected = sparse_kd_loss(student, indices, logprobs, reduction="none")
     indices[0, 1] = VOCAB
@@ -265,7 +245,6 @@ def test_bad_input_is_nan_where_nobody_may_look():
     assert leaf.grad[:3].isnan().all()
     assert torch.equal(loss[3], expected[3])
     assert leaf.grad[3].isfinite().all()
-    torch._dynamo.reset()
 
 
 class Bigram(torch.nn.Module):

@@ -12,7 +12,7 @@ from kdkernels.options import TAILS
 
 from . import tolerances
 from .cases import BOUNDED, correlated_pair, labels_for, normal
-from .harness import assert_close, assert_gradient
+from .harness import assert_close, assert_gradient, default_dtype
 from .test_sparse import oracle, run, top
 
 INF = math.inf
@@ -127,11 +127,8 @@ def test_a_tail_that_rounding_hides_costs_little(backend):
             assert actual.gradient.isfinite().all()
             assert (actual.loss <= exact * 1.01 + 0.05).all()
         assert whole.any() or rounded.dtype == torch.float32
-    torch.set_default_dtype(torch.bfloat16)
-    try:
+    with default_dtype(torch.bfloat16):
         coarse = run(backend, student, indices, rounded, divergence="reverse_kl", reduction="none")
-    finally:
-        torch.set_default_dtype(torch.float32)
     fine = run(backend, student, indices, rounded, divergence="reverse_kl", reduction="none")
     assert torch.equal(coarse.loss, fine.loss)
     # Where the student has no tail either, there is none.

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +24,8 @@ from torch import Tensor
 
 from benchmarks.peers import torchtune_losses
 from kdkernels import SymmetricKL
+
+from .ranks import meeting
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "trainers.md").read_text(encoding="utf-8")
@@ -270,14 +271,10 @@ sys.exit(any(rank.exitcode for rank in ranks))
 def test_two_ranks(tmp_path):
     """The own loop in DDP; where transformers is there, its Trainer too."""
     trainers = [] if missing(*HUGGING_FACE) else TRAINERS
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", RANKS, str(tmp_path), *trainers],
         cwd=ROOT,
-        env={**os.environ, **common, "OMP_NUM_THREADS": "1"},
+        env=os.environ | meeting(),
         capture_output=True,
         text=True,
         timeout=120,
