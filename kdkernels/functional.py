@@ -103,8 +103,8 @@ def kd_loss(
             :func:`kdkernels.register_divergence` adds others.
         temperature: T > 0, dividing both logits in the divergence (not in the hard-label term).
         labels: ``(...)`` int64 token ids, already shifted. Rows equal to ``ignore_index`` drop out
-            of both terms and of the mean. One outside the vocabulary raises on the CPU; on a GPU,
-            where looking would wait for the device, it makes its row NaN.
+            of both terms and of the mean. A label outside the vocabulary raises on the CPU; on a
+            GPU, where checking would wait for the device, it makes its row NaN.
         kd_weight: weight of the divergence; at 0 it is not evaluated.
         ce_weight: weight of the cross-entropy against ``labels``; at 0 it is not evaluated.
         ignore_index: the label of rows to leave out.
@@ -114,7 +114,7 @@ def kd_loss(
             token.
         normalizer: a positive number or 0-d tensor for ``"mean"``, such as the number of tokens of
             an accumulated batch. Default: the sum of the kept rows' weights (1 if not positive).
-            In torch.compile each new float compiles anew, an int or a tensor does not.
+            Under torch.compile each new float compiles anew; an int or a tensor does not.
         temperature_squared: multiply the divergence by T^2 (Hinton et al. 2015), so that its
             gradient keeps its size as T grows.
         vocab_size: the number of leading columns that take part; the others get gradient 0.
@@ -131,8 +131,8 @@ def kd_loss(
             ``vocab_size``; shards follow each other in the order of ranks. Default: rank times
             width, of shards of one width.
         inplace_grad: the gradient overwrites ``student_logits``, whose content is undefined
-            afterwards; saves one (tokens, vocab) tensor. Not for leaves, which a compiled graph
-            refuses only while it is compiled.
+            afterwards; saves one (tokens, vocab) tensor. Not for leaves (a compiled graph checks
+            this only while it is compiled).
         return_metrics: also return a dict of detached float32 tensors ``(...)``: ``divergence``
             (before weights and T^2), ``cross_entropy`` (None without labels), ``teacher_entropy``,
             ``student_entropy``, ``agreement`` (1.0 where both have the same top token). All are 0

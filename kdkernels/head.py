@@ -87,16 +87,16 @@ class LinearKDHead(_HeadModule):
         **options: any keyword of :func:`kdkernels.linear_kd_loss` but the per-call tensors.
 
     Raises:
-        ValueError: a model whose config speaks of a scale or cap of its logits, without the options
-            ``student_scale`` or ``student_softcap`` (of the teacher's, ``teacher_scale`` or
+        ValueError: a model whose config mentions a scale or cap of its logits, without the options
+            ``student_scale`` or ``student_softcap`` (for the teacher, ``teacher_scale`` or
             ``teacher_softcap``).
         TypeError: a head it cannot take: whose forward is not that of ``nn.Linear`` (its logits
             may be more than the product), such as quantized heads, DoRA and other adapters, a LoRA
             layer with a bias, FSDP1's wrapper (wrap this module instead) or a head sharded over the
             vocabulary.
 
-    As a submodule of a model it puts the head's weight into ``state_dict`` a second time, of which
-    a Hugging Face model's ``save_pretrained`` may keep only this one: delete it before.
+    As a submodule of a model it puts the head's weight into ``state_dict`` a second time, and a
+    Hugging Face model's ``save_pretrained`` may keep only that copy: delete this module first.
 
     Forward hooks of the head that expect logits see the loss. Inside ``torch.compile``, heads
     without hooks compile into one graph.
@@ -170,9 +170,9 @@ class LinearKDHead(_HeadModule):
 class LinearSparseKDHead(_HeadModule):
     """:func:`kdkernels.linear_sparse_kd_loss` as a module call of the student's LM head.
 
-    As :class:`LinearKDHead`, beside a teacher known by a few tokens a row. The backward reads the
-    head's weight again, as that of an ``nn.Linear`` does: what shards or gathers weights has it at
-    hand then too.
+    Like :class:`LinearKDHead`, for a teacher known by a few tokens per row. The backward reads the
+    head's weight again, as that of an ``nn.Linear`` does, so whatever shards or gathers weights
+    provides it then too.
 
     Args:
         lm_head: as of :class:`LinearKDHead`.

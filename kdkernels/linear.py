@@ -92,7 +92,7 @@ def linear_kd_loss(
 ) -> Tensor | tuple[Tensor, Metrics]:
     """Distillation loss between two LM heads; their logits never exist beyond a chunk of rows.
 
-    Means ``kd_loss(F.linear(student_hidden, student_weight, student_bias),
+    Computes ``kd_loss(F.linear(student_hidden, student_weight, student_bias),
     F.linear(teacher_hidden, teacher_weight, teacher_bias), ...)``. The gradients of hidden states,
     weight and bias are computed in the forward: four matrix products in all. With
     ``reduction="none"`` the backward computes the two products of the logits again, since a weight
@@ -109,8 +109,8 @@ def linear_kd_loss(
             low-rank adapter. A head that FSDP, DeepSpeed or an adapter wraps is best reached
             through :class:`kdkernels.LinearKDHead`.
         teacher_hidden: ``(..., hidden_t)``, the same leading shape; a tensor or NumPy array on the
-            student's device or, also memory-mapped, on the host, from where it's streamed by
-            blocks; of any floating dtype, cast to that of the weight. A constant, as all of the
+            student's device or, also memory-mapped, on the host, from which it is streamed in
+            blocks; of any floating dtype, cast to that of the weight. A constant, like all of the
             teacher: it must not require grad.
         teacher_weight: ``(vocab_t, hidden_t)``, on the student's device.
         teacher_logits: ``(..., vocab_t)`` instead of hidden states and weight, also on the host.
@@ -118,11 +118,11 @@ def linear_kd_loss(
         teacher_bias: ``(vocab_t,)``.
         row_index: int64 ``(kept,)`` positions in the flattened leading shape, increasing; on the
             host. Other rows take no part, as if ignored, and cost nothing. On a CPU rows that
-            labels or weights mask cost nothing anyway; on a GPU finding them would wait for it.
+            labels or weights mask cost nothing anyway; a GPU would have to be waited for.
         chunk_bytes: what both models' logits may take at a time. Default: on a GPU 1 GiB; on a CPU
             a quarter of all of them, but at least 128 rows and at most 1 GiB. With a 16-bit weight
-            whose gradient is needed, more than one chunk takes ``4 * vocab_s * hidden_s`` bytes
-            for float32 sums besides, or the student's logits stay whole where that takes less.
+            whose gradient is needed, more than one chunk also takes ``4 * vocab_s * hidden_s``
+            bytes for float32 sums; all of the student's logits are kept where that takes less.
         logits_dtype: ``torch.float32`` keeps the logits of 16-bit heads in float32, for a lower
             floor of the loss. Default: the dtype of the product. Not for float16.
         divergence: this and the options below as in :func:`kdkernels.kd_loss`.

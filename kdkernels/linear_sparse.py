@@ -88,12 +88,12 @@ def linear_sparse_kd_loss(
     return_metrics: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Metrics]:
-    """:func:`kdkernels.sparse_kd_loss` of an LM head, whose logits never exist beyond some rows.
+    """:func:`kdkernels.sparse_kd_loss` for an LM head: logits exist only for some rows at a time.
 
-    Means ``sparse_kd_loss(F.linear(student_hidden, student_weight, student_bias),
-    teacher_indices, teacher_logprobs, ...)``. Logits are computed by blocks of rows, in the forward
-    and once more in the backward: four matrix products in all, one in the forward alone. Between
-    them nothing is kept but what is as large as the teacher's lists.
+    Computes ``sparse_kd_loss(F.linear(student_hidden, student_weight, student_bias),
+    teacher_indices, teacher_logprobs, ...)``. Logits are computed for blocks of rows, in the
+    forward and again in the backward: four matrix products in all, of which the forward takes one.
+    Between the two, nothing larger than the teacher's lists is kept.
 
     Args:
         student_hidden: ``(..., hidden)``, float32, bfloat16 or float16 (float64 runs on the
@@ -115,7 +115,7 @@ def linear_sparse_kd_loss(
         ce_weight: see there.
         ignore_index: see there.
         token_weight: see there. On a CPU rows of weight 0 and ignored ones cost nothing; on a GPU
-            finding them would wait for it: leave them out of what is passed instead.
+            finding them would wait for the device: there, do not pass such rows.
         reduction: see there.
         normalizer: see there.
         temperature_squared: see there.

@@ -89,28 +89,28 @@ def sparse_kd_loss(
     return_metrics: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Metrics]:
-    r"""Distillation loss from the k tokens per row that a teacher's log-probabilities are known of.
+    r"""Distillation loss from k tokens per row whose log-probabilities in the teacher are known.
 
-    Such as its top k, stored on disk or returned by a server, or k samples. The student's logits
-    are read once in the forward, and once in the backward, which writes their gradient.
+    They may be its top k, stored on disk or returned by a server, or k samples. The student's
+    logits are read once in the forward, and once in the backward, which writes their gradient.
 
-    ``tail`` says what the tokens are that the teacher does not list:
+    ``tail`` says what becomes of the tokens that the teacher does not list:
 
-    - ``"bucket"``: one token more, of probability 1 - sum p of the teacher and of all that the
-      student gives them. What is compared are two distributions over k + 1 tokens, so the
-      divergence is a lower bound of the full one (``alpha_beta`` may be above it where its
+    - ``"bucket"``: they count as one more token, of probability 1 - sum p in the teacher and of the
+      sum of their probabilities in the student. Two distributions over k + 1 tokens are compared,
+      so the divergence is a lower bound of the full one (``alpha_beta`` may be above it where its
       parameters sum to more than 1), and 0 where the student equals the teacher.
       Where rounding makes sum p 1 or more, the teacher's tail counts as 2^-24.
-    - ``"renormalize"``: nothing. Both models are renormalised over the listed tokens; the student's
-      other logits get no gradient.
-    - ``"drop"``: terms left out of the sum, with p and q as they are. Not a divergence: a student
-      that equals its teacher gets a gradient towards the listed tokens if sum p < 1.
-    - ``"sampled"``: not needed. The listed tokens were drawn from the teacher, or from a
+    - ``"renormalize"``: they do not count. Both models are renormalised over the listed tokens; the
+      student's other logits get no gradient.
+    - ``"drop"``: their terms are left out of the sum, with p and q as they are. Not a divergence: a
+      student that equals its teacher gets a gradient towards the listed tokens if sum p < 1.
+    - ``"sampled"``: they are not needed. The listed tokens were drawn from the teacher, or from a
       proposal, and ``teacher_logprobs`` are logarithms of their importance weights (0 for all if
       drawn from p itself), normalised here to sum to 1. A token drawn more than once may be listed
       as often. The gradient is an unbiased estimate of the full one for equal weights
       (Anshumann et al. 2025, arXiv:2503.16870); only for ``forward_kl`` and
-      ``soft_cross_entropy``, which are linear in p but for the teacher's entropy.
+      ``soft_cross_entropy``, which are linear in p except for the teacher's entropy.
 
     Args:
         student_logits: ``(..., vocab)``, float32, bfloat16 or float16 (float64 runs on the
@@ -150,7 +150,7 @@ def sparse_kd_loss(
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: an argument out of its range, a token listed twice, or listed probabilities
-            that sum to more than 1. On a GPU, where looking would wait for the device, the last
+            that sum to more than 1. On a GPU, where checking would wait for the device, the last
             two, and tokens outside the vocabulary, make their row NaN.
         RuntimeError: in a second backward with ``inplace_grad``, or with ``create_graph``.
 
