@@ -18,6 +18,7 @@ PTX ?=
 TESTS ?=
 
 BIN := $(VENV)/bin
+CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 BUILD_INPUTS := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 
 # What nvcc compiles is of use on a machine with a GPU only, and there for that GPU.
@@ -54,12 +55,12 @@ lint: $(VENV)/.torch $(VENV)/.lint
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs $(BIN)/clang-format -i
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 # Torch first: resolved as a dependency, pip would take its newest build.
 $(VENV)/.torch:
