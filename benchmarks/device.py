@@ -25,7 +25,7 @@ from .case import Step
 DEVICES = ("cpu", "cuda")
 
 
-def output(*command: str) -> str:
+def stdout_of(*command: str) -> str:
     """What a command prints, or nothing where there is no such command."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -168,7 +168,7 @@ class Cuda:
         return int(clock) if clock.isdigit() else None
 
     def _query(self, field: str) -> str:
-        return output(
+        return stdout_of(
             "nvidia-smi",
             f"--id=GPU-{self._properties.uuid}",
             f"--query-gpu={field}",

@@ -14,7 +14,7 @@ import torch
 
 import kdkernels
 
-from .device import output
+from .device import stdout_of
 
 ROOT = Path(__file__).parent.parent
 CODE = ("kdkernels", "csrc", "benchmarks", ":!benchmarks/results")
@@ -25,8 +25,8 @@ def commit() -> str:
     if given := os.environ.get("KDKERNELS_COMMIT"):  # of a copy without its repository
         return given
     git = ("git", "-C", str(ROOT))
-    changed = output(*git, "status", "--porcelain", "--untracked-files=no", "--", *CODE)
-    return (output(*git, "rev-parse", "--short", "HEAD") or "unknown") + "-dirty" * bool(changed)
+    changed = stdout_of(*git, "status", "--porcelain", "--untracked-files=no", "--", *CODE)
+    return (stdout_of(*git, "rev-parse", "--short", "HEAD") or "unknown") + "-dirty" * bool(changed)
 
 
 def version(package: str) -> str | None:

@@ -67,7 +67,7 @@ def test_a_gpu_is_described(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "clock_rate", no_library)
-    monkeypatch.setattr(device, "output", smi)
+    monkeypatch.setattr(device, "stdout_of", smi)
     a_gpu = device.Cuda()
     assert a_gpu.clock_mhz() == 1980
     described = a_gpu.describe()
@@ -77,7 +77,7 @@ def test_a_gpu_is_described(monkeypatch):
         "9.0",
     )
     assert {command[1] for command in asked} == {"--id=GPU-0-1"}
-    monkeypatch.setattr(device, "output", lambda *command: "")  # without nvidia-smi
+    monkeypatch.setattr(device, "stdout_of", lambda *command: "")  # without nvidia-smi
     assert a_gpu.clock_mhz() is None
 
 
