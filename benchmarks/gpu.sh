@@ -2,7 +2,7 @@
 # Builds, tests and times the CUDA backend on a machine with an NVIDIA GPU.
 #
 #   benchmarks/gpu.sh FOLDER          all stages, under 9 minutes whatever they do
-#   benchmarks/gpu.sh FOLDER first    build, tests and sanitizers alone, under 6 minutes
+#   benchmarks/gpu.sh FOLDER first    build, tests and sanitizers alone, under 3 minutes
 #   benchmarks/gpu.sh FOLDER times    build and times alone, under 8 minutes
 #
 # Needs python3 with torch, triton, pybind11 and pytest, and nvcc, cmake and ninja; no network and no
@@ -120,15 +120,12 @@ tests_of() {
     -o faulthandler_timeout=40 -k "$*" --junitxml="$out/$name.xml"  # says where a test hangs
 }
 
-# Tests of both GPU backends beside the sanitizers: nothing is timed. Triton's compile more than a
-# thousand kernels, over ten minutes of one core's time, for which those of CUDA do not wait.
+# Tests of the CUDA backend beside the sanitizers: nothing is timed.
 checks() {
-  local tools=() tool limit=85 triton_limit=85
-  [ "$only" = first ] && limit=150 triton_limit=240
+  local tools=() tool limit=85
   # Shards and sparse teachers have one kind of CUDA kernel.
   tests_of cuda "$limit" "(cuda or gpu) and not (triton or registered or spills)" \
     "and not (streaming and (sharded or sparse))"
-  tests_of triton "$triton_limit" "(triton or registered) and not spills"
   local sanitizer
   sanitizer="$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)"
   if [ -x "$sanitizer" ]; then
@@ -146,15 +143,20 @@ checks() {
   else
     summary+=("sanitizers       skipped: there is no compute-sanitizer")
   fi
-  for tool in tests_cuda "${tools[@]}" tests_triton; do
+  for tool in tests_cuda "${tools[@]}"; do
     finish "$tool"
   done
 }
 
 run_stages() {
-  stage build 80 bash -c build || return
-  [ "$only" = times ] || checks
-  [ "$only" = first ] && return
+  # These need no extension, and compile more than a thousand kernels, over ten minutes of one core's
+  # time: the build and the checks of CUDA go on beside them.
+  [ "$only" = times ] || tests_of triton 160 "(triton or registered) and not spills"
+  local built=0
+  stage build 70 bash -c build && built=1
+  [ $built = 0 ] || [ "$only" = times ] || checks
+  [ "$only" = times ] || finish tests_triton
+  [ $built = 0 ] || [ "$only" = first ] && return
   # One pool that grows: tensors of gigabytes and many sizes leave no holes. Not every machine can.
   allocator=expandable_segments:True
   PYTORCH_CUDA_ALLOC_CONF=$allocator timeout 10 python3 -c 'import torch
