@@ -262,6 +262,26 @@ DIVERGENCES: dict[str, type[Divergence]] = {
     )
 }
 
+#: A row is far where its divergence exceeds this (in nats) and no logit is infinite; as in
+#: csrc/core/point.h.
+FAR_FROM = 1 / 32
+
+#: A KL divergence is the sum of two numbers. One that is larger by more than this leaves it too few
+#: digits to be the value of a far row.
+MOST_CANCELLED = 32.0
+
+
+def kl_weights(kernel: str, parameter: float) -> tuple[float, float] | None:
+    """Of KL(p || q) and KL(q || p) in the compiled divergences that consist of them."""
+    weights = {
+        "forward_kl": (1.0, 0.0),
+        "reverse_kl": (0.0, 1.0),
+        "symmetric_kl": (parameter, 1 - parameter),
+        "soft_cross_entropy": (1.0, 0.0),  # and the teacher's entropy
+    }
+    return weights.get(kernel)
+
+
 _DEFAULTS: dict[str, Divergence] = {
     name: cls() for name, cls in DIVERGENCES.items() if cls is not AlphaBeta
 }

@@ -18,7 +18,10 @@ TAILS = ("bucket", "renormalize", "drop", "sampled")
 
 #: Of a shard of the vocabulary, as in csrc/core/params.h.
 SHARD_PHASES = ("states", "sums", "gradient")
-SHARD_STATES = ("student_base", "student_sum", "student_sum_at_1", "teacher_base", "teacher_sum")
+SHARD_STATES = (
+    *("student_base", "teacher_base", "student_sum", "teacher_sum"),
+    *("reverse", "forward", "entropy", "student_sum_at_1"),
+)
 SHARD_SUMS = ("value", "slope", "shift", "largest_slope", "student_entropy", "teacher_entropy")
 
 

@@ -104,7 +104,7 @@ def test_check(monkeypatch, capsys):
 @pytest.mark.usefixtures("cpu_in_its_place")
 def test_check_finds_a_wrong_shard(monkeypatch, capsys):
     settled = sharded._divergence
-    monkeypatch.setattr(sharded, "_divergence", lambda sums: settled(sums) * 1.001)
+    monkeypatch.setattr(sharded, "_divergence", lambda *sums: settled(*sums) * 1.001)
     with pytest.raises(SystemExit) as error:
         gpu.main(["check"])
     assert error.value.code == 1

@@ -14,6 +14,7 @@ import torch
 from . import tolerances
 from .cases import ALL, BOUNDED, ONE_OF_EACH, close_pair, without_ties
 from .harness import Result, assert_close, assert_matches, assert_same, loss_of, oracle, run
+from .processes import sharded
 
 VOCAB = 2503
 LEVELS = (0.01, 0.02, 0.03, 0.035, 0.05, 0.1, 0.3, 1.0)
@@ -54,6 +55,16 @@ def test_rows_about_the_border(kernel, divergence, dtype, temperature):
     with torch.no_grad():
         loss = loss_of(kernel, student, teacher, **options)
     assert_close(loss.cpu(), expected.loss, tolerances.loss_tolerance(divergence.name))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=str)
+def test_shards_of_rows_about_the_border(kernel, three, divergence, dtype):
+    """Also where the largest logits of each model are another shard's."""
+    student, teacher, options, expected = border(divergence, dtype, 1.0)
+    for ends in ([700, 701, VOCAB], [VOCAB - 1, VOCAB, VOCAB]):
+        actual = sharded(three, kernel, student, teacher, ends, **options)
+        assert_matches(actual, expected, divergence.name, dtype, close=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 import kdkernels
-from kdkernels.divergences import JSD, AlphaBeta, ForwardKL, ReverseKL, SymmetricKL
+from kdkernels import sharded as sharded_losses
+from kdkernels.divergences import (
+    JSD,
+    AlphaBeta,
+    ForwardKL,
+    ReverseKL,
+    SoftCrossEntropy,
+    SymmetricKL,
+)
 
 from . import cases, harness, tolerances
 from .cases import correlated_pair, labels_for
@@ -123,6 +131,25 @@ def test_infinite_divergences(backend, three, divergence):
     expected = harness.run(backend, student, teacher, divergence=divergence, **options)
     assert expected.loss.isinf().any()
     harness.assert_matches(actual, expected, divergence.name, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "divergence", [ForwardKL(), ReverseKL(), SymmetricKL(), SoftCrossEntropy()], ids=repr
+)
+def test_far_rows_of_a_kl_divergence_need_no_sums(kernel, three, monkeypatch, divergence):
+    """Their value is known from the first message, and their gradient from the second launch."""
+    rows, far = 3, torch.tensor([True, False, True])
+    student, teacher = correlated_pair(rows, 96)
+    student[1] = teacher[1] + 1e-3 * cases.normal(96)
+    told, add_up = [], sharded_losses._divergence
+    monkeypatch.setattr(
+        sharded_losses, "_divergence", lambda sums, o: told.append(sums.clone()) or add_up(sums, o)
+    )
+    options = {"reduction": "none", "divergence": divergence}
+    actual = sharded(three, kernel, student, teacher, CUTS["uneven"], **options)
+    check(actual, student, teacher, divergence, torch.float32, reduction="none")
+    for sums in told:
+        assert sums.any(-1).tolist() == (~far).tolist()
 
 
 def test_ties_of_top_tokens(backend, three):

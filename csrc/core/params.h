@@ -71,13 +71,21 @@ enum class ShardPhase : int { kStates, kSums, kGradient };
 
 // Of a row: sums of exp((x - base) / T) over transformed logits x, or of exp(x - base). All -inf:
 // base kLowestLogit and sum 0; a sum over NaN or +inf is NaN or infinite.
+//
+// For a KL divergence also sums by these exponentials: with s' = (s - base) / T and t' likewise,
+// e_s (s' - t'), e_t (s' - t') and e_t t', of which it asks for some. Of the whole vocabulary one
+// number comes back in their place: KL(q || p) of a far row, NaN of any other.
 enum ShardState {
   kStudentBase,
-  kStudentSum,
-  kStudentSumAt1,
   kTeacherBase,
+  kStudentSum,
   kTeacherSum,
-  kShardStates
+  kReverseSum,
+  kForwardSum,
+  kEntropySum,
+  kStudentSumAt1,
+  kShardStates,
+  kReverseKL = kReverseSum
 };
 
 // Of a row: sums over terms, by softmaxes of the whole vocabulary.
@@ -94,7 +102,8 @@ enum ShardSum {
 // What it inherits: the weight of a row is token_weight, which the normalizer has divided; labels
 // are columns of this shard, negative where another has them. Without them there is no hard-label
 // term. The gradient is that of kd_weight's and ce_weight's terms; kSums writes it if slopes are
-// known to sum to 0, else kGradient does. Rows of weight 0 get zeros everywhere.
+// known to sum to 0, and of far rows, whose sums are 0; else kGradient does. Rows of weight 0 get
+// zeros everywhere.
 struct ShardParams : LogitsParams {
   ShardPhase phase = ShardPhase::kStates;
   bool entropies = false;    // in kSums

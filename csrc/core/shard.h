@@ -1,4 +1,4 @@
-// Which launch of a shard of the vocabulary writes its gradient.
+// Which launch of a shard of the vocabulary writes its gradient, of which rows.
 #pragma once
 
 #include "divergences.h"
@@ -6,7 +6,13 @@
 
 namespace kd::KD_NAMESPACE {
 
-// Whether this one does.
+// Whether a row is far, by the states of the whole vocabulary.
+template <class Divergence>
+KD_INLINE bool is_far_row(const double* states) {
+  return Divergence::kIsKL && states[kReverseKL] == states[kReverseKL];
+}
+
+// Whether this one writes all that is not written yet.
 inline bool writes_gradient(const ShardParams& params) {
 #define KD_SLOPE_SUMS_TO_ZERO(name, Divergence) Divergence::kSlopeSumsToZero,
   constexpr bool kSlopeSumsToZero[] = {KD_DIVERGENCES(KD_SLOPE_SUMS_TO_ZERO)};

@@ -269,6 +269,8 @@ class RowPair : protected RowBlocks {
   }
 
   // Of a far row by a KL divergence: forward (q - p) + reverse q (log q - log p - KL(q || p)).
+  // kFetches: no sweep before this one has fetched the next student.
+  template <bool kFetches = false>
   void kl_gradient(double forward, double reverse) {
     const double scale =
         kd_scale_ * (Divergence::kReverse ? fit_float16_range((float)(reverse * kl_.reverse)) : 1);
@@ -279,12 +281,13 @@ class RowPair : protected RowBlocks {
     const float of_gap = (float)(s_scale * reverse / exact_temperature_);
     const float of_p = (float)(scale * teacher_softmax_.scale() * forward);
     const Gap gap(student_softmax_, teacher_softmax_);
-    const Upcoming next_teacher(params_.teacher, next_);
+    const Upcoming next_student(params_.student, next_), next_teacher(params_.teacher, next_);
     for_blocks(params_.vocab, [&](int64_t begin, int n) {
       view_pair<true, Divergence::kReverse>(begin, n, [&](auto s, auto t, auto g) {
         const float* s_kept = student_kept_ + begin;
         const float* t_kept = teacher_kept_ + begin;
         for (int i = 0; i < n; i += kPair) {
+          if constexpr (kFetches) next_student.fetch<2>(begin + i, kPair);
           next_teacher.fetch<2>(begin + i, kPair);
           Vec result[2];
           Pair x, y;

@@ -1,9 +1,11 @@
 // One shard of a row pair, whose other columns are with other processes: the sweeps of rows.h, each
-// a launch of its own. Exponentials are computed again in every launch, and no row is far.
+// a launch of its own. Exponentials are computed again in every launch. Rows may be far only by a
+// KL divergence, which needs no more sums than those of the first sweep.
 #pragma once
 
 #include <algorithm>
 
+#include "../core/shard.h"
 #include "rows.h"
 
 namespace kd::KD_NAMESPACE {
@@ -11,7 +13,7 @@ namespace kd::KD_NAMESPACE {
 template <class Divergence>
 class ShardOfRow : RowPair<Divergence> {
   using Base = RowPair<Divergence>;
-  using Base::params_, Base::row_, Base::gradient_, Base::student_, Base::teacher_;
+  using Base::params_, Base::row_, Base::gradient_, Base::student_, Base::teacher_, Base::kl_;
   using Base::student_softmax_, Base::teacher_softmax_, Base::softmax_at_1_;
 
  public:
@@ -24,24 +26,36 @@ class ShardOfRow : RowPair<Divergence> {
 
   void write_states() {
     const int64_t vocab = params_.vocab;
-    if (!read(sample_of(vocab))) read(vocab);
+    KLSums kl;
+    if (!read(sample_of(vocab), kl)) read(vocab, kl);
     states_[kStudentBase] = student_softmax_.reference();
     states_[kStudentSum] = student_softmax_.total();
     states_[kStudentSumAt1] = softmax_at_1_.total();
     states_[kTeacherBase] = teacher_softmax_.reference();
     states_[kTeacherSum] = teacher_softmax_.total();
+    const double of_student = student_softmax_.exponent().correction() / Base::exact_temperature_;
+    const double of_teacher = teacher_softmax_.exponent().correction() / Base::exact_temperature_;
+    states_[kForwardSum] = kl.forward * of_teacher;
+    states_[kReverseSum] = kl.reverse * of_student;
+    states_[kEntropySum] = kl.entropy * of_teacher;
   }
 
   // And the gradient where it needs no sums.
   template <bool kGradient>
   void write_sums(bool entropies) {
-    take_states();
+    const bool far = is_far_row<Divergence>(states_);
+    take_states(kGradient || !far);
     const bool valid = student_softmax_.valid() && teacher_softmax_.valid();
     for (int i = 0; i < kShardSums; ++i) sums_[i] = valid ? 0 : NAN;
     if (entropies) {
       sums_[kStudentEntropySum] = Base::entropy(student_, student_softmax_, Base::student_block_);
       sums_[kTeacherEntropySum] = Base::entropy(teacher_, teacher_softmax_, Base::teacher_block_);
     }
+    if constexpr (Divergence::kIsKL)
+      if (far) {
+        if (kGradient) write_far_gradient();
+        return;
+      }
     if (valid) {
       const auto sums = Base::template term_sweep<kGradient, false>();
       sums_[kValueSum] = sums.value;
@@ -53,7 +67,7 @@ class ShardOfRow : RowPair<Divergence> {
   }
 
   void write_gradient() {
-    take_states();
+    take_states(true);
     const bool of_divergence = params_.kd_weight != 0;
     const bool has_gradient =
         has_hard_label() &&
@@ -70,19 +84,30 @@ class ShardOfRow : RowPair<Divergence> {
 
  private:
   // Relative to the largest of `sample` logits.
-  bool read(int64_t sample) {
+  bool read(int64_t sample, KLSums& kl) {
+    kl = {};
     this->start(largest_logit(student_, sample, Base::student_block_),
                 with_divergence_ ? largest_logit(teacher_, sample, Base::teacher_block_) : 0);
-    return this->push_logits(params_.labels, with_divergence_, nullptr);
+    const bool may_be_far = Divergence::kIsKL && params_.kd_weight != 0;
+    return this->push_logits(params_.labels, with_divergence_, may_be_far ? &kl : nullptr);
   }
 
-  // The softmaxes of the whole vocabulary, and this shard's exponentials.
-  void take_states() {
+  // The softmaxes of the whole vocabulary, and this shard's exponentials if they are needed.
+  void take_states(bool exponentials) {
     this->start((float)states_[kStudentBase], (float)states_[kTeacherBase]);
-    this->push_logits(false, with_divergence_, nullptr);
+    if (exponentials) this->push_logits(false, with_divergence_, nullptr);
     student_softmax_.set_total(states_[kStudentSum]);
     softmax_at_1_.set_total(states_[kStudentSumAt1]);
     teacher_softmax_.set_total(states_[kTeacherSum]);
+  }
+
+  void write_far_gradient() {
+    kl_.reverse = states_[kReverseKL];
+    kl_.offset = teacher_softmax_.log_sum() - student_softmax_.log_sum();
+    const Divergence& divergence = Base::divergence_;
+    if (has_hard_label())
+      Base::template kl_gradient<true>(divergence.forward(), divergence.reverse());
+    finish(has_hard_label());
   }
 
   bool has_hard_label() const { return Base::ce_scale_ == 0 || softmax_at_1_.valid(); }
@@ -114,6 +139,9 @@ void run_shard(const ShardParams& params, const RowPlan& plan, int64_t begin, in
       write_masked_shard(params, row);
       continue;
     }
+    const bool written = params.phase == ShardPhase::kGradient &&
+                         is_far_row<Divergence>(params.states + row * kShardStates);
+    if (written) continue;  // with its row_scale
     const int64_t after = row + 1 < end ? row + 1 : next;
     ShardOfRow<Divergence> shard(params, plan, divergence, row, after, scratch);
     if (params.phase == ShardPhase::kStates)

@@ -1,5 +1,4 @@
 #include "scale.cuh"
-#include "shard_states.cuh"
 #include "tail.cuh"
 
 #include "../core/shard.h"
@@ -97,10 +96,7 @@ bool shard(const ShardParams& call, int device, void* stream) {
   check_rows(call.rows);
   const Capturable capturable;
   use_device(device);
-  if (call.phase == ShardPhase::kStates)
-    run_shard_states(call, stream);
-  else
-    kShards[call.divergence](call, stream);
+  kShards[call.divergence](call, stream);
   return writes_gradient(call);
 }
 

@@ -1,11 +1,12 @@
 // What the columns that a process holds of a sharded vocabulary add to a row pair's sums, and their
-// gradient, given the softmax states of the whole vocabulary. The algorithm is that of row_pair.h
-// for rows that are not far, cut where the processes add up.
+// gradient, given the softmax states of the whole vocabulary. The algorithm is that of row_pair.h,
+// cut where the processes add up; rows may be far by a KL divergence alone, whose value the states
+// have.
 #pragma once
 
 #include "launch.h"
 #include "run_row.h"
-#include "shard_states.h"
+#include "shard_states.cuh"
 #include "streaming.cuh"
 
 #include "../core/shard.h"
@@ -39,21 +40,31 @@ class ShardPair : RowPair<Divergence, StreamingRow, true> {
  public:
   KD_DEVICE ShardPair(const ShardLaunch<Divergence>& params, const Team& team, StreamingRow& row,
                       int64_t index)
-      : Base(params, team, row, index), sums_(params.sums + index * kShardSums) {
-    if (threadIdx.x == 0) summarize(params.states + index * kShardStates);
+      : Base(params, team, row, index),
+        states_(params.states + index * kShardStates),
+        sums_(params.sums + index * kShardSums) {
+    if (threadIdx.x == 0) summarize();
     __syncthreads();
     this->set_scales();
   }
 
-  // And the gradient where the launch has one.
+  // And the gradient where it needs no sums.
   KD_DEVICE void write_sums(bool with_entropies) {
     Entropies entropies;  // first: the gradient may overwrite the student
     if (with_entropies) entropies = this->entropies();
     const bool both_valid = student().valid() && teacher().valid();
     const bool gradient_is_nan = !both_valid || hard_label_is_nan();
+    const bool far = is_far_row<Divergence>(states_);
+    const bool with_gradient = row_.gradient && (far || Divergence::kSlopeSumsToZero);
     TermSums sums{NAN, NAN, NAN};
-    if (both_valid) sums = this->term_sweep(probabilities(), row_.gradient && !gradient_is_nan);
-    if (row_.gradient) finish_row(gradient_is_nan);
+    if (far) {
+      sums = {};
+      if constexpr (Divergence::kIsKL)
+        if (with_gradient && !gradient_is_nan) this->kl_gradient();
+    } else if (both_valid) {
+      sums = this->term_sweep(probabilities(), with_gradient && !gradient_is_nan);
+    }
+    if (with_gradient) finish_row(gradient_is_nan);
     if (threadIdx.x != 0) return;
     sums_[kValueSum] = sums.value;
     sums_[kSlopeSum] = sums.slope;
@@ -82,13 +93,21 @@ class ShardPair : RowPair<Divergence, StreamingRow, true> {
 
  private:
   // In the place of what the first sweep would find out.
-  KD_DEVICE void summarize(const double* states) const {
+  KD_DEVICE void summarize() const {
     auto& all = team_.template summary<RowSummary<Divergence>>();
-    const double temperature = params_.temperature, base = states[kStudentBase];
-    all.student = state_from(base, states[kStudentSum], temperature, params_.c);
-    all.student_at_1 = state_from(base, states[kStudentSumAt1], 1, kLog2E);
-    all.teacher = state_from(states[kTeacherBase], states[kTeacherSum], temperature, params_.c);
+    const double temperature = params_.temperature, base = states_[kStudentBase];
+    PairState pair;
+    pair.student = state_from(base, states_[kStudentSum], temperature, params_.c);
+    pair.teacher = state_from(states_[kTeacherBase], states_[kTeacherSum], temperature, params_.c);
+    all.student = pair.student, all.teacher = pair.teacher;
+    all.student_at_1 = state_from(base, states_[kStudentSumAt1], 1, kLog2E);
     all.scale = this->scale();
+    if constexpr (Divergence::kIsKL) {
+      if (!is_far_row<Divergence>(states_)) return;
+      KL kl(pair, params_.c);
+      kl.reverse = states_[kReverseKL] * kBitsPerNat;
+      all.of_far = KLGradient(params_.c, pair, kl, params_.term.forward(), params_.term.reverse());
+    }
   }
 
   KD_DEVICE bool hard_label_is_nan() const {
@@ -101,6 +120,7 @@ class ShardPair : RowPair<Divergence, StreamingRow, true> {
     if (threadIdx.x == 0) this->write_row_scale();
   }
 
+  const double* const states_;
   double* const sums_;
 };
 
@@ -126,15 +146,17 @@ __global__ void __launch_bounds__(kMaxStreamingThreads, kCtasOfAnSm<Divergence>)
     shard_gradient_kernel(const ShardLaunch<Divergence> params) {
   const Team team(1);
   const int64_t index = params.first_row + blockIdx.x;
+  if (is_far_row<Divergence>(params.states + index * kShardStates)) return;  // it is written
   StreamingRow row(params, team, index);
   if (params.token_weight[index] == 0) return write_masked_shard(params, team, index);
   ShardPair<Divergence>(params, team, row, index).write_gradient();
 }
 
-// All phases but that of the states, which knows no divergence.
 template <class Divergence>
 void run_shard(ShardParams call, void* stream) {
-  if (!writes_gradient(call)) {
+  if (call.phase == ShardPhase::kStates) return run_shard_states<Divergence>(call, stream);
+  const bool far_rows = Divergence::kIsKL && call.kd_weight != 0;
+  if (!far_rows && !writes_gradient(call)) {
     call.gradient = {};
     call.row_scale = nullptr;
   }

@@ -1,6 +1,8 @@
-// Softmax states of the columns that a process holds of a sharded vocabulary: one CTA for a row
-// pair, which it reads once.
+// Softmax states of the columns that a process holds of a sharded vocabulary, and the sums of a KL
+// divergence: one CTA for a row pair, which it reads once.
 #pragma once
+
+#include <type_traits>
 
 #include "launch.h"
 #include "shard_states.h"
@@ -20,6 +22,14 @@ struct ShardStatesLaunch : LaunchParams {
         c((float)(kBitsPerNat / params.temperature)) {}
 };
 
+// Of which divergences a shard's states have no sums.
+struct NoSums {
+  static constexpr bool kForward = false, kReverse = false, kAddsEntropy = false;
+};
+template <class Divergence>
+using SumsOf = std::conditional_t<Divergence::kIsKL, Divergence, NoSums>;
+
+template <class Divergence>
 __global__ void __launch_bounds__(kMaxStreamingThreads, 3)
     shard_states_kernel(const ShardStatesLaunch params) {
   const Team team(1);
@@ -32,37 +42,40 @@ __global__ void __launch_bounds__(kMaxStreamingThreads, 3)
   }
   row.reads_teacher = params.reads_teacher;
   const bool apart = params.labels && params.temperature != 1;
-  Running<Sum> student(params.c), teacher(params.c), at_1(kLog2E);
+  RunningPair<SumsOf<Divergence>, Sum> pair(params.c);
+  Running<Sum> at_1(kLog2E);
   row.for_each([&](const auto&, auto& s, auto& t) {
     apply(params.student_transform, s);
-    student.push(s);
     if (apart) at_1.push(s);
-    if (!params.reads_teacher) return;
+    if (!params.reads_teacher) return pair.student.push(s);
     apply(params.teacher_transform, t);
-    teacher.push(t);
-  });
-  merge_in_cta(team, student.state(), params.c, [&](const State& all) {
-    const double sum = sum_from_max(all, params.c);
-    states[kStudentBase] = all.max;
-    states[kStudentSum] = sum;
-    if (!apart) states[kStudentSumAt1] = params.labels ? sum : 0;
+    pair.push(s, t);
   });
   if (apart)
-    merge_in_cta(team, at_1.state(), kLog2E,
+    merge_in_cta(team, warp_merge(at_1.state(), kLog2E), kLog2E,
                  [&](const State& all) { states[kStudentSumAt1] = sum_from_max(all, kLog2E); });
-  merge_in_cta(team, teacher.state(), params.c, [&](const State& all) {
-    states[kTeacherBase] = all.max;
-    states[kTeacherSum] = sum_from_max(all, params.c);
+  const PairState of_warp = warp_merge<SumsOf<Divergence>>(pair.state(), params.c);
+  merge_in_cta(team, of_warp, params.c, [&](const PairState& all) {
+    const KLSums sums = sums_from_max(all, params.c);
+    states[kStudentBase] = all.student.max;
+    states[kStudentSum] = sum_from_max(all.student, params.c);
+    if (!apart) states[kStudentSumAt1] = params.labels ? states[kStudentSum] : 0;
+    states[kTeacherBase] = all.teacher.max;
+    states[kTeacherSum] = sum_from_max(all.teacher, params.c);
+    states[kForwardSum] = sums.forward;
+    states[kReverseSum] = sums.reverse;
+    states[kEntropySum] = sums.entropy;
   });
 }
 
-inline void run_shard_states(ShardParams call, void* stream) {
+template <class Divergence>
+void run_shard_states(ShardParams call, void* stream) {
   call.gradient = {};
   const unsigned threads = streaming_tile(call.vocab).threads;
   ShardStatesLaunch params(call);
   launch_in_parts(params, call.rows, [&](int64_t rows) {
-    launch(shard_states_kernel, Grid{(unsigned)rows, threads, 1, sizeof(State) * (threads / 32)},
-           stream, params);
+    launch(shard_states_kernel<Divergence>,
+           Grid{(unsigned)rows, threads, 1, sizeof(PairState) * (threads / 32)}, stream, params);
   });
 }
 

@@ -2,7 +2,7 @@
 // exp(base / T), where State's are relative to a power of two.
 #pragma once
 
-#include "softmax.h"
+#include "pair.h"
 #include "tiles.h"
 
 namespace kd::cuda {
@@ -10,6 +10,17 @@ namespace kd::cuda {
 // Of a state with `max` as the base; 0 where all logits are -inf.
 KD_DEVICE double sum_from_max(const State& state, float c) {
   return state.sum == 0 ? 0 : state.corrected_sum(c) * ::exp2(-state.excess(c));
+}
+
+// The sums of a KL divergence likewise, in nats.
+KD_DEVICE KLSums sums_from_max(const PairState& pair, float c) {
+  const State &student = pair.student, &teacher = pair.teacher;
+  const double s_factor = kNatsPerBit * (sum_from_max(student, c) / student.sum);
+  const double t_factor = kNatsPerBit * (sum_from_max(teacher, c) / teacher.sum);
+  const double s_excess = student.excess(c), t_excess = teacher.excess(c);
+  return {(pair.sums.forward - teacher.sum * (s_excess - t_excess)) * t_factor,
+          (pair.sums.reverse - student.sum * (s_excess - t_excess)) * s_factor,
+          (pair.sums.entropy - teacher.sum * t_excess) * t_factor};
 }
 
 // Any base will do. An invalid sum gives an invalid state.

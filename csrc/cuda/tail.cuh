@@ -70,7 +70,7 @@ class ListedColumns {
 // The sum of a row's tail at one temperature, merged over the CTA.
 KD_DEVICE void write_log_sum(const Team& team, const State& mine, float c, float* reference,
                              float* log_sum) {
-  merge_in_cta(team, mine, c, [&](const State& all) {
+  merge_in_cta(team, warp_merge(mine, c), c, [&](const State& all) {
     *reference = all.max;
     *log_sum = all.valid() ? all.log_sum(c) : all.sum == 0 ? -INFINITY : NAN;
   });

@@ -121,16 +121,15 @@ class Team {
   WarpSlot* const slots_;
 };
 
-// Calls write(state), in one thread, with the states of all of the only CTA's threads merged. Its
-// shared memory holds a State for each warp, and may serve again.
-template <class Write>
-KD_DEVICE void merge_in_cta(const Team& team, const State& mine, float c, Write write) {
-  State* const slots = shared_memory<State>();
-  const State of_warp = warp_merge(mine, c);
+// Calls write(state), in one thread, with the states of all of the only CTA's warps merged. Its
+// shared memory holds a state for each warp, and may serve again.
+template <class T, class Write>
+KD_DEVICE void merge_in_cta(const Team& team, const T& of_warp, float c, Write write) {
+  T* const slots = shared_memory<T>();
   if (team.lane == 0) slots[threadIdx.x / 32] = of_warp;
   __syncthreads();
   if (threadIdx.x == 0) {
-    State all;
+    T all;
     for (unsigned i = 0; i < team.warps; ++i) all.merge(slots[i], c);
     write(all);
   }

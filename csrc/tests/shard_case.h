@@ -2,20 +2,34 @@
 #pragma once
 
 #include "../cuda/shard.cuh"
-#include "../cuda/shard_states.cuh"
 
 #include "rows_case.h"
 
 namespace kd::tests {
 
+// The divergence that a whole row's KL(p || q) and KL(q || p) make, NaN if it has others in it.
+template <class Divergence>
+double of_kls(const float parameters[2], double forward, double reverse) {
+  const Divergence divergence(parameters[0], parameters[1]);
+  if constexpr (Divergence::kIsKL)
+    return (divergence.forward() ? divergence.forward() * forward : 0) +
+           (divergence.reverse() ? divergence.reverse() * reverse : 0);
+  return kNaN;
+}
+
 struct Entry {
   const char* name;
   void (*run)(ShardParams, void*);
-  bool feels_shift, writes_in_sums;
+  double (*of_kls)(const float[2], double, double);
+  bool feels_shift, writes_in_sums, adds_entropy;
 };
-#define KD_ENTRY(name, Divergence)                                          \
-  {#name, cuda::run_shard<cuda::Divergence>, cuda::Divergence::kFeelsShift, \
-   cuda::Divergence::kSlopeSumsToZero},
+#define KD_ENTRY(name, Divergence)     \
+  {#name,                              \
+   cuda::run_shard<cuda::Divergence>,  \
+   of_kls<cuda::Divergence>,           \
+   cuda::Divergence::kFeelsShift,      \
+   cuda::Divergence::kSlopeSumsToZero, \
+   cuda::Divergence::kAddsEntropy},
 #if defined(KD_FEW)  // for planted faults, each of which is compiled anew
 constexpr Entry kEntries[] = {KD_ENTRY(forward_kl, ForwardKL) KD_ENTRY(reverse_kl, ReverseKL)};
 #else
@@ -80,31 +94,50 @@ struct Shard {
         row_scale(c.rows, NAN) {}
 };
 
-// The states of the whole vocabulary, in every shard.
-inline void merge_states(const ShardCase& c, std::vector<std::unique_ptr<Shard>>& shards) {
+// The states of the whole vocabulary, in every shard; returns the divergences of far rows, NaN of
+// all others.
+inline std::vector<double> merge_states(const ShardCase& c,
+                                        std::vector<std::unique_ptr<Shard>>& shards) {
   const double temperature = c.temperature;
+  std::vector<double> values;
   for (int row = 0; row < c.rows; ++row) {
-    double all[kShardStates] = {-kInf, 0, 0, -kInf, 0};
+    double all[kShardStates] = {-kInf, -kInf};
     for (const auto& shard : shards)
       for (const int base : {kStudentBase, kTeacherBase})
         all[base] = std::max(all[base], shard->states[row * kShardStates + base]);
     for (const auto& shard : shards) {
       const double* const mine = shard->states.data() + row * kShardStates;
-      const double s = mine[kStudentBase] - all[kStudentBase];
-      all[kStudentSum] += mine[kStudentSum] * std::exp(s / temperature);
-      all[kStudentSumAt1] += mine[kStudentSumAt1] * std::exp(s);
-      all[kTeacherSum] +=
-          mine[kTeacherSum] * std::exp((mine[kTeacherBase] - all[kTeacherBase]) / temperature);
+      const double at_1 = mine[kStudentBase] - all[kStudentBase], s = at_1 / temperature;
+      const double t = (mine[kTeacherBase] - all[kTeacherBase]) / temperature;
+      all[kStudentSum] += mine[kStudentSum] * std::exp(s);
+      all[kStudentSumAt1] += mine[kStudentSumAt1] * std::exp(at_1);
+      all[kTeacherSum] += mine[kTeacherSum] * std::exp(t);
+      all[kForwardSum] += (mine[kForwardSum] + mine[kTeacherSum] * (s - t)) * std::exp(t);
+      all[kReverseSum] += (mine[kReverseSum] + mine[kStudentSum] * (s - t)) * std::exp(s);
+      all[kEntropySum] += (mine[kEntropySum] + mine[kTeacherSum] * t) * std::exp(t);
     }
-    for (const int base : {kStudentBase, kTeacherBase}) {
-      all[base] += c.base_shift;
-      all[base + 1] *= std::exp(-c.base_shift / temperature);
-    }
+    const double log_t = std::log(all[kTeacherSum]), offset = log_t - std::log(all[kStudentSum]);
+    const double forward = -all[kForwardSum] / all[kTeacherSum] - offset;
+    const double reverse = all[kReverseSum] / all[kStudentSum] + offset;
+    double value = c.kd_weight == 0 ? kNaN : c.entry->of_kls(c.parameters, forward, reverse);
+    if (!cuda::is_far(value, cuda::kFarFrom)) value = kNaN;
+    const double entropy = all[kEntropySum];
+    all[kForwardSum] = all[kEntropySum] = kNaN;
+    all[kReverseKL] = std::isnan(value) ? kNaN : reverse;
+    if (c.entry->adds_entropy) value += log_t - entropy / all[kTeacherSum];
+    values.push_back(value);
+    for (const int base : {kStudentBase, kTeacherBase}) all[base] += c.base_shift;
+    for (const int sum : {kStudentSum, kTeacherSum})
+      all[sum] *= std::exp(-c.base_shift / temperature);
     all[kStudentSumAt1] *= std::exp(-c.base_shift);
-    if (c.poisoned && row == 0) std::fill_n(all, (int)kShardStates, kNaN);
+    if (c.poisoned && row == 0) {
+      std::fill_n(all, (int)kShardStates, kNaN);
+      values.back() = kNaN;
+    }
     for (auto& shard : shards)
       std::copy_n(all, (int)kShardStates, shard->states.begin() + row * kShardStates);
   }
+  return values;
 }
 
 // The sums of the whole vocabulary, in every shard but for the largest slope.

@@ -71,7 +71,7 @@ def shard(
     teacher: Tensor,  # (..., width), in rows
     labels: Tensor | None,  # (...), contiguous
     weight: Tensor,  # (...), contiguous
-    states: Tensor,  # (rows, 5) float64, contiguous
+    states: Tensor,  # (rows, 8) float64, contiguous
     sums: Tensor | None,  # (rows, 6) float64, contiguous
     o: LogitsOptions,
     gradient: Tensor | None,  # (..., width)

@@ -197,7 +197,7 @@ def shard_params(
     teacher: Tensor,  # (..., width), in rows
     labels: Tensor | None,  # (...) int64, contiguous
     weight: Tensor,  # (...) float32, contiguous
-    states: Tensor,  # (rows, 5) float64, contiguous
+    states: Tensor,  # (rows, 8) float64, contiguous
     sums: Tensor | None,  # (rows, 6) float64, contiguous
     o: LogitsOptions,
     gradient: Tensor | None,  # (..., width)

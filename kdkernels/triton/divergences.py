@@ -18,6 +18,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from ..divergences import FAR_FROM
 from .math import (
     LARGEST_FLOAT,
     LOG2E,
@@ -163,9 +164,6 @@ def soft_cross_entropy_value(p, q, log_p, log_q, r):
     return -times_or_zero(p, log_q)
 
 
-#: A row is far where its divergence exceeds this (in nats) and no logit is infinite.
-FAR_FROM = 1 / 32
-
 #: Of a mixture's parts for its rows to be far: the logarithm of a smaller one loses digits.
 LEAST_SHARE = 1 / 16
 
@@ -186,12 +184,11 @@ def _alpha_beta_far_from(a: float, b: float) -> float:
 
 
 class KL(NamedTuple):
-    """What the first sweep adds up, and the weights of KL(p || q) and KL(q || p) in a value."""
+    """What the first sweep adds up."""
 
     forward: bool = True
     reverse: bool = False
     entropy: bool = False  # the teacher's entropy is added besides
-    weights: Callable[[float, float], tuple[float, float]] = lambda a, b: (1.0, 0.0)
 
 
 class Functions(NamedTuple):
@@ -230,7 +227,7 @@ FUNCTIONS: dict[str, Functions] = {
     "reverse_kl": Functions(
         reverse_kl_value,
         reverse_kl_slope,
-        kl=KL(forward=False, reverse=True, weights=lambda a, b: (0.0, 1.0)),
+        kl=KL(forward=False, reverse=True),
     ),
     "jsd": _mixture_functions(
         jsd_value,
@@ -257,7 +254,7 @@ FUNCTIONS: dict[str, Functions] = {
         symmetric_kl_value,
         symmetric_kl_slope,
         parameters=True,
-        kl=KL(reverse=True, weights=lambda weight, _: (weight, 1 - weight)),
+        kl=KL(reverse=True),
     ),
     "tvd": Functions(
         tvd_value,

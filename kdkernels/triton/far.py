@@ -12,6 +12,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .. import divergences
 from .math import LARGEST_FLOAT, LOG2E, NATS_PER_BIT, times_or_zero
 from .sweeps import (
     LogProbabilities,
@@ -24,9 +25,7 @@ from .sweeps import (
     transformed,
 )
 
-#: A KL divergence is the sum of two numbers. One that is larger by more than this leaves it too few
-#: digits to be the value of a far row.
-MOST_CANCELLED = tl.constexpr(32.0)
+MOST_CANCELLED = tl.constexpr(divergences.MOST_CANCELLED)
 
 
 class KLs(NamedTuple):

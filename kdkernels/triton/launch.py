@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..backends.device import row_plan
 from ..backends.rows import gradient_scale, row_strides
-from ..divergences import REGISTERED
+from ..divergences import REGISTERED, kl_weights
 from ..options import SHARD_PHASES, LogitsOptions, TailOptions
 from . import schedule
 from .divergences import FUNCTIONS, Functions
@@ -35,17 +35,19 @@ def _logits(tensor: Tensor, scale: float, softcap: float) -> Logits:
     return Logits(_rows(tensor), scale, softcap, kind)
 
 
-def _far(functions: Functions, o: LogitsOptions) -> Far | None:
+def _far(functions: Functions, o: LogitsOptions, *, of_shard: bool) -> Far | None:
     """None where no row can be far."""
     threshold = functions.far_from(o.parameter_0, o.parameter_1)
     if functions.kl is None or o.kd_weight == 0 or math.isinf(threshold):
+        return None
+    if of_shard and functions.far_value is not None:
         return None
     kl = functions.kl
     kl_from = functions.kl_from or functions.far_from
     return Far(
         threshold,
         kl_from(o.parameter_0, o.parameter_1),
-        *kl.weights(o.parameter_0, o.parameter_1),
+        *(kl_weights(o.divergence, o.parameter_0) or (1.0, 0.0)),
         tl.constexpr(kl.forward),
         tl.constexpr(kl.reverse),
         tl.constexpr(kl.entropy),
@@ -56,7 +58,7 @@ def _far(functions: Functions, o: LogitsOptions) -> Far | None:
     )
 
 
-def _divergence(o: LogitsOptions, *, far_rows: bool = True) -> Divergence:
+def _divergence(o: LogitsOptions, *, of_shard: bool = False) -> Divergence:
     functions = FUNCTIONS.get(o.divergence)
     if functions is None:
         registered = REGISTERED[o.divergence]
@@ -64,7 +66,7 @@ def _divergence(o: LogitsOptions, *, far_rows: bool = True) -> Divergence:
     return Divergence(
         functions.value,
         functions.slope,
-        _far(functions, o) if far_rows else None,
+        _far(functions, o, of_shard=of_shard),
         o.parameter_0,
         o.parameter_1,
         tl.constexpr(functions.parameters),
@@ -116,7 +118,7 @@ class ShardCall(NamedTuple):
     gradient: Tensor | None  # (..., width_s), out of the phase that can, may be the student
     labels: Tensor | None  # (...), columns of the shard, negative where another has them
     weight: Tensor  # (...)
-    states: Tensor  # (rows, 5)
+    states: Tensor  # (rows, 8)
     sums: Tensor | None  # (rows, 6)
     row_scale: Tensor | None  # (...), out with the gradient
     options: LogitsOptions
@@ -128,7 +130,7 @@ class ShardCall(NamedTuple):
             return False
         if self.phase == "gradient":
             return True
-        divergence = _divergence(self.options, far_rows=False)
+        divergence = _divergence(self.options, of_shard=True)
         return self.options.kd_weight != 0 and divergence.SLOPE_SUMS_TO_ZERO.value
 
 
@@ -217,7 +219,7 @@ def arguments_of_shard(call: ShardCall) -> tuple[Any, ...]:
         Records(call.states, call.sums),
         o.vocab,
         Weights(o.temperature, o.kd_weight, o.ce_weight, 1.0, gradient_factor),
-        _divergence(o, far_rows=False),
+        _divergence(o, of_shard=True),
         _wanted_of_shard(call),
         SHARD_PHASES.index(call.phase),
         call.writes_gradient,
