@@ -87,6 +87,24 @@ def test_student_excludes_and_a_power_of_the_teacher_is_finite(backend):
     check_one_sided(backend, AlphaBeta(0, 0.7), "student", infinite=False)
 
 
+#: Parameters of alpha-beta and who excludes tokens: the loss is infinite, its slopes are not.
+FINITE_SLOPES = [(0.7, 0.0, "student"), (1.5, 0.0, "student"), (-0.5, 0.5, "student")]
+FINITE_SLOPES += [(0.5, -0.5, "teacher"), (0.3, -0.8, "teacher")]
+
+
+@pytest.mark.parametrize(("a", "b", "side"), FINITE_SLOPES)
+def test_alpha_beta_is_infinite_and_its_gradient_finite(backend, a, b, side):
+    student, teacher = one_sided(side)
+    actual = run(backend, student, teacher, divergence=AlphaBeta(a, b), reduction="none")
+    assert actual.loss[0] == INF
+    assert actual.loss[1:].isfinite().all()
+    # q^b (q^a - p^a) / a, by the definition's derivative.
+    q, p = student.double().softmax(-1), teacher.double().softmax(-1)
+    slope = (q ** (a + b) - (p**a if b == 0 else p**a * q**b)) / a
+    gradient = slope - q * slope.sum(-1, keepdim=True)
+    assert_gradient(actual.gradient, gradient, tolerances.OTHER_LOSS[0])
+
+
 @pytest.mark.parametrize("divergence", [*KL_WITH_STUDENT_FIRST, *SYMMETRIC], ids=str)
 def test_teacher_excludes_what_the_student_has(backend, divergence):
     check_one_sided(backend, divergence, "teacher", infinite=True, gradient_of_infinite="nan")

@@ -146,8 +146,9 @@ struct AlphaBeta : Defaults {
     close_radius = kSeriesRadius / fmaxf(most, kSeriesRadius);
     if (a != 0) {
       student_larger.first_expm1 = -1 / a;
-      teacher_larger.sum_expm1 = 1 / a;
-      teacher_larger.first_expm1 = -1 / a;
+      // An exponent of 0 d is 0, but NaN where d is infinite.
+      if (a + b != 0) teacher_larger.sum_expm1 = 1 / a;
+      if (b != 0) teacher_larger.first_expm1 = -1 / a;
     } else {
       student_larger.linear = -1;
       teacher_larger.linear_power = 1;

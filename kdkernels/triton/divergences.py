@@ -138,8 +138,9 @@ def alpha_beta_slope(p, q, log_p, log_q, r, a, b):
     # -q^(a+b) (exp(a d) - 1) / a, or p^(a+b) (exp(-(a+b) d) - exp(-b d)) / a from the larger p.
     d = -tl.abs(r)
     from_q = tl.where(a == 0.0, -d, -expm1(a * d) / a)
-    power = exp(b * d) * tl.maximum(d, LOWEST)
-    from_p = tl.where(a == 0.0, power, (expm1((a + b) * d) - expm1(b * d)) / a)
+    finite = tl.maximum(d, LOWEST)  # times an exponent of 0
+    power = exp(b * d) * finite
+    from_p = tl.where(a == 0.0, power, (expm1((a + b) * finite) - expm1(b * finite)) / a)
     k = tl.where(r >= 0.0, from_q, from_p)
     return times_or_zero(_larger_to(a + b, log_p, log_q, r), k)
 
