@@ -67,6 +67,39 @@ def test_small_shares_of_a_mixture(backend, divergence):
     check_float32(backend, divergence, 4, 2503, 1.0, close=True)
 
 
+def mixtures_and_slopes(student, teacher, divergence):
+    """JSD or skew forward KL and its gradient, of terms that do not cancel, in float64."""
+    log_q, log_p = student.double().log_softmax(-1), teacher.double().log_softmax(-1)
+    q, p, r = log_q.exp(), log_p.exp(), log_q - log_p
+    share = divergence.beta if divergence.name == "jsd" else divergence.alpha
+    over_p = torch.log1p((1 - share) * torch.expm1(r))  # log m - log p
+    over_q = torch.log1p(share * torch.expm1(-r))
+    if divergence.name == "jsd":
+        slope = (share - 1) * q * over_q
+        value = slope - share * p * over_p
+    else:
+        slope = (1 - share) ** 2 * (q - p) / over_q.exp()
+        value = (1 - share) * (q - p) - p * over_p
+    return value.sum(-1), slope - q * slope.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    "divergence",
+    [JSD(0.01), JSD(0.99), JSD(1e-4), SkewForwardKL(0.95)],
+    ids=str,
+)
+def test_tokens_apart_in_rows_that_are_close(backend, divergence):
+    # The logarithm of a mixture is small beside that of q / p, which must not take its digits.
+    student, teacher = close_pair(3, 2503, kl=1e-6)
+    rare = teacher.argsort(-1)[:, 900:960]
+    student.scatter_add_(-1, rare, torch.linspace(-1.5, 1.5, 60).expand(3, 60))
+    loss, gradient = mixtures_and_slopes(student, teacher, divergence)
+    assert loss.max() < 0.01
+    actual = run(backend, student, teacher, divergence=divergence, reduction="none")
+    assert_close(actual.loss, loss, (tolerances.OTHER_LOSS[0], 0.0))
+    assert_gradient(actual.gradient, gradient, tolerances.OTHER_LOSS[0])
+
+
 @pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=str)
 def test_float32_at_the_vocabulary_of_gpt2(backend, divergence):
     check_float32(backend, divergence, 2, 50257, 1.0, close=False)

@@ -59,19 +59,12 @@ struct Mixture : Defaults {
     return quotient(weight * exponential + FLT_MIN, far_of(x, weights));
   }
 
-  // log(m / p) and log(m / q) away from the teacher, given (q - p) / m.
+  // log(m / own) away from the teacher, given m - own: small where m has little of the other one.
   template <class F>
-  struct Logs {
-    F over_p, over_q;
-  };
-
-  template <class F>
-  KD_INLINE Logs<F> far_logs(F r, F difference_over_m) const {
-    // From the larger of p and q, so that nothing overflows.
-    const auto p_is_larger = r <= 0.0f;
-    const F weight = select(p_is_larger, splat<F>(rest), splat<F>(share));
-    const F fall = log1p(weight * abs(difference_over_m));
-    return {select(p_is_larger, -fall, r - fall), select(p_is_larger, -fall - r, -fall)};
+  static KD_INLINE F log_over(F own, F m, F difference) {
+    const auto falls = difference < 0.0f;
+    const F growth = log1p(quotient(abs(difference), select(falls, m, own + FLT_MIN)));
+    return select(falls, -growth, growth);
   }
 
   template <class F>
@@ -112,14 +105,21 @@ struct Mixture : Defaults {
 
 // beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q. Agarwal et al. 2023 (GKD).
 struct JSD : Mixture {
+  float even;  // r where p and q are equal parts of m
+
   JSD(float beta, float)
-      : Mixture(beta, 0, 1 - (double)beta, -beta, (double)beta - 1, 1 - (double)beta, 0) {}
+      : Mixture(beta, 0, 1 - (double)beta, -beta, (double)beta - 1, 1 - (double)beta, 0),
+        even(::logf(share / rest)) {}
 
   template <class F>
   KD_INLINE Term<F> operator()(const Point<F>& x) const {
-    const auto logs = far_logs(x.r, quotient(x.q - x.p, of(x)));
-    const F slope = this->slope(x, -rest * logs.over_q);
-    return {value(x, slope - share * times_or_zero(x.p, logs.over_p)), slope};
+    // From the larger part of m: from the smaller one, the other log would be left by cancelling.
+    const auto of_p = x.r <= even;
+    const F weight = select(of_p, splat<F>(rest), splat<F>(-share));
+    const F log = log_over(select(of_p, x.p, x.q), of(x), weight * (x.q - x.p));
+    const F over_p = select(of_p, log, log + x.r), over_q = select(of_p, log - x.r, log);
+    const F slope = this->slope(x, -rest * over_q);
+    return {value(x, slope - share * times_or_zero(x.p, over_p)), slope};
   }
 
   KD_INLINE double kl_from() const { return kFarFrom / (share * rest); }
@@ -144,9 +144,10 @@ struct SkewForwardKL : Mixture {
 
   template <class F>
   KD_INLINE Term<F> operator()(const Point<F>& x) const {
-    const F ratio = quotient(bregman(x.p, x.q, x.r).difference, of(x));
-    const F p_log = times_or_zero(x.p, far_logs(x.r, ratio).over_p);
-    return {value(x, rest * (x.q - x.p) - p_log), rest * rest * times_or_zero(x.q, ratio)};
+    const F m = of(x), ratio = quotient(bregman(x.p, x.q, x.r).difference, m);
+    const F difference = rest * (x.q - x.p);
+    return {value(x, difference - x.p * log_over(x.p, m, difference)),
+            rest * rest * times_or_zero(x.q, ratio)};
   }
 
   KD_INLINE double kl_from() const { return kFarFrom / (rest * rest); }
@@ -169,15 +170,9 @@ struct SkewReverseKL : Mixture {
 
   template <class F>
   KD_INLINE Term<F> operator()(const Point<F>& x) const {
-    // The two parts of the slope nearly cancel where the student's share is large, so its logarithm
-    // is taken of what is close to 1.
-    const F m = of(x), difference = x.q - x.p;
-    const auto p_is_larger = x.r <= 0.0f;
-    const F smaller = select(p_is_larger, x.q + FLT_MIN, m);
-    const F growth = log1p(quotient(share * abs(difference), smaller));
-    const F log = select(p_is_larger, -growth, growth);  // log(q / m)
-    return {value(x, times_or_zero(x.q, log) - share * difference),
-            slope(x, log - rest * share * quotient(difference, m))};
+    const F m = of(x), difference = share * (x.p - x.q);
+    const F over_q = log_over(x.q, m, difference);
+    return {value(x, difference - x.q * over_q), slope(x, rest * quotient(difference, m) - over_q)};
   }
 
   // Where the student's share is large, slopes nearly cancel, and what is off in p and q counts.

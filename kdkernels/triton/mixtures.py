@@ -6,7 +6,6 @@ import triton.language as tl
 from .math import (
     LEAST_NORMAL,
     LOG2E,
-    SERIES_RADIUS,
     bregman_difference,
     bregman_excess,
     expm1,
@@ -20,10 +19,10 @@ from .math import (
 def _bases_on_p(r, of_p, of_q):
     """Whether log m comes from log p, not from log q.
 
-    From the larger, so that the exponential never overflows; where they are close, from that with
-    the larger share, which m is nearer to.
+    From the larger part of m: the exponential never overflows, and with the smaller part's
+    logarithm the other would be left by cancelling.
     """
-    return tl.where(tl.abs(r) < SERIES_RADIUS, of_p > of_q, r <= 0.0)
+    return r <= tl.log(of_p / of_q)
 
 
 @triton.jit
