@@ -188,7 +188,10 @@ class AlphaBeta(Divergence):
 
     Its limits are taken at a = 0, b = 0 and a + b = 0; (1, 0) is forward KL and (0, 1) reverse KL.
     A parameter within 2^-15 of 0 counts as 0: it would divide powers that cancel. Finite on -inf
-    logits for positive parameters. ABKD, Wang et al. 2025, arXiv:2505.04560; Cichocki et al. 2011.
+    logits for positive parameters. With a negative one, kernels multiply max(p, q)^(a+b) by a power
+    of the ratio: where these leave float32's range (p^2 / q with p below 1e-38) a term counts as 0
+    or infinite, which ``backend="reference"`` has in float64. ABKD, Wang et al. 2025,
+    arXiv:2505.04560; Cichocki et al. 2011.
     """
 
     name: ClassVar[str] = "alpha_beta"

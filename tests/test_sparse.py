@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdkernels import JSD, ForwardKL, kd_loss, sparse_kd_loss
+from kdkernels import JSD, AlphaBeta, ForwardKL, kd_loss, sparse_kd_loss
 from kdkernels.divergences import as_divergence
 from kdkernels.options import TAILS
 from kdkernels.reference import transform
@@ -218,6 +218,21 @@ def test_a_whole_teacher_is_an_ordinary_one(backend, tail, divergence):
     if tail == "bucket":
         rounded = run(backend, student, indices, logprobs.bfloat16(), divergence=divergence)
         assert_close(rounded.loss, result.loss, (0.05, 0.0))
+
+
+def test_alpha_beta_of_dropped_tails_is_that_of_measures(backend):
+    student, teacher = correlated_pair(3, 50)
+    indices, logprobs = top(teacher, 6)
+    leaf = student.double().requires_grad_()
+    q, p = leaf.softmax(-1).gather(-1, indices), logprobs.double().exp()
+    (p * (p / q).log() - p + q).sum(-1).mean().backward()
+    expected = (p * (p / q).log() - p + q).sum(-1).mean().detach()
+    options = {"tail": "drop", "divergence": AlphaBeta(1, 0)}
+    actual = run(backend, student, indices, logprobs, **options)
+    assert_matches(actual, Result(expected, leaf.grad, None), "forward_kl", torch.float32)
+    of_itself = run(backend, teacher, indices, logprobs, **options)
+    assert of_itself.loss.abs() < tolerances.PLAIN_LOSS[1]
+    assert of_itself.gradient.abs().max() < tolerances.PLAIN_LOSS[1]
 
 
 @pytest.mark.parametrize("divergence", [d for d in ONE_OF_EACH if d.name != "soft_cross_entropy"])
