@@ -323,6 +323,8 @@ void check_faulty() {
     c.labels = c.metrics = true;
     c.ce_weight = 1;
     c.temperature = 2;
+    c.shards = 1;
+    c.vocab = 2100;  // of eight warps, whose slots for both merges overlap
     check_shards(c);
   }
 }
