@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import kdkernels
-from kdkernels import kd_loss
+from kdkernels import extension, kd_loss
 
 from . import interpreter, tolerances
 from .cases import close_pair, correlated_pair, labels_for
@@ -120,6 +120,7 @@ def test_compiled(hellinger):
     assert torch.equal(leaves[0].grad, leaves[1].grad)
 
 
+@pytest.mark.skipif(bool(extension.missing), reason=extension.missing)
 def test_other_backends_refuse(hellinger):
     student, teacher = correlated_pair(3, 70)
     for divergence in (hellinger, "squared_hellinger"):

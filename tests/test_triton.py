@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import kdkernels
-from kdkernels import ForwardKL, kd_loss
+from kdkernels import ForwardKL, extension, kd_loss
 from kdkernels.options import LogitsOptions
 
 from . import compiled_triton, interpreter, tolerances
@@ -45,6 +45,7 @@ from .test_compile import options as operator_options
 pytestmark = pytest.mark.skipif(not interpreter.INSTALLED, reason="Triton is not installed")
 
 
+@pytest.mark.skipif(bool(extension.missing), reason=extension.missing)
 @pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=str)
 def test_agrees_with_the_cpu(divergence):
     student, teacher = correlated_pair(3, 2503)
