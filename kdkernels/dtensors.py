@@ -67,7 +67,7 @@ def local_tensors(
                 "so that their shards lie alike"
             )
     columns = -(-size // mesh.size(mesh_dim))  # as torch.chunk: what is missing is so at the end
-    start = min(mesh.get_local_rank(mesh_dim) * columns, size)
+    start = min(mesh.get_coordinate()[mesh_dim] * columns, size)
     values = [_local(name, x, dim) for name, x, dim in tensors]
     vocab_size = size if where.vocab_size is None else where.vocab_size
     return values, Where(mesh.get_group(mesh_dim), start, vocab_size)
@@ -81,10 +81,10 @@ def overwritten(logits: Tensor) -> None:
 
 def _sharded_along(name: str, x: Any, dim: int) -> int:
     """The one dimension of the mesh that shards ``dim``; nothing else may be sharded."""
-    kinds = sys.modules["torch.distributed.tensor"]
-    sharded = [i for i, p in enumerate(x.placements) if type(p) is kinds.Shard]
-    replicated = [p for p in x.placements if type(p) is kinds.Replicate]
-    alone = len(sharded) == 1 and len(replicated) == len(x.placements) - 1
+    kinds = _kinds(x)
+    sharded = [i for i, kind in enumerate(kinds) if kind == "Shard"]
+    replicated = [kind for kind in kinds if kind == "Replicate"]
+    alone = len(sharded) == 1 and len(replicated) == len(kinds) - 1
     if not alone or (x.placements[sharded[0]].dim - dim) % x.dim() != 0:
         raise ValueError(
             f"{name} is a DTensor with placements {x.placements}, expected Shard({dim}) in one "
@@ -94,11 +94,15 @@ def _sharded_along(name: str, x: Any, dim: int) -> int:
     return sharded[0]
 
 
+def _kinds(x: Any) -> list[str]:
+    """Of its placements, whose types Dynamo doesn't compare in every torch, as it does names."""
+    return [type(placement).__name__ for placement in x.placements]
+
+
 def _local(name: str, x: Any, dim: int | None) -> Any:
     if not is_distributed(x):
         return x
-    kinds = sys.modules["torch.distributed.tensor"]
-    if dim is None and any(type(p) is not kinds.Replicate for p in x.placements):
+    if dim is None and any(kind != "Replicate" for kind in _kinds(x)):
         raise ValueError(
             f"{name} is a DTensor with placements {x.placements}, expected Replicate() or a plain "
             "tensor"
