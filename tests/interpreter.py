@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 
+import numpy as np
 import torch
 
 from . import compiled_triton
@@ -75,6 +76,18 @@ def _convert_bfloat16_as_hardware_does(interpreter) -> None:
     interpreter.InterpreterBuilder.cast_impl = cast
 
 
+def _reduce_nan_as_hardware_does(interpreter) -> None:
+    """A block's maximum leaves NaN out, and Triton 3.4's interpreter doesn't."""
+    original = interpreter.ReduceOps.min_max
+    without_nan = {np.max: np.nanmax, np.min: np.nanmin}
+
+    def min_max(reduction, block, val_reduce_op, idx_reduce_op=None):
+        of_values = without_nan.get(val_reduce_op, val_reduce_op)
+        return original(reduction, block, of_values, idx_reduce_op)
+
+    interpreter.ReduceOps.min_max = min_max
+
+
 if INSTALLED and compiled_triton.FOLDER:
     compiled_triton.install()
 elif INSTALLED and DEVICE == "cpu":
@@ -84,3 +97,4 @@ elif INSTALLED and DEVICE == "cpu":
     _patch_once_a_module(interpreter)
     _remember_types(interpreter)
     _convert_bfloat16_as_hardware_does(interpreter)
+    _reduce_nan_as_hardware_does(interpreter)
