@@ -35,7 +35,7 @@ from .tables import machine, milliseconds, source, table
 
 VOCABS = 32000, 128256
 ROWS = 512
-DIVERGENCES = "forward_kl", "jsd"
+DIVERGENCES = "forward_kl", "reverse_kl", "jsd"
 
 #: (student shard, teacher shard, temperature) -> the loss, the same in every process.
 Loss = Callable[[Tensor, Tensor, float], Tensor]
