@@ -105,19 +105,23 @@ struct Mixture : Defaults {
 
 // beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q. Agarwal et al. 2023 (GKD).
 struct JSD : Mixture {
-  float even;  // r where p and q are equal parts of m
+  float log_share, log_rest;
 
   JSD(float beta, float)
       : Mixture(beta, 0, 1 - (double)beta, -beta, (double)beta - 1, 1 - (double)beta, 0),
-        even(::logf(share / rest)) {}
+        log_share((float)::log((double)beta)),
+        log_rest((float)::log1p(-(double)beta)) {}
 
   template <class F>
   KD_INLINE Term<F> operator()(const Point<F>& x) const {
     // From the larger part of m: from the smaller one, the other log would be left by cancelling.
-    const auto of_p = x.r <= even;
-    const F weight = select(of_p, splat<F>(rest), splat<F>(-share));
-    const F log = log_over(select(of_p, x.p, x.q), of(x), weight * (x.q - x.p));
-    const F over_p = select(of_p, log, log + x.r), over_q = select(of_p, log - x.r, log);
+    const F of_p = share * x.p, of_q = rest * x.q;
+    const auto p_is_larger = of_p >= of_q;
+    const F smaller = select(p_is_larger, of_q, of_p), larger = select(p_is_larger, of_p, of_q);
+    const F log = log1p(quotient(smaller, larger + FLT_MIN)) +
+                  select(p_is_larger, splat<F>(log_share), splat<F>(log_rest));
+    const F over_p = select(p_is_larger, log, log + x.r);
+    const F over_q = select(p_is_larger, log - x.r, log);
     const F slope = this->slope(x, -rest * over_q);
     return {value(x, slope - share * times_or_zero(x.p, over_p)), slope};
   }
