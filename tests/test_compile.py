@@ -12,6 +12,7 @@ import kdkernels
 from kdkernels import kd_loss, linear_kd_loss, sparse_kd_loss
 from kdkernels.options import LogitsOptions
 
+from . import upstream
 from .cases import DTYPES, correlated_pair, labels_for, normal
 
 COMPILER = pytest.mark.skipif(
@@ -138,6 +139,7 @@ def test_numbers_of_tokens_compile_once():
     assert counter.frame_count == 2
 
 
+@upstream.before("torch", 2, 9, reason="hides what is wrong behind an error of Dynamo's")
 @pytest.mark.parametrize("transform", ["grad", "jvp", "vmap of a leaf"])
 def test_function_transforms_in_a_graph_say_what_to_use(transform):
     """Rather than give a derivative of 0."""
@@ -170,7 +172,19 @@ def test_16_bits(dtype, inplace):
 
 
 @pytest.mark.parametrize("compiler", BACKENDS)
-@pytest.mark.parametrize("loss", [kd_loss, sparse_kd_loss], ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize(
+    "loss",
+    [
+        kd_loss,
+        pytest.param(
+            sparse_kd_loss,
+            marks=upstream.before(
+                "torch", 2, 12, reason="cannot trace writes to a view it is given"
+            ),
+        ),
+    ],
+    ids=lambda loss: loss.__name__,
+)
 def test_in_place_of_a_view_that_the_graph_is_given(compiler, loss):
     """A graph asked for the view's base while it was compiled, when it has none."""
     student, teacher = correlated_pair(2, 5, VOCAB)

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from . import dtensor_checks, process_checks
+from . import dtensor_checks, process_checks, upstream
 from .process_checks import SIZE
 
 CHECKS = process_checks.CHECKS + dtensor_checks.CHECKS
@@ -66,6 +66,14 @@ def processes(tmp_path_factory):
         worker.terminate()
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+IN_PLACE = dtensor_checks.compiled_dtensors_in_place
+OVERWRITES_LATE = upstream.before("torch", 2, 9, reason="overwrites logits in the backward alone")
+
+
+@pytest.mark.parametrize(
+    "check",
+    [pytest.param(x, marks=OVERWRITES_LATE) if x is IN_PLACE else x for x in CHECKS],
+    ids=lambda check: check.__name__,
+)
 def test_two_processes(processes, check):
     processes(check)
