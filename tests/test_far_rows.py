@@ -62,8 +62,8 @@ def test_rows_about_the_border(kernel, divergence, dtype, temperature):
 def test_shards_of_rows_about_the_border(kernel, three, divergence, dtype):
     """Also where the largest logits of each model are another shard's."""
     student, teacher, options, expected = border(divergence, dtype, 1.0)
-    for ends in ([700, 701, VOCAB], [VOCAB - 1, VOCAB, VOCAB]):
-        actual = sharded(three, kernel, student, teacher, ends, **options)
+    for inplace, ends in ((False, [700, 701, VOCAB]), (True, [VOCAB - 1, VOCAB, VOCAB])):
+        actual = sharded(three, kernel, student, teacher, ends, inplace_grad=inplace, **options)
         assert_matches(actual, expected, divergence.name, dtype, close=True)
 
 

@@ -71,7 +71,9 @@ FLOAT, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16
     ],
     ids=str,
 )
-@pytest.mark.parametrize("divergence", [ForwardKL(), JSD(), AlphaBeta(2, 0.5)], ids=repr)
+@pytest.mark.parametrize(
+    "divergence", [ForwardKL(), ReverseKL(), JSD(), AlphaBeta(2, 0.5)], ids=repr
+)
 def test_dtypes(kernel, three, dtype, teacher_dtype, inplace, divergence):
     rows = 2 if kernel.interpreted else 5
     student, teacher = correlated_pair(rows, 96)
