@@ -62,9 +62,8 @@ struct Mixture : Defaults {
   // log(m / own) away from the teacher, given m - own: small where m has little of the other one.
   template <class F>
   static KD_INLINE F log_over(F own, F m, F difference) {
-    const auto falls = difference < 0.0f;
-    const F growth = log1p(quotient(abs(difference), select(falls, m, own + FLT_MIN)));
-    return select(falls, -growth, growth);
+    const F growth = log1p(quotient(abs(difference), select(own < m, own, m) + FLT_MIN));
+    return select(difference < 0.0f, -growth, growth);
   }
 
   template <class F>
