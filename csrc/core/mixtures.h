@@ -13,29 +13,30 @@ namespace kd::KD_NAMESPACE {
 //   slope / q = e log(q / m) + f rest share (q - p) / m = e (r - L) + f (L' - rest)
 struct Mixture : Defaults {
   static constexpr bool kHasClose = true;
-  static constexpr float close_radius = kSeriesRadius;
-  static constexpr int kTerms = 9;
+  static constexpr float close_radius = 0.75f;  // of |r|, for the polynomials below
+  static constexpr int kDegree = 7;
   float share, rest;
-  float of_slope[kTerms - 1];  // slope / q, from r on
-  float of_value[kTerms - 1];  // value / p, from r^2 on
+  float of_slope[kDegree + 1];  // slope / (q r)
+  float of_value[kDegree + 1];  // value / (p r^2)
 
   // Coefficients not rounded to float: near the teacher all but few of their digits cancel.
   Mixture(float share, double a, double b, double c, double d, double e, double f)
       : share(share), rest(1 - share) {
     const double rest = 1 - (double)share;
-    double exponential[kTerms + 1] = {1}, log[kTerms + 1];
-    for (int n = 1; n <= kTerms; ++n) {
+    double exponential[kTerms + 2] = {1}, log[kTerms + 2], slope[kTerms], value[kTerms];
+    for (int n = 1; n <= kTerms + 1; ++n) {
       exponential[n] = exponential[n - 1] / n;
       // From L' m / p = (m / p)'.
       log[n] = rest * exponential[n];
       for (int k = 1; k < n; ++k) log[n] -= k * log[k] * rest * exponential[n - k] / n;
-      if (n > 1) of_slope[n - 2] = (float)(e * ((n == 2) - log[n - 1]) + f * n * log[n]);
+      if (n == 1) continue;
       double product = log[n];  // of exp(r) and L
       for (int k = 1; k < n; ++k) product += log[k] * exponential[n - k];
-      if (n > 1)
-        of_value[n - 2] =
-            (float)(a * exponential[n] + b * exponential[n - 1] + c * log[n] + d * product);
+      slope[n - 2] = e * ((n == 2) - log[n - 1]) + f * n * log[n];
+      value[n - 2] = a * exponential[n] + b * exponential[n - 1] + c * log[n] + d * product;
     }
+    economize(slope, of_slope);
+    economize(value, of_value);
   }
 
   // Whether its rows may be far.
@@ -73,32 +74,49 @@ struct Mixture : Defaults {
 
   template <class F>
   KD_INLINE F value(const Point<F>& x, F far) const {
-    return select(abs(x.r) < kSeriesRadius, close_value(x), far);
+    return select(abs(x.r) < close_radius, close_value(x), far);
   }
 
   // Given slope / q away from the teacher.
   template <class F>
   KD_INLINE F slope(const Point<F>& x, F far_over_q) const {
-    return times_or_zero(x.q, select(abs(x.r) < kSeriesRadius, close_slope(x), far_over_q));
+    return times_or_zero(x.q, select(abs(x.r) < close_radius, close_slope(x), far_over_q));
   }
 
  private:
   template <class F>
   KD_INLINE F close_value(const Point<F>& x) const {
-    return power_series(of_value, x.r) * x.r * (x.p * x.r);
+    return polynomial(of_value, x.r) * x.r * (x.p * x.r);
   }
 
   // Divided by q.
   template <class F>
   KD_INLINE F close_slope(const Point<F>& x) const {
-    return power_series(of_slope, x.r) * x.r;
+    return polynomial(of_slope, x.r) * x.r;
   }
 
   template <class F>
-  static KD_INLINE F power_series(const float (&coefficients)[kTerms - 1], F r) {
-    F sum = splat<F>(coefficients[kTerms - 2]);
-    for (int n = kTerms - 3; n >= 0; --n) sum = sum * r + coefficients[n];
+  static KD_INLINE F polynomial(const float (&coefficients)[kDegree + 1], F r) {
+    F sum = splat<F>(coefficients[kDegree]);
+    for (int n = kDegree - 1; n >= 0; --n) sum = sum * r + coefficients[n];
     return sum;
+  }
+
+  // The polynomial of a power series, of which kTerms tell enough. From the highest on, r^n gives
+  // way to the lower powers of the Chebyshev polynomial of degree n, which are off by a 2^(n - 1)th
+  // of it where |r| < close_radius.
+  static constexpr int kTerms = 12;
+  static void economize(double (&series)[kTerms], float (&coefficients)[kDegree + 1]) {
+    for (int n = kTerms - 1; n > kDegree; --n) {
+      double of_power = series[n];
+      for (int k = 1; 2 * k <= n; ++k) {
+        const int power = n - 2 * k;
+        of_power *=
+            -(double)close_radius * close_radius * (power + 2) * (power + 1) / (4 * k * (n - k));
+        series[power] -= of_power;
+      }
+    }
+    for (int n = 0; n <= kDegree; ++n) coefficients[n] = (float)series[n];
   }
 };
 
