@@ -67,10 +67,13 @@ class Divergence:
         raise TypeError(f"{type(self).__name__} does not define value(log_p, log_q)")
 
     def kernel(self) -> tuple[str, float, float]:
-        """The compiled divergence's name and its two parameters (0 where it has fewer)."""
-        names: tuple[str, ...] = self.__match_args__  # vars() stops torch.compile of torch 2.8
-        first, second, *_ = (*(getattr(self, name) for name in names), 0.0, 0.0)
-        return self.name, float(first), float(second)  # Triton takes no other numbers
+        """The compiled divergence's name and its two parameters (0 where it has none)."""
+        return self.name, 0.0, 0.0
+
+
+def _weighted(divergence: Divergence, weight: float) -> tuple[str, float, float]:
+    """Both weights as parameters: of one rounded to float32, the other would keep few digits."""
+    return divergence.name, float(weight), 1 - float(weight)  # Triton takes no other numbers
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class JSD(Divergence):
 
     def kernel(self) -> tuple[str, float, float]:
         limits: dict[float, Divergence] = {0: ForwardKL(), 1: ReverseKL()}
-        return limits[self.beta].kernel() if self.beta in limits else super().kernel()
+        return limits[self.beta].kernel() if self.beta in limits else _weighted(self, self.beta)
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,7 @@ class SkewForwardKL(Divergence):
         return _kl(log_p, _log_mixture(log_p, log_q, self.alpha) if self.alpha else log_q)
 
     def kernel(self) -> tuple[str, float, float]:
-        return super().kernel() if self.alpha else ForwardKL().kernel()
+        return _weighted(self, self.alpha) if self.alpha else ForwardKL().kernel()
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,7 @@ class SkewReverseKL(Divergence):
         return _kl(log_q, _log_mixture(log_q, log_p, self.alpha) if self.alpha else log_p)
 
     def kernel(self) -> tuple[str, float, float]:
-        return super().kernel() if self.alpha else ReverseKL().kernel()
+        return _weighted(self, self.alpha) if self.alpha else ReverseKL().kernel()
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,9 @@ class SymmetricKL(Divergence):
 
     def kernel(self) -> tuple[str, float, float]:
         limits: dict[float, Divergence] = {0: ReverseKL(), 1: ForwardKL()}
-        return limits[self.weight].kernel() if self.weight in limits else super().kernel()
+        if self.weight in limits:
+            return limits[self.weight].kernel()
+        return _weighted(self, self.weight)
 
 
 @dataclass(frozen=True)

@@ -255,7 +255,7 @@ def test_a_second_backward_is_never_silently_wrong():
 
 
 def options(divergence="jsd", reduction="mean", metrics=True, **changes):
-    index = {"jsd": (0.5, 0.0), "alpha_beta": (0.2, 0.7)}.get(divergence, (0.0, 0.0))
+    index = {"jsd": (0.5, 0.5), "alpha_beta": (0.2, 0.7)}.get(divergence, (0.0, 0.0))
     scalars = 2.0, 4.0, 0.5, -100, reduction, VOCAB, 1.0, 0.0, 1.0, 0.0, metrics
     base = LogitsOptions(divergence, *index, *scalars, "", 0, 1, 0, VOCAB)
     return base._replace(**changes)

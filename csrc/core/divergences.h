@@ -53,18 +53,18 @@ struct ReverseKL : Defaults {
 struct SymmetricKL : Defaults {
   static constexpr bool kIsKL = true;
   static constexpr bool kReverse = true;
-  float weight;
-  SymmetricKL(float weight, float) : weight(weight) {}
+  float weight, rest;
+  SymmetricKL(double weight, double rest) : weight((float)weight), rest((float)rest) {}
 
   KD_INLINE float forward() const { return weight; }
-  KD_INLINE float reverse() const { return 1 - weight; }
+  KD_INLINE float reverse() const { return rest; }
 
   template <class F>
   KD_INLINE Term<F> operator()(const Point<F>& x) const {
     const auto forward = bregman(x.p, x.q, x.r);
     const auto reverse = bregman(x.q, x.p, -x.r);
-    return {weight * forward.excess + (1.0f - weight) * reverse.excess,
-            weight * forward.difference + (1.0f - weight) * times_or_zero(x.q, x.r)};
+    return {weight * forward.excess + rest * reverse.excess,
+            weight * forward.difference + rest * times_or_zero(x.q, x.r)};
   }
 };
 

@@ -20,9 +20,8 @@ struct Mixture : Defaults {
   float of_value[kDegree + 1];  // value / (p r^2)
 
   // Coefficients not rounded to float: near the teacher all but few of their digits cancel.
-  Mixture(float share, double a, double b, double c, double d, double e, double f)
-      : share(share), rest(1 - share) {
-    const double rest = 1 - (double)share;
+  Mixture(double share, double rest, double a, double b, double c, double d, double e, double f)
+      : share((float)share), rest((float)rest) {
     double exponential[kTerms + 2] = {1}, log[kTerms + 2], slope[kTerms], value[kTerms];
     for (int n = 1; n <= kTerms + 1; ++n) {
       exponential[n] = exponential[n - 1] / n;
@@ -124,10 +123,10 @@ struct Mixture : Defaults {
 struct JSD : Mixture {
   float log_share, log_rest;
 
-  JSD(float beta, float)
-      : Mixture(beta, 0, 1 - (double)beta, -beta, (double)beta - 1, 1 - (double)beta, 0),
-        log_share((float)::log((double)beta)),
-        log_rest((float)::log1p(-(double)beta)) {}
+  JSD(double beta, double rest)
+      : Mixture(beta, rest, 0, rest, -beta, -rest, rest, 0),
+        log_share((float)::log(beta)),
+        log_rest((float)::log(rest)) {}
 
   template <class F>
   KD_INLINE Term<F> operator()(const Point<F>& x) const {
@@ -160,8 +159,8 @@ struct JSD : Mixture {
 
 // KL(p || alpha p + (1 - alpha) q). Ko et al. 2024 (DistiLLM).
 struct SkewForwardKL : Mixture {
-  SkewForwardKL(float alpha, float)
-      : Mixture(alpha, 1 - (double)alpha, 0, -1, 0, 0, (1 - (double)alpha) / alpha) {}
+  SkewForwardKL(double alpha, double rest)
+      : Mixture(alpha, rest, rest, 0, -1, 0, 0, rest / alpha) {}
 
   template <class F>
   KD_INLINE Term<F> operator()(const Point<F>& x) const {
@@ -187,7 +186,7 @@ struct SkewForwardKL : Mixture {
 
 // KL(q || alpha q + (1 - alpha) p). Ko et al. 2024 (DistiLLM).
 struct SkewReverseKL : Mixture {
-  SkewReverseKL(float alpha, float) : Mixture(1 - alpha, alpha - 1, 1, 0, -1, 1, -1) {}
+  SkewReverseKL(double alpha, double share) : Mixture(share, alpha, -share, 1, 0, -1, 1, -1) {}
 
   template <class F>
   KD_INLINE Term<F> operator()(const Point<F>& x) const {

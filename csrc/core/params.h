@@ -41,8 +41,8 @@ struct LogitsParams {
   Rows teacher;       // (rows, width)
   Rows gradient;      // (rows, student.width), may be the student itself; null data: loss only
 
-  int divergence = 0;  // position in KD_DIVERGENCES
-  float parameters[2] = {0, 0};
+  int divergence = 0;             // position in KD_DIVERGENCES
+  double parameters[2] = {0, 0};  // of weights, the other one may be small
   float temperature = 1;
   Transform student_transform, teacher_transform;
 

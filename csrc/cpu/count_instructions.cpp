@@ -70,8 +70,8 @@ int main() {
         if (with_gradient) params.gradient = rows_of(gradient, kind);
         if (with_gradient && kind == DType::kFloat16) params.row_scale = row_scale;
         params.divergence = (int)divergence;
-        params.parameters[0] = 0.25f;  // of the divergences that take some
-        params.parameters[1] = 0.5f;
+        params.parameters[0] = 0.25;  // of the divergences that take some
+        params.parameters[1] = 0.75;
         params.temperature = 2;
         params.loss = &loss;
         cpu::logits(params, 1);

@@ -3,6 +3,7 @@
 // that describe a call.
 #pragma once
 
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -53,20 +54,21 @@ inline Dual alpha_beta(double a, double b, double log_p, Dual log_q) {
          (power(a, b) - Dual(a / (a + b)) * power(a + b, 0) - Dual(b / (a + b)) * power(0, a + b));
 }
 
+// The parameters of a divergence that weighs teacher and student.
+constexpr std::array<double, 2> weights(double x) { return {x, 1 - x}; }
+
 // A vocabulary entry's term; x and y are the divergence's parameters.
 inline Dual term(const std::string& divergence, double x, double y, double log_p, double of_q) {
   const Dual p(std::exp(log_p)), log_q(of_q, 1), q = exp(log_q);
-  const auto mixture = [](double share, Dual u, Dual v) {
-    return log(Dual(share) * u + Dual(1 - share) * v);
-  };
+  const auto mixture = [&](Dual u, Dual v) { return log(Dual(x) * u + Dual(y) * v); };
   if (divergence == "forward_kl") return kl(p, log_p, log_q);
   if (divergence == "reverse_kl") return kl(q, log_q, log_p);
   if (divergence == "jsd")
-    return Dual(x) * kl(p, log_p, mixture(x, p, q)) + Dual(1 - x) * kl(q, log_q, mixture(x, p, q));
-  if (divergence == "skew_forward_kl") return kl(p, log_p, mixture(x, p, q));
-  if (divergence == "skew_reverse_kl") return kl(q, log_q, mixture(x, q, p));
+    return Dual(x) * kl(p, log_p, mixture(p, q)) + Dual(y) * kl(q, log_q, mixture(p, q));
+  if (divergence == "skew_forward_kl") return kl(p, log_p, mixture(p, q));
+  if (divergence == "skew_reverse_kl") return kl(q, log_q, mixture(q, p));
   if (divergence == "symmetric_kl")
-    return Dual(x) * kl(p, log_p, log_q) + Dual(1 - x) * kl(q, log_q, log_p);
+    return Dual(x) * kl(p, log_p, log_q) + Dual(y) * kl(q, log_q, log_p);
   if (divergence == "tvd") {
     const double sign = p.value > q.value ? 1 : p.value < q.value ? -1 : 0;
     return Dual(sign / 2) * (p - q);

@@ -34,7 +34,7 @@ inline std::string describe_tile(const cuda::Tile& tile) {
 }
 
 struct Case {
-  float parameters[2] = {0, 0};
+  double parameters[2] = {0, 0};
   Logits logits = Logits::kCorrelated;
   int rows = 3, vocab = 100;
   DType student = DType::kFloat32, teacher = DType::kFloat32;

@@ -9,7 +9,7 @@ namespace kd::tests {
 
 // The divergence that a whole row's KL(p || q) and KL(q || p) make, NaN if it has others in it.
 template <class Divergence>
-double of_kls(const float parameters[2], double forward, double reverse) {
+double of_kls(const double parameters[2], double forward, double reverse) {
   const Divergence divergence(parameters[0], parameters[1]);
   if constexpr (Divergence::kIsKL)
     return (divergence.forward() ? divergence.forward() * forward : 0) +
@@ -20,7 +20,7 @@ double of_kls(const float parameters[2], double forward, double reverse) {
 struct Entry {
   const char* name;
   void (*run)(ShardParams, void*);
-  double (*of_kls)(const float[2], double, double);
+  double (*of_kls)(const double[2], double, double);
   bool feels_shift, writes_in_sums, adds_entropy;
 };
 #define KD_ENTRY(name, Divergence)     \

@@ -10,14 +10,14 @@ namespace {
 
 struct Parameters {
   const char* divergence;
-  std::vector<std::array<float, 2>> values;
+  std::vector<std::array<double, 2>> values;
 };
 // Those of tests/cases.py; 0, 0 where a divergence has none.
 const Parameters kParameters[] = {
-    {"jsd", {{0.5f}, {0.1f}, {0.9f}}},
-    {"skew_forward_kl", {{0.1f}, {0.9f}}},
-    {"skew_reverse_kl", {{0.1f}, {0.9f}}},
-    {"symmetric_kl", {{0.5f}, {0.3f}}},
+    {"jsd", {weights(0.5), weights(0.1), weights(0.9)}},
+    {"skew_forward_kl", {weights(0.1), weights(0.9)}},
+    {"skew_reverse_kl", {weights(0.1), weights(0.9)}},
+    {"symmetric_kl", {weights(0.5), weights(0.3)}},
     {"alpha_beta",
      {{0.2f, 0.7f},
       {0.5f, 0.5f},
@@ -34,7 +34,7 @@ const Parameters kParameters[] = {
       {-0.2f, -0.3f}}},
 };
 
-std::vector<std::array<float, 2>> parameters_of_divergence() {
+std::vector<std::array<double, 2>> parameters_of_divergence() {
   for (const Parameters& known : kParameters)
     if (std::string(known.divergence) == kDivergenceName) return known.values;
   return {{0, 0}};
@@ -128,7 +128,7 @@ bool bounded(const Case& c) {
 }
 
 // Options drawn at random.
-Case mixture(std::array<float, 2> parameters, uint64_t seed) {
+Case mixture(std::array<double, 2> parameters, uint64_t seed) {
   std::mt19937_64 generator(seed);
   const auto below = [&](int n) { return (int)(generator() % n); };
   const auto maybe = [&](int one_in) { return below(one_in) == 0; };

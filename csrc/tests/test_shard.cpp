@@ -209,10 +209,10 @@ void check_shards(const ShardCase& c) {
     expect(run(c.first_seed + seed) == bits, "other bits than with another order of threads");
 }
 
-std::vector<std::array<float, 2>> parameters_of(const std::string& divergence) {
-  if (divergence == "jsd") return {{0.5f}, {0.1f}};
-  if (divergence == "skew_forward_kl" || divergence == "skew_reverse_kl") return {{0.1f}};
-  if (divergence == "symmetric_kl") return {{0.3f}};
+std::vector<std::array<double, 2>> parameters_of(const std::string& divergence) {
+  if (divergence == "jsd") return {weights(0.5), weights(0.1)};
+  if (divergence == "skew_forward_kl" || divergence == "skew_reverse_kl") return {weights(0.1)};
+  if (divergence == "symmetric_kl") return {weights(0.3)};
   if (divergence == "alpha_beta")
     return {{0.2f, 0.7f}, {2, 0.5f}, {0, 0}, {0, 0.7f}, {0.7f, 0}, {-0.5f, 0.5f}, {0.8f, -0.3f}};
   return {{0, 0}};

@@ -67,13 +67,13 @@ def reverse_kl_slope(p, q, log_p, log_q, r):
 
 
 @triton.jit
-def symmetric_kl_value(p, q, log_p, log_q, r, weight, _):
-    return weight * bregman_excess(p, q, r) + (1.0 - weight) * bregman_excess(q, p, -r)
+def symmetric_kl_value(p, q, log_p, log_q, r, weight, rest):
+    return weight * bregman_excess(p, q, r) + rest * bregman_excess(q, p, -r)
 
 
 @triton.jit
-def symmetric_kl_slope(p, q, log_p, log_q, r, weight, _):
-    return weight * bregman_difference(p, q, r) + (1.0 - weight) * times_or_zero(q, r)
+def symmetric_kl_slope(p, q, log_p, log_q, r, weight, rest):
+    return weight * bregman_difference(p, q, r) + rest * times_or_zero(q, r)
 
 
 @triton.jit
@@ -173,8 +173,8 @@ def _always_far(a: float, b: float) -> float:
     return FAR_FROM
 
 
-def _mixture_far_from(share: float, _: float) -> float:
-    return FAR_FROM if LEAST_SHARE <= share <= 1 - LEAST_SHARE else math.inf
+def _mixture_far_from(share: float, rest: float) -> float:
+    return FAR_FROM if min(share, rest) >= LEAST_SHARE else math.inf
 
 
 def _alpha_beta_far_from(a: float, b: float) -> float:
@@ -235,21 +235,21 @@ FUNCTIONS: dict[str, Functions] = {
         jsd_slope,
         jsd_far_value,
         jsd_far_slope,
-        kl_from=lambda beta, _: FAR_FROM / (beta * (1 - beta)),
+        kl_from=lambda beta, rest: FAR_FROM / (beta * rest),
     ),
     "skew_forward_kl": _mixture_functions(
         skew_forward_kl_value,
         skew_forward_kl_slope,
         skew_forward_kl_far_value,
         skew_forward_kl_far_slope,
-        kl_from=lambda alpha, _: FAR_FROM / (1 - alpha) ** 2,
+        kl_from=lambda alpha, rest: FAR_FROM / rest**2,
     ),
     "skew_reverse_kl": _mixture_functions(
         skew_reverse_kl_value,
         skew_reverse_kl_slope,
         skew_reverse_kl_far_value,
         skew_reverse_kl_far_slope,
-        kl_from=lambda alpha, _: FAR_FROM / (1 - alpha) ** 2,
+        kl_from=lambda alpha, rest: FAR_FROM / rest**2,
     ),
     "symmetric_kl": Functions(
         symmetric_kl_value,

@@ -46,8 +46,7 @@ def mixture_over_q(r, of_p, of_q):
 
 
 @triton.jit
-def jsd_value(p, q, log_p, log_q, r, beta, _):
-    rest = 1.0 - beta
+def jsd_value(p, q, log_p, log_q, r, beta, rest):
     m = beta * p + rest * q
     of_p = bregman_excess(p, m, mixture_over_p(r, beta, rest))
     of_q = bregman_excess(q, m, mixture_over_q(r, beta, rest))
@@ -55,87 +54,86 @@ def jsd_value(p, q, log_p, log_q, r, beta, _):
 
 
 @triton.jit
-def jsd_slope(p, q, log_p, log_q, r, beta, _):
-    return (beta - 1.0) * times_or_zero(q, mixture_over_q(r, beta, 1.0 - beta))
+def jsd_slope(p, q, log_p, log_q, r, beta, rest):
+    return -rest * times_or_zero(q, mixture_over_q(r, beta, rest))
 
 
 @triton.jit
-def jsd_far_value(p, q, log_p, log_q, r, beta, _):
+def jsd_far_value(p, q, log_p, log_q, r, beta, rest):
     of_p = beta * p
-    of_q = (1.0 - beta) * q
+    of_q = rest * q
     m = of_p + of_q
     return of_p * log2_minus(log_p, m) + of_q * log2_minus(log_q, m)
 
 
 @triton.jit
-def jsd_far_slope(p, q, log_p, log_q, r, beta, _):
-    of_q = (1.0 - beta) * q
+def jsd_far_slope(p, q, log_p, log_q, r, beta, rest):
+    of_q = rest * q
     return of_q * log2_minus(log_q, beta * p + of_q)
 
 
 @triton.jit
-def _skew_mixture(own, other, alpha):
+def _skew_mixture(own, other, alpha, rest):
     """m of a skew divergence of ``own``, never 0: what divides by it is 0 where p and q are."""
-    return alpha * own + ((1.0 - alpha) * other + LEAST_NORMAL)
+    return alpha * own + (rest * other + LEAST_NORMAL)
 
 
 @triton.jit
-def skew_forward_kl_value(p, q, log_p, log_q, r, alpha, _):
-    rest = 1.0 - alpha
-    return bregman_excess(p, _skew_mixture(p, q, alpha), mixture_over_p(r, alpha, rest))
+def skew_forward_kl_value(p, q, log_p, log_q, r, alpha, rest):
+    return bregman_excess(p, _skew_mixture(p, q, alpha, rest), mixture_over_p(r, alpha, rest))
 
 
 @triton.jit
-def skew_forward_kl_slope(p, q, log_p, log_q, r, alpha, _):
-    rest = 1.0 - alpha
-    return rest * rest * (q / _skew_mixture(p, q, alpha)) * bregman_difference(p, q, r)
+def skew_forward_kl_slope(p, q, log_p, log_q, r, alpha, rest):
+    ratio = bregman_difference(p, q, r) / _skew_mixture(p, q, alpha, rest)
+    return rest * rest * q * ratio
 
 
 # With m - p or m - q, whose sums are 0, rounding of log p and log q changes a skew divergence at
 # second order only, and slopes where p and q are close keep their digits.
 @triton.jit
-def skew_forward_kl_far_value(p, q, log_p, log_q, r, alpha, _):
-    m = _skew_mixture(p, q, alpha)
+def skew_forward_kl_far_value(p, q, log_p, log_q, r, alpha, rest):
+    m = _skew_mixture(p, q, alpha, rest)
     return p * log2_minus(log_p, m) + LOG2E * (m - p)
 
 
 @triton.jit
-def skew_forward_kl_far_slope(p, q, log_p, log_q, r, alpha, _):
-    m = _skew_mixture(p, q, alpha)
-    return (LOG2E * (1.0 - alpha)) * ((m - p) * (q / m))
+def skew_forward_kl_far_slope(p, q, log_p, log_q, r, alpha, rest):
+    m = _skew_mixture(p, q, alpha, rest)
+    return (LOG2E * rest) * ((m - p) * (q / m))
 
 
 @triton.jit
-def _skew_reverse_log(p, q, r, alpha):
+def _skew_reverse_log(p, q, r, alpha, rest):
     """log q - log m, of what is close to 1 where the student's share is large."""
-    m = _skew_mixture(q, p, alpha)
+    m = _skew_mixture(q, p, alpha, rest)
     smaller = tl.where(r <= 0.0, q + LEAST_NORMAL, m)
-    growth = log1p((1.0 - alpha) * tl.abs(bregman_difference(p, q, r)) / smaller)
+    growth = log1p(rest * tl.abs(bregman_difference(p, q, r)) / smaller)
     return tl.where(r <= 0.0, -growth, growth)
 
 
 @triton.jit
-def skew_reverse_kl_value(p, q, log_p, log_q, r, alpha, _):
-    m = _skew_mixture(q, p, alpha)
-    return bregman_excess(q, m, -_skew_reverse_log(p, q, r, alpha))
+def skew_reverse_kl_value(p, q, log_p, log_q, r, alpha, rest):
+    m = _skew_mixture(q, p, alpha, rest)
+    return bregman_excess(q, m, -_skew_reverse_log(p, q, r, alpha, rest))
 
 
 @triton.jit
-def skew_reverse_kl_slope(p, q, log_p, log_q, r, alpha, _):
+def skew_reverse_kl_slope(p, q, log_p, log_q, r, alpha, rest):
     # Its two parts nearly cancel where the student's share is large.
-    difference = bregman_difference(p, q, r) / _skew_mixture(q, p, alpha)
-    log = _skew_reverse_log(p, q, r, alpha)
-    return times_or_zero(q, log - alpha * (1.0 - alpha) * difference)
+    difference = bregman_difference(p, q, r) / _skew_mixture(q, p, alpha, rest)
+    log = _skew_reverse_log(p, q, r, alpha, rest)
+    return times_or_zero(q, log - alpha * rest * difference)
 
 
 @triton.jit
-def skew_reverse_kl_far_value(p, q, log_p, log_q, r, alpha, _):
-    m = (1.0 - alpha) * p + alpha * q
+def skew_reverse_kl_far_value(p, q, log_p, log_q, r, alpha, rest):
+    m = rest * p + alpha * q
     return q * log2_minus(log_q, m) + LOG2E * (m - q)
 
 
 @triton.jit
-def skew_reverse_kl_far_slope(p, q, log_p, log_q, r, alpha, _):
-    m = (1.0 - alpha) * p + alpha * q
+def skew_reverse_kl_far_slope(p, q, log_p, log_q, r, alpha, rest):
+    m = rest * p + alpha * q
     over_m = log2_minus(log_q, m)
     return q * over_m + (LOG2E * alpha) * ((m - q) * tl.exp2(over_m))
