@@ -164,10 +164,10 @@ struct SkewForwardKL : Mixture {
 
   template <class F>
   KD_INLINE Term<F> operator()(const Point<F>& x) const {
-    const F m = of(x), ratio = quotient(bregman(x.p, x.q, x.r).difference, m);
+    const F m = of(x), ratio = quotient(rest * bregman(x.p, x.q, x.r).difference, m);
     const F difference = rest * (x.q - x.p);
     return {value(x, difference - x.p * log_over(x.p, m, difference)),
-            rest * rest * times_or_zero(x.q, ratio)};
+            rest * times_or_zero(x.q, ratio)};
   }
 
   KD_INLINE double kl_from() const { return kFarFrom / (rest * rest); }
