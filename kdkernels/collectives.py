@@ -45,22 +45,19 @@ def all_sum(x: Tensor, group: str) -> Tensor:
 ROWS_DIFFER = "labels, token_weight or normalizer: they differ between the group's processes"
 
 
-#: Fields of a header.
-_START, _COLUMNS, _OPTIONS = range(3)
+def header_of(like: Tensor, o: LogitsOptions, *others: Divergence | str) -> Tensor:
+    """(4,): where columns start here and in the next process, each beside what all agree on.
 
-
-def header_of(message: Tensor, o: LogitsOptions, *others: Divergence | str) -> Tensor:
-    """(1, fields): what this process holds, and what all have to agree on.
-
-    ``others`` are a divergence and strings that are no options.
+    The last one's next is the first. ``others`` are a divergence and strings that are no options.
     """
-    header = message.new_zeros((1, message.shape[-1]))
-    # Filled one by one: a tensor made of them would have to be copied to the device.
-    header[:, _START] = o.vocab_start
-    header[:, _COLUMNS] = o.vocab
+    agreed = 0
     if not torch.compiler.is_compiling():
-        agreed = o._replace(vocab=0, vocab_start=0, rank=0, group="")
-        header[:, _OPTIONS] = zlib.crc32(repr((agreed, *map(_as_text, others))).encode())
+        options = o._replace(vocab=0, vocab_start=0, rank=0, group="")
+        agreed = zlib.crc32(repr((options, *map(_as_text, others))).encode())
+    # Filled one by one: a tensor made of them would have to be copied to the device.
+    header = like.new_full((4,), agreed)
+    header[0].fill_(o.vocab_start)
+    header[2].fill_(o.vocab_start + o.vocab - (o.vocab_size if o.rank == o.processes - 1 else 0))
     return header
 
 
@@ -72,38 +69,38 @@ def _as_text(value: Divergence | str) -> str:
     return repr((value.name, fields))
 
 
-def is_whole(headers: Tensor, o: LogitsOptions) -> Tensor:
-    """Whether the shards lie end to end and are of one call, (); on a CPU raises if not."""
-    start, columns = headers[:, _START], headers[:, _COLUMNS]
-    options = headers[:, _OPTIONS]
-    end = start + columns
-    whole = (start[0] == 0) & (end[-1] == o.vocab_size) & (start[1:] == end[:-1]).all()
-    alike = (options == options[0]).all()
-    if watchers.may_look(headers):
-        if not whole:
-            shards = [f"{int(a)} to {int(b)}" for a, b in zip(start, end, strict=True)]
-            raise ValueError(
-                f"vocab_start: the processes of the group hold columns {', '.join(shards)}, "
-                f"expected shards that follow each other up to vocab_size, {o.vocab_size}"
-            )
-        if not alike:
+def do_not_fit(headers: Tensor, o: LogitsOptions) -> Tensor:
+    """Whether shards do not lie end to end, or are not of one call, (); on a CPU raises then."""
+    here, following = headers.tensor_split(2, -1)
+    differ = here != following.roll(1, 0)  # from what the one before says
+    bad = differ.any()
+    if watchers.may_look(headers) and bad:
+        if not differ[:, 0].any():
             raise ValueError("group: its processes do not pass the same options")
-    return whole & alike
+        starts, ends = here[:, 0].long().tolist(), following[:, 0].long().tolist()
+        ends[-1] += o.vocab_size
+        shards = [f"{start} to {end}" for start, end in zip(starts, ends, strict=True)]
+        raise ValueError(
+            f"vocab_start: the processes of the group hold columns {', '.join(shards)}, "
+            f"expected shards that follow each other up to vocab_size, {o.vocab_size}"
+        )
+    return bad
 
 
 def columns_of_all(per_row: list[Tensor], o: LogitsOptions, divergence: Divergence) -> list[int]:
     """How many columns each process has, for the reference: waits for a GPU.
 
-    Raises where processes do not pass the same, among it two values ``(...)`` per row.
+    Raises where processes do not pass the same, among it values ``(...)`` per row.
     """
-    nothing = torch.zeros_like(per_row[0])  # as wide as a header
-    message = torch.stack([x.double().nan_to_num().flatten() for x in (*per_row, nothing)], -1)
+    message = torch.cat([x.double().nan_to_num().flatten() for x in per_row])
     header = header_of(message, o, divergence)
     everyone = all_gather(torch.cat([message, header]), o.group).cpu()
-    is_whole(everyone[:, -1], o)
-    if bool((everyone[:, :-1] != everyone[0, :-1]).any()):
+    message, headers = everyone.tensor_split([-len(header)], -1)
+    do_not_fit(headers, o)
+    if bool((message != message[0]).any()):
         raise ValueError(ROWS_DIFFER)
-    return everyone[:, -1, _COLUMNS].long().tolist()
+    starts = headers[:, 0].long().tolist()
+    return [end - start for start, end in zip(starts, [*starts[1:], o.vocab_size], strict=True)]
 
 
 def whole_logits(shard: Tensor, columns: list[int], o: LogitsOptions) -> Tensor:

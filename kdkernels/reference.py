@@ -88,7 +88,7 @@ def _kd_loss(
         if o.ce_weight != 0:
             loss = loss + o.ce_weight * values["cross_entropy"]
 
-    metrics = stacked_metrics(values, rows) if o.metrics else None
+    metrics = stacked_metrics(values, kept) if o.metrics else None
     return reduced(loss, rows, normalizer, o).to(out), metrics
 
 
@@ -143,13 +143,19 @@ def rows_that_take_part(
     kept = weight != 0
     outside = torch.zeros_like(kept)
     if labels is not None:
-        outside = kept & ((labels < 0) | (labels >= o.vocab_size))
-        if watchers.may_look(labels) and bool(outside.any()):
-            raise ValueError(
-                f"labels: got {int(labels[outside][0])}, expected 0 to {o.vocab_size - 1} or "
-                f"ignore_index ({o.ignore_index})"
-            )
+        outside = are_outside(torch.where(kept, labels, 0), o)
     return RowsThatTakePart(weight, kept, outside)
+
+
+def are_outside(labels: Tensor, o: LogitsOptions) -> Tensor:
+    """Whether labels are outside the vocabulary, ``(...)``; on the CPU raises for one."""
+    outside = labels != labels.clamp(0, o.vocab_size - 1)
+    if watchers.may_look(labels) and bool(outside.any()):
+        raise ValueError(
+            f"labels: got {int(labels[outside][0])}, expected 0 to {o.vocab_size - 1} or "
+            f"ignore_index ({o.ignore_index})"
+        )
+    return outside
 
 
 def reduced(
@@ -173,11 +179,11 @@ def normalizer_of(rows: RowsThatTakePart, normalizer: Tensor | None, o: LogitsOp
     return normalizer.to(rows.weight.dtype)
 
 
-def stacked_metrics(values: dict[str, Tensor], rows: RowsThatTakePart) -> Tensor:
-    """Metrics ``(5, ...)`` as kernels write them, 0 where not among the values."""
-    zero = torch.zeros_like(rows.weight)
+def stacked_metrics(values: dict[str, Tensor], kept: Tensor) -> Tensor:
+    """Metrics ``(5, ...)`` as kernels write them, 0 where not among the values or not kept."""
+    zero = torch.zeros_like(values["divergence"])
     stacked = torch.stack([values.get(name, zero) for name in METRICS])
-    return torch.where(rows.kept, stacked, 0.0).detach().to(torch.float32)
+    return torch.where(kept, stacked, 0.0).detach().to(torch.float32)
 
 
 def log_sum_exp(x: Tensor) -> Tensor:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from . import collectives, reference, watchers
+from .backends.device import row_plan
 from .backends.rows import has_row_scale, in_rows
 from .divergences import FAR_FROM, MOST_CANCELLED, AlphaBeta, kl_weights
-from .options import SHARD_STATES, SHARD_SUMS, LogitsOptions
-from .reference import RowsThatTakePart
+from .options import METRICS, SHARD_STATES, SHARD_SUMS, LogitsOptions
 from .top import Top
 
 _LARGEST_FLOAT32 = torch.finfo(torch.float32).max
@@ -27,7 +27,7 @@ _LARGEST_SLOPE = SHARD_SUMS.index("largest_slope")
 
 #: Columns of states.
 _BASES, _SUMS, _KLS = slice(0, 2), slice(2, 4), slice(4, 6)
-_ENTROPY, _AT_1 = slice(6, 7), slice(7, 8)
+_SUMS_AND_KLS, _ENTROPY, _AT_1 = slice(2, 6), slice(6, 7), slice(7, 8)
 
 #: As in csrc/core/softmax_state.h: what an empty shard's sums are relative to.
 _LOWEST_LOGIT = -1e30
@@ -48,17 +48,19 @@ def logits_loss(
     ``shard`` runs one phase of a backend, see ``backends/cpu.py``.
     """
     student, teacher = in_rows(student), in_rows(teacher)
-    # What is computed per row keeps their strides, and kernels read one row after the other.
-    labels = None if labels is None else labels.contiguous()
-    token_weight = None if token_weight is None else token_weight.contiguous()
-    part = reference.rows_that_take_part(student, labels, token_weight, o)
-    share = part.weight / reference.normalizer_of(part, normalizer, o)
-    weight = share.to(torch.float32)
-    part = part._replace(kept=weight != 0)
-    if o.ce_weight == 0 and not o.metrics:
-        labels = None  # they have said which rows take part
-    row_scale = torch.zeros_like(weight) if has_row_scale(gradient) else None
+    lead = student.shape[:-1]
+    plan = row_plan(labels, token_weight, normalizer, o, lead.numel(), torch.float64)
+    divisor = plan.divisor if plan.normalizer is None else plan.normalizer
+    weight = _weights(plan.weight, divisor, student)
+    masked = weight == 0
+    outside = None
+    if labels is not None:
+        labels = labels.flatten().masked_fill(masked, 0)
+        outside = reference.are_outside(labels, o)
+        if o.ce_weight == 0 and not o.metrics:
+            labels = None  # they have said which rows take part
     local = None if labels is None else _local(labels, o)
+    row_scale = torch.zeros_like(weight).view(lead) if has_row_scale(gradient) else None
 
     def run(phase: str, states: Tensor, sums: Tensor | None) -> bool:
         if weight.numel() == 0 or o.vocab == 0:
@@ -70,7 +72,7 @@ def logits_loss(
     if o.vocab == 0:
         states.zero_()[:, _BASES] = _LOWEST_LOGIT
     run("states", states, None)
-    whole, values = _of_whole(student, teacher, labels, weight, states, part, o)
+    whole, values = _of_whole(student, teacher, labels, local, outside, weight, states, o)
     written = gradient is None
     sums = states.new_zeros((len(states), len(SHARD_SUMS)))
     if o.kd_weight != 0 or o.metrics:
@@ -78,31 +80,40 @@ def logits_loss(
         own = sums
         sums = collectives.all_gather(own, o.group).sum(0)
         divergence = _divergence(sums, o)
-        if whole.kl is not None:
-            divergence = torch.where(whole.kl.isnan(), divergence, whole.kl)
+        if whole.of_far is not None:
+            divergence = torch.where(*whole.of_far, divergence)
         values["divergence"] = divergence
         if o.metrics:
             named = _named(SHARD_SUMS, sums)
             values |= {name: named[name] for name in ("student_entropy", "teacher_entropy")}
-        if not written:
+        if row_scale is not None:
             sums[:, _LARGEST_SLOPE] = own[:, _LARGEST_SLOPE]
     if not written:
         run("gradient", whole.states, sums)
     if gradient is not None and o.vocab == 0:
         gradient.zero_()
 
-    values = {name: value.view(weight.shape) for name, value in values.items()}
     terms = []  # one of weight 0 may be infinite
     if o.kd_weight != 0:
         terms.append(values["divergence"] * o.kd_weight)
     if o.ce_weight != 0:
         terms.append(values["cross_entropy"] * o.ce_weight)
-    loss = sum(terms[1:], start=terms[0]) if terms else torch.zeros_like(share)
-    loss = torch.where(part.kept, loss * share, 0.0)
-    if o.reduction != "none":
-        loss = loss.sum()
-    metrics = reference.stacked_metrics(values, part) if o.metrics else None
+    loss = sum(terms[1:], start=terms[0]) if terms else torch.zeros_like(weight)
+    if plan.weight is not None:
+        loss = loss * plan.weight
+    loss = loss.masked_fill_(masked, 0.0)
+    loss = loss.view(lead) if o.reduction == "none" else loss.sum() / divisor
+    metrics = None
+    if o.metrics:
+        metrics = reference.stacked_metrics(values, ~masked).view(len(METRICS), *lead)
     return loss.to(torch.float32), metrics, row_scale
+
+
+def _weights(given: Tensor | None, divisor: float | Tensor, student: Tensor) -> Tensor:
+    """(rows,), what gradients of rows are multiplied by, 0 of those that take no part."""
+    if given is None:
+        return student.new_ones(student.shape[:-1].numel(), dtype=torch.float32) / divisor
+    return torch.where(given == 0, given, given / divisor).to(torch.float32)  # not 0 / 0
 
 
 def _named(names: Iterable[str], numbers: Tensor) -> dict[str, Tensor]:
@@ -114,108 +125,112 @@ class _Whole(NamedTuple):
     """Of the whole vocabulary."""
 
     states: Tensor  # (rows, 8), for kernels
-    kl: Tensor | None = None  # (rows,), the divergence of far rows, NaN of others; None: of none
+    of_far: tuple[Tensor, Tensor] | None = None  # (rows,) each: which are far, their divergence
 
 
 def _of_whole(
     student: Tensor,
     teacher: Tensor,
-    labels: Tensor | None,
-    weight: Tensor,  # (...)
+    labels: Tensor | None,  # (rows,), 0 of rows that take no part
+    local: Tensor | None,  # (rows,), of this shard
+    outside: Tensor | None,  # (rows,), labels outside the vocabulary: NaN
+    weight: Tensor,  # (rows,)
     states: Tensor,  # (rows, 8), of this shard
-    part: RowsThatTakePart,
     o: LogitsOptions,
 ) -> tuple[_Whole, dict[str, Tensor]]:
     """What all shards' states make, cross-entropy and agreement ``(rows,)``.
 
     NaN where processes do not pass the same, or their shards are no whole; on a CPU that raises.
     """
-    told = {"weight": weight.nan_to_num()}  # (...)
-    if labels is not None:
-        told["label"] = labels * part.kept
-        told["label_logit"] = _at_labels(student, labels, o)
-    alike = len(told) if labels is None else len(told) - 1
+    told = [weight]
+    if labels is not None and local is not None:
+        told += [labels, _at_labels(student, local, o)]
     if o.metrics:
-        for model, logits in (("student", student), ("teacher", teacher)):
-            top = Top.of(logits, o.vocab)
-            told |= {f"{model}_top_logit": top.logit, f"{model}_top": top.token + o.vocab_start}
-    of_row = torch.stack([x.double().flatten() for x in told.values()], -1)
-    message = torch.cat([states, of_row], -1)
-    header = collectives.header_of(message, o)
-    everyone = collectives.all_gather(torch.cat([message, header]), o.group)
-    shards, of_row = everyone[:, :-1].tensor_split([states.shape[-1]], -1)
-    bad = (of_row[1:, :, :alike] != of_row[0, :, :alike]).any(-1).any(0)
-    bad |= part.outside.flatten() | ~collectives.is_whole(everyone[:, -1], o)
+        tops = [Top.of(logits, o.vocab) for logits in (student, teacher)]
+        told += [top.logit for top in tops] + [top.token + o.vocab_start for top in tops]
+    numbers = [x.flatten().double() for x in told]
+    header = collectives.header_of(states, o)
+    message = torch.cat([states.flatten(), *numbers, header])
+    everyone = collectives.all_gather(message, o.group)
+    sizes = [states.numel(), len(told) * len(weight), len(header)]
+    shards, of_rows, headers = everyone.split(sizes, -1)
+    shards = shards.unflatten(-1, states.shape)
+    of_rows = of_rows.unflatten(-1, (len(told), len(weight)))  # (processes, ...)
+
+    alike = of_rows[:, : 1 if labels is None else 2].view(torch.int64)  # bits: NaN is like itself
+    bad = (alike[1:] != alike[0]).flatten(0, 1).any(0)
+    bad |= collectives.do_not_fit(headers, o)
+    if outside is not None:
+        bad |= outside
     if watchers.may_look(bad) and bool(bad.any()):
         raise ValueError(collectives.ROWS_DIFFER)
-    whole = _merged(shards, torch.where(bad, math.nan, 0.0), o)
-    named = _named(told, of_row)  # (processes, rows) each
+    shards[..., _BASES.stop :].masked_fill_(bad.unsqueeze(-1), math.nan)
+    whole = _merged(shards, labels is not None, o)
     values = {}
     if labels is not None:
-        values["cross_entropy"] = _cross_entropy(whole.states, named["label_logit"].sum(0))
+        values["cross_entropy"] = _cross_entropy(whole.states, of_rows[:, 2].sum(0))
     if o.metrics:
-        student_top, teacher_top = (
-            Top(named[f"{model}_top_logit"], named[f"{model}_top"]).of_all()
-            for model in ("student", "teacher")
-        )
-        agreement = (student_top.token == teacher_top.token).double()
-        defined = _is_valid(whole.states[:, _SUMS]).all(-1)
+        student_top, teacher_top = Top(of_rows[:, -4:-2], of_rows[:, -2:]).of_all().token
+        sums = whole.states[:, _SUMS]
+        defined = ((sums > 0) & (sums <= _LARGEST_FLOAT32)).all(-1)
+        agreement = (student_top == teacher_top).double()
         values["agreement"] = torch.where(defined, agreement, math.nan)
     return whole, values
 
 
-def _merged(
-    shards: Tensor,  # (processes, rows, 8), their states
-    poison: Tensor,  # (rows,), added to sums
-    o: LogitsOptions,
-) -> _Whole:
-    """Pairs are of student and teacher; those of sums by the exponentials of these."""
+def _merged(shards: Tensor, with_labels: bool, o: LogitsOptions) -> _Whole:
+    """Of all shards' states ``(processes, rows, 8)``, which it changes.
+
+    Pairs are of student and teacher; those of sums by the exponentials of these.
+    """
     base = shards[..., _BASES].amax(0)
     fall = shards[..., _BASES] - base
-    factor = (fall / o.temperature).exp()
-    sums = (shards[..., _SUMS] * factor).sum(0) + poison.unsqueeze(-1)
-    at_1 = (shards[..., _AT_1] * fall[..., :1].exp()).sum(0) + poison.unsqueeze(-1)
-    weights = kl_weights(o.divergence, o.parameter_0)
-    if weights is None or o.kd_weight == 0:
-        nothing = torch.full_like(at_1, math.nan).expand(-1, 3)
-        return _Whole(torch.cat([base, sums, nothing, at_1], -1))
-
+    nothing = base.new_full((len(base), 1), math.nan)
+    at_1 = nothing
+    if with_labels:
+        at_1 = (shards[..., _AT_1] * fall[..., :1].exp()).sum(0)
     fall = fall / o.temperature
-    apart = fall[..., :1] - fall[..., 1:]
-    pair = ((shards[..., _KLS] + shards[..., _SUMS] * apart) * factor).sum(0) / sums
+    factor = fall.exp()
+    weights = None if o.kd_weight == 0 else kl_weights(o.divergence, o.parameter_0)
+    if weights is None:
+        sums = (shards[..., _SUMS] * factor).sum(0)
+        return _Whole(torch.cat([base, sums, nothing.expand(-1, 3), at_1], -1))
+
+    # By differences from the bases of the whole.
+    shards[..., _KLS].addcmul_(shards[..., _SUMS], fall[..., :1] - fall[..., 1:])
+    sums_and_kls = shards[..., _SUMS_AND_KLS].unflatten(-1, (2, 2)) * factor.unsqueeze(-2)
+    sums, pair = sums_and_kls.sum(0).unbind(-2)
     log_sum = sums.log()
     offset = log_sum[:, 1:] - log_sum[:, :1]
-    pair = pair + offset  # KL(q || p), -KL(p || q)
-    reverse = pair[:, :1]
-    kl = weights[1] * reverse - weights[0] * pair[:, 1:]
-    far = (kl > FAR_FROM) & (kl <= _LARGEST_FLOAT32) & (offset.abs() <= MOST_CANCELLED * kl)
+    pair = torch.addcdiv(offset, pair, sums)  # KL(q || p), -KL(p || q)
+    kl = torch.sub(weights[1] * pair[:, :1], pair[:, 1:], alpha=weights[0])
+    least = (offset.abs() / MOST_CANCELLED).clamp(min=FAR_FROM)
+    far = (kl > least) & (kl <= _LARGEST_FLOAT32)
     if o.divergence == "soft_cross_entropy":
-        entropy = shards[..., _ENTROPY] + shards[..., _SUMS][..., 1:] * fall[..., 1:]
-        kl = kl + log_sum[:, 1:] - (entropy * factor[..., 1:]).sum(0) / sums[:, 1:]
-    reverse, kl = torch.where(far, torch.cat([reverse, kl], -1), math.nan).tensor_split(2, -1)
-    return _Whole(torch.cat([base, sums, reverse.expand(-1, 3), at_1], -1), kl.squeeze(-1))
+        entropy = torch.addcmul(shards[..., _ENTROPY], shards[..., _SUMS][..., 1:], fall[..., 1:])
+        entropy = (entropy * factor[..., 1:]).sum(0)
+        kl = torch.addcdiv(kl + log_sum[:, 1:], entropy, sums[:, 1:], value=-1)
+    reverse = torch.where(far, pair[:, :1], nothing)
+    states = torch.cat([base, sums, reverse.expand(-1, 3), at_1], -1)
+    return _Whole(states, (far.squeeze(-1), kl.squeeze(-1)))
 
 
 def _local(labels: Tensor, o: LogitsOptions) -> Tensor:
     """Columns of this shard; -1 where another has the label."""
-    local = labels - o.vocab_start
-    return torch.where((local >= 0) & (local < o.vocab), local, -1)
+    column = labels - o.vocab_start
+    nearest = column.clamp(0, o.vocab - 1)
+    return nearest.masked_fill_(nearest != column, -1)
 
 
-def _at_labels(student: Tensor, labels: Tensor, o: LogitsOptions) -> Tensor:
-    """Logits ``(...)`` at the labels that this shard has, 0 elsewhere."""
+def _at_labels(student: Tensor, local: Tensor, o: LogitsOptions) -> Tensor:
+    """Logits ``(rows,)`` at the labels that this shard has, 0 elsewhere."""
     if o.vocab == 0:
-        return torch.zeros_like(labels)
-    local = _local(labels, o)
+        return torch.zeros_like(local)
+    index = local.clamp(min=0).view(*student.shape[:-1], 1)
     # In float32 as kernels transform them, whose log-sum-exp it is subtracted from.
-    logits = student.gather(-1, local.clamp(min=0).unsqueeze(-1)).squeeze(-1).float()
+    logits = student.gather(-1, index).flatten().float()
     logits = reference.transform(logits, o.student_scale, o.student_softcap)
-    return torch.where(local >= 0, logits, 0.0)
-
-
-def _is_valid(sums: Tensor) -> Tensor:
-    """As in csrc/core/softmax_state.h: whether a row has a softmax."""
-    return (sums > 0) & (sums <= _LARGEST_FLOAT32)
+    return logits.masked_fill_(local < 0, 0.0)
 
 
 def _divergence(sums: Tensor, o: LogitsOptions) -> Tensor:
@@ -224,13 +239,13 @@ def _divergence(sums: Tensor, o: LogitsOptions) -> Tensor:
     value = named["value"]
     if o.divergence == AlphaBeta.name:
         # sum q - p is 0; what it comes to is how far rounding of the softmax sums moved all log q.
-        slope, shift = named["slope"], named["shift"]
-        value = value - torch.where(slope.abs() <= _LARGEST_FLOAT32, shift * slope, 0.0)
+        slope = named["slope"].nan_to_num(0.0, 0.0, 0.0)
+        value = torch.addcmul(value, named["shift"], slope, value=-1)
     return value.clamp(min=0)  # rounding of what nearly cancels; NaN stays
 
 
 def _cross_entropy(states: Tensor, label_logit: Tensor) -> Tensor:
+    """(rows,), NaN where a row has no softmax, whose sum is 0, infinite or NaN."""
     named = _named(SHARD_STATES, states)
-    base, at_1 = named["student_base"], named["student_sum_at_1"]
-    value = (base + at_1.log() - label_logit).clamp(min=0)
-    return torch.where(_is_valid(at_1), value, math.nan)
+    log_sum = named["student_sum_at_1"].log().nan_to_num(math.nan, math.nan, math.nan)
+    return (named["student_base"] + log_sum - label_logit).clamp(min=0)

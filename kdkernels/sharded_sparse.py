@@ -59,17 +59,18 @@ class ShardedStudent:
         rows = kept.numel()
         message = torch.cat([x.double().reshape(rows, x.shape[-1]) for x in told], -1)
         header = collectives.header_of(message, o, *self.also)
-        everyone = collectives.gathered(torch.cat([message, header]), o)
-        whole = collectives.is_whole(everyone[:, -1].detach(), o)
-        everyone = everyone[:, :-1].reshape(o.processes, *kept.shape, message.shape[-1])
+        everyone = collectives.gathered(torch.cat([message.flatten(), header]), o)
+        everyone, headers = everyone.tensor_split([message.numel()], -1)
+        apart = collectives.do_not_fit(headers.detach(), o)
+        everyone = everyone.reshape(o.processes, *kept.shape, message.shape[-1])
 
         # Apart again, with the processes first.
         stored, tails, checksum, *tops = everyone.split([x.shape[-1] for x in told], -1)
         checksum = checksum.detach().squeeze(-1)
-        alike = whole & (checksum == checksum[0]).all(0)
-        if watchers.may_look(alike) and not bool(alike.all()):
+        bad = apart | (checksum != checksum[0]).any(0)
+        if watchers.may_look(bad) and bool(bad.any()):
             raise ValueError(f"teacher_indices, teacher_logprobs, {collectives.ROWS_DIFFER}")
-        nan = torch.where(alike, 1.0, torch.nan)
+        nan = torch.where(bad, torch.nan, 1.0)
         stored = stored.sum(0) * nan.unsqueeze(-1)
         tails = reference.log_sum_exp(tails.movedim(0, -1).movedim(-2, 0)) * nan
         if top is not None:

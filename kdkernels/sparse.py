@@ -278,7 +278,7 @@ def _loss(
             terms.append(o.ce_weight * values["cross_entropy"])
     loss = sum(terms[1:], terms[0]) if terms else logits.no_loss()
     out = torch.float64 if student.like.dtype == torch.float64 else torch.float32
-    metrics = reference.stacked_metrics(values, rows) if o.metrics else None
+    metrics = reference.stacked_metrics(values, rows.kept) if o.metrics else None
     return reference.reduced(loss, rows, call.normalizer, o).to(out), metrics
 
 

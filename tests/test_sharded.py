@@ -21,6 +21,7 @@ from kdkernels.divergences import (
 from . import cases, harness, tolerances
 from .cases import correlated_pair, labels_for
 from .processes import CUTS, Processes, check, sharded
+from .test_sparse_calls import Operators
 
 
 @pytest.mark.parametrize("divergence", cases.ALL, ids=repr)
@@ -152,6 +153,36 @@ def test_far_rows_of_a_kl_divergence_need_no_sums(kernel, three, monkeypatch, di
     check(actual, student, teacher, divergence, torch.float32, reduction="none")
     for sums in told:
         assert sums.any(-1).tolist() == (~far).tolist()
+
+
+@pytest.mark.parametrize(
+    ("divergence", "labels", "most"),
+    [(JSD(), False, 66), (JSD(), True, 108), (ForwardKL(), False, 96), (ForwardKL(), True, 138)],
+    ids=str,
+)
+def test_few_operators(monkeypatch, divergence, labels, most):
+    """Between the kernels, those of the messages included."""
+    two = Processes(2, monkeypatch)
+    student, teacher = correlated_pair(4, 96)
+    options = {"labels": labels_for(4, vocab=96), "ce_weight": 0.5} if labels else {}
+
+    counts, logits_loss = [], sharded_losses.logits_loss
+
+    def counted(*arguments):
+        with Operators() as operators:
+            results = logits_loss(*arguments)
+        counts.append(operators.count)
+        return results
+
+    def loss_of(rank):
+        shards = (x[:, 48 * rank : 48 * rank + 48] for x in (student, teacher))
+        kdkernels.kd_loss(*shards, group=two.group, divergence=divergence, **options)
+
+    monkeypatch.setattr(sharded_losses, "logits_loss", counted)
+    student.requires_grad_()
+    two.run(loss_of)
+    assert min(counts) > 0
+    assert max(counts) <= most
 
 
 def test_ties_of_top_tokens(backend, three):

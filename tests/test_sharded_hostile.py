@@ -73,6 +73,18 @@ def test_large_logits_far_apart(backend, three, divergence, temperature):
     check(actual, student, teacher, divergence, torch.float32, **options)
 
 
+@pytest.mark.parametrize("normalizer", [0.0, math.nan])
+def test_masked_rows_get_zeros_whatever_the_normalizer(backend, three, normalizer):
+    student, teacher = correlated_pair(4, 96)
+    masked = torch.tensor([True, False, True, True])
+    labels = torch.where(masked, -100, labels_for(4, vocab=96))
+    options = {"labels": labels, "ce_weight": 0.5, "normalizer": torch.tensor(normalizer)}
+    actual = sharded(three, backend, student, teacher, CUTS["uneven"], **options)
+    assert not actual.gradient[masked].any()
+    assert not actual.loss.isfinite()
+    assert not actual.gradient[~masked].isfinite().any()
+
+
 def _refusals(width):
     """Options beside group, and what is said of them."""
     return {

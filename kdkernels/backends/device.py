@@ -1,4 +1,4 @@
-"""What the GPU backends compute with a few small PyTorch kernels, never waiting for the device."""
+"""What GPU backends and shards compute in a few small PyTorch kernels, never waiting for them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ..options import LogitsOptions
 class RowPlan(NamedTuple):
     """Per-row inputs of a call: the gradient is multiplied by weight / (normalizer * divisor)."""
 
-    weight: Tensor | None  # (rows,) float32, 0: the row takes no part; None: all 1
-    normalizer: Tensor | None  # () float32; None: 1
+    weight: Tensor | None  # (rows,), 0: the row takes no part; None: all 1
+    normalizer: Tensor | None  # (); None: 1
     divisor: float  # what the host knows of the normalizer
 
 
@@ -24,12 +24,13 @@ def row_plan(
     normalizer: Tensor | None,  # () float32
     o: LogitsOptions,
     rows: int,
+    dtype: torch.dtype = torch.float32,  # of weights
 ) -> RowPlan:
     """Weights of the rows, 0 for ignored ones, and what the reduction divides by."""
-    weight = None if token_weight is None else token_weight.reshape(-1).contiguous()
+    weight = None if token_weight is None else token_weight.reshape(-1).contiguous().to(dtype)
     if labels is not None:
         kept = labels.reshape(-1) != o.ignore_index
-        weight = kept.to(torch.float32) if weight is None else torch.where(kept, weight, 0.0)
+        weight = kept.to(dtype) if weight is None else torch.where(kept, weight, 0.0)
     if o.reduction != "mean":
         return RowPlan(weight, None, 1.0)
     if normalizer is not None:
@@ -37,4 +38,4 @@ def row_plan(
     if weight is None:
         return RowPlan(None, None, float(max(1, rows)))
     total = weight.sum()
-    return RowPlan(weight, torch.where(total <= 0, 1.0, total), 1.0)
+    return RowPlan(weight, total.masked_fill_(total <= 0, 1.0), 1.0)
