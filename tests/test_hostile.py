@@ -23,6 +23,8 @@ COLUMNS = [0, 3, 15, 16, 31, 40, 69]
 
 PADDING = [(torch.float32, -INF), (torch.bfloat16, -INF), (torch.float16, -INF)]
 PADDING += [(dtype, torch.finfo(dtype).min) for dtype in (torch.float32, torch.bfloat16)]
+LOWEST = [(torch.float32, torch.float16), (torch.bfloat16, torch.float16)]
+LOWEST += [(torch.float16, torch.float32), (torch.float16, torch.bfloat16)]
 
 
 @pytest.mark.parametrize(("dtype", "padding"), PADDING, ids=str)
@@ -42,6 +44,22 @@ def test_shared_padding_is_as_if_absent(backend, divergence, dtype, padding):
         relative = tolerances.gradient_tolerance(divergence.name, dtype)
         subnormal = tolerances.FLOAT16_SUBNORMAL if dtype == torch.float16 else 0.0
         assert_gradient(actual.gradient[:, kept], expected.gradient, relative, subnormal)
+
+
+@pytest.mark.parametrize(("dtype", "teacher_dtype"), LOWEST, ids=str)
+@pytest.mark.parametrize("divergence", PADDABLE, ids=str)
+def test_the_lowest_floats_of_two_dtypes(backend, divergence, dtype, teacher_dtype):
+    """What both models mask has no gradient, however large the weight or a float16's scale."""
+    student, teacher = correlated_pair(3, 70)
+    student, teacher = student.to(dtype), teacher.to(teacher_dtype)
+    student[:, COLUMNS] = torch.finfo(dtype).min
+    teacher[:, COLUMNS] = torch.finfo(teacher_dtype).min
+    for temperature in (1.0, 2.0):
+        options = {"divergence": divergence, "temperature": temperature, "reduction": "none"}
+        expected = oracle(student, teacher, kd_weight=100.0, **options)
+        actual = run(backend, student, teacher, kd_weight=100.0, **options)
+        assert_matches(actual, expected, divergence.name, dtype)
+        assert not actual.gradient[:, COLUMNS].any()
 
 
 def one_sided(side):

@@ -280,6 +280,8 @@ class RowPair : protected RowBlocks {
                 (Divergence::kReverse ? forward + reverse * (kl_.offset - kl_.reverse) : forward));
     const float of_gap = (float)(s_scale * reverse / exact_temperature_);
     const float of_p = (float)(scale * teacher_softmax_.scale() * forward);
+    // Where q is 0 a gap may be as large as a float is.
+    const bool overflows = !(::fabsf(of_gap) <= 1);
     const Gap gap(student_softmax_, teacher_softmax_);
     const Upcoming next_student(params_.student, next_), next_teacher(params_.teacher, next_);
     for_blocks(params_.vocab, [&](int64_t begin, int n) {
@@ -294,10 +296,14 @@ class RowPair : protected RowBlocks {
           if constexpr (Divergence::kReverse) x = s.pair(i), y = t.pair(i);
           for (int k = 0; k < 2; ++k) {
             const int at = i + k * kLanes;
-            Vec factor = splat<Vec>(of_q);
-            if constexpr (Divergence::kReverse)
-              factor = gap(k ? x.second : x.first, k ? y.second : y.first) * of_gap + of_q;
-            result[k] = load(s_kept + at) * factor;
+            const Vec s_e = load(s_kept + at);
+            if constexpr (Divergence::kReverse) {
+              const Vec apart = gap(k ? x.second : x.first, k ? y.second : y.first);
+              result[k] =
+                  overflows ? (s_e * of_gap) * apart + s_e * of_q : s_e * (apart * of_gap + of_q);
+            } else {
+              result[k] = s_e * of_q;
+            }
             if constexpr (Divergence::kForward) result[k] -= load(t_kept + at) * of_p;
           }
           g.store(i, {result[0], result[1]});

@@ -119,8 +119,10 @@ struct KLGradient {
   template <class Divergence>
   KD_DEVICE float operator()(const Divergence&, float s, float t) const {
     const float s_x = fmaf(s, c, -s_shift), t_x = fmaf(t, c, -t_shift);
-    const float of_q_here = Divergence::kReverse ? fmaf(s_x - t_x, of_gap, of_q) : of_q;
-    const float gradient = exp2_approx(s_x) * of_q_here;
+    const float s_e = exp2_approx(s_x);
+    float gradient = s_e * of_q;
+    // Not (gap of_gap + of_q) s_e: where s_e is 0 the gap may be as large as a float.
+    if constexpr (Divergence::kReverse) gradient = fmaf(s_x - t_x, s_e * of_gap, gradient);
     return Divergence::kForward ? fmaf(-exp2_approx(t_x), of_p, gradient) : gradient;
   }
 };

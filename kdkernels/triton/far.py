@@ -123,11 +123,10 @@ def kl_gradient(
         y = transformed(load_raw(t_row, columns, end), teacher)
         s_shifted = x - state.s_base
         t_shifted = y - state.t_base
-        g = tl.exp2(s_shifted * of.c)
-        if far.REVERSE:
-            g *= (s_shifted - t_shifted) * of_gap + of_q
-        else:
-            g *= of_q
+        s_e = tl.exp2(s_shifted * of.c)
+        g = s_e * of_q
+        if far.REVERSE:  # not (gap of_gap + of_q) s_e: where s_e is 0 the gap may be huge
+            g += (s_shifted - t_shifted) * (s_e * of_gap)
         if far.FORWARD:
             g -= tl.exp2(t_shifted * of.c) * of_p
         store_gradient(g_row, columns, end, g, raw, x, student, of, scales, wanted)
