@@ -275,7 +275,7 @@ DIVERGENCES: dict[str, type[Divergence]] = {
 FAR_FROM = 1 / 32
 
 #: A KL divergence is the sum of two numbers. One that is larger by more than this leaves it too few
-#: digits to be the value of a far row.
+#: digits to be the value of a far row; as in csrc/cpu/softmax.h.
 MOST_CANCELLED = 32.0
 
 

@@ -11,8 +11,10 @@ import functools
 import pytest
 import torch
 
+from kdkernels import ForwardKL, ReverseKL, SymmetricKL
+
 from . import tolerances
-from .cases import ALL, BOUNDED, ONE_OF_EACH, close_pair, without_ties
+from .cases import ALL, BOUNDED, ONE_OF_EACH, close_pair, normal, without_ties
 from .harness import Result, assert_close, assert_matches, assert_same, loss_of, oracle, run
 from .processes import sharded
 
@@ -65,6 +67,23 @@ def test_shards_of_rows_about_the_border(kernel, three, divergence, dtype):
     for inplace, ends in ((False, [700, 701, VOCAB]), (True, [VOCAB - 1, VOCAB, VOCAB])):
         actual = sharded(three, kernel, student, teacher, ends, inplace_grad=inplace, **options)
         assert_matches(actual, expected, divergence.name, dtype, close=True)
+
+
+@pytest.mark.parametrize("teacher_first", [True, False])
+@pytest.mark.parametrize("divergence", [ForwardKL(), ReverseKL(), SymmetricKL()], ids=str)
+def test_top_tokens_far_above_the_first_logits(kernel, divergence, teacher_first):
+    """A kernel may take exponentials relative to those, which then cancels in a KL divergence."""
+    student = normal(4, VOCAB)
+    student[:, 600:602] = torch.tensor([[26.0, 18.4], [25.0, 17.4], [26.0, 25.0], [25.5, 24.5]])
+    teacher = student + 0.05 * normal(4, VOCAB, seed=1)
+    teacher[:, 601] += torch.tensor([3.6, 3.6, 0.7, -0.7])
+    student[:, :512] -= torch.tensor([[3.0], [20.0], [14.0], [20.0]])
+    if not teacher_first:
+        student, teacher = teacher, student
+    options = {"divergence": divergence, "reduction": "none"}
+    actual = run(kernel, student, teacher, **options)
+    expected = oracle(student, teacher, **options)
+    assert_matches(actual, expected, divergence.name, torch.float32, close=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -160,7 +160,7 @@ class RowPair : protected RowBlocks {
       const double forward = divergence_.forward(), reverse = divergence_.reverse();
       const double kl = (Divergence::kForward ? forward * kl_.forward : 0) +
                         (Divergence::kReverse ? reverse * kl_.reverse : 0);
-      if (is_far(kl, divergence_.far_from())) {
+      if (is_far(kl, divergence_.far_from()) && ::fabs(kl_.offset) <= kMostCancelled * kl) {
         if constexpr (kGradient) kl_gradient(forward, reverse);
         return Divergence::kAddsEntropy ? kl + kl_.entropy : kl;
       }

@@ -212,6 +212,10 @@ struct KLSums {
   double entropy = 0;               // e_t (t - t_reference)
 };
 
+// As in divergences.py: the offset of a KL divergence that is larger by more than this leaves it
+// too few digits to be the value of a far row; so where top tokens are far above their references.
+constexpr double kMostCancelled = 32;
+
 // KL(p || q), KL(q || p) and the entropy of p, in nats, of a row pair without infinite logits; with
 // some, they are infinite or NaN.
 struct KL {
