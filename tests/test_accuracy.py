@@ -100,6 +100,18 @@ def test_tokens_apart_in_rows_that_are_close(backend, divergence):
     assert_gradient(actual.gradient, gradient, tolerances.OTHER_LOSS[0])
 
 
+@pytest.mark.parametrize("excluding", ["student", "teacher"])
+@pytest.mark.parametrize("divergence", [SkewForwardKL(0.5), SkewReverseKL(0.5), JSD(0.5)], ids=str)
+def test_logarithms_of_just_below_2(backend, divergence, excluding):
+    # p / m or q / m, where one model nearly excludes the other's only token.
+    certain = torch.tensor([[-torch.inf, 0.0]]).expand(24, 2)
+    other = torch.stack([torch.linspace(14, 20, 24), torch.zeros(24)], -1)
+    student, teacher = (certain, other) if excluding == "teacher" else (other, certain)
+    options = {"divergence": divergence, "reduction": "none"}
+    actual = run(backend, student, teacher, **options)
+    assert_close(actual.loss, oracle(student, teacher, **options).loss, tolerances.OTHER_LOSS)
+
+
 @pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=str)
 def test_float32_at_the_vocabulary_of_gpt2(backend, divergence):
     check_float32(backend, divergence, 2, 50257, 1.0, close=False)

@@ -259,7 +259,7 @@ KD_INLINE Vec log1p(Vec x) {
   const Octave octave(w);
   const Vec reciprocal = octave.entry(kReciprocals);
   const Vec f =
-      select(x < 1.0f, x * reciprocal + (reciprocal - 1.0f), octave.mantissa * reciprocal - 1.0f);
+      select(w < 2.0f, x * reciprocal + (reciprocal - 1.0f), octave.mantissa * reciprocal - 1.0f);
   return (octave.n * 6.93147181e-1f + octave.entry(kLogs)) +
          (f * f * horner(f, -2.43980423e-1f, 3.33366334e-1f, -5.00001192e-1f) + f);
 #else
