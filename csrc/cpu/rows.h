@@ -275,17 +275,28 @@ class RowPair : protected RowBlocks {
     const double scale =
         kd_scale_ * (Divergence::kReverse ? fit_float16_range((float)(reverse * kl_.reverse)) : 1);
     const double s_scale = scale * student_softmax_.scale();
-    const float of_q =
+    const KLFactors of = {
+        (float)(scale * teacher_softmax_.scale() * forward),
         (float)(s_scale *
-                (Divergence::kReverse ? forward + reverse * (kl_.offset - kl_.reverse) : forward));
-    const float of_gap = (float)(s_scale * reverse / exact_temperature_);
-    const float of_p = (float)(scale * teacher_softmax_.scale() * forward);
-    // Where q is 0 a gap may be as large as a float is.
-    const bool overflows = !(::fabsf(of_gap) <= 1);
+                (Divergence::kReverse ? forward + reverse * (kl_.offset - kl_.reverse) : forward)),
+        (float)(s_scale * reverse / exact_temperature_)};
+    if constexpr (Divergence::kReverse)
+      if (!(::fabsf(of.gap) <= 1)) return write_kl_gradient<kFetches, true>(of);
+    write_kl_gradient<kFetches, false>(of);
+  }
+
+  struct KLFactors {
+    float p, q, gap;  // of exponentials, and of the student's times its gap
+  };
+
+  // kOverflows: a gap may, times its factor, where q is 0 and a logit the lowest float.
+  template <bool kFetches, bool kOverflows>
+  void write_kl_gradient(const KLFactors& factors) {
     const Gap gap(student_softmax_, teacher_softmax_);
     const Upcoming next_student(params_.student, next_), next_teacher(params_.teacher, next_);
     for_blocks(params_.vocab, [&](int64_t begin, int n) {
       view_pair<true, Divergence::kReverse>(begin, n, [&](auto s, auto t, auto g) {
+        const KLFactors of = factors;  // in registers
         const float* s_kept = student_kept_ + begin;
         const float* t_kept = teacher_kept_ + begin;
         for (int i = 0; i < n; i += kPair) {
@@ -300,11 +311,11 @@ class RowPair : protected RowBlocks {
             if constexpr (Divergence::kReverse) {
               const Vec apart = gap(k ? x.second : x.first, k ? y.second : y.first);
               result[k] =
-                  overflows ? (s_e * of_gap) * apart + s_e * of_q : s_e * (apart * of_gap + of_q);
+                  kOverflows ? s_e * of.gap * apart + s_e * of.q : s_e * (apart * of.gap + of.q);
             } else {
-              result[k] = s_e * of_q;
+              result[k] = s_e * of.q;
             }
-            if constexpr (Divergence::kForward) result[k] -= load(t_kept + at) * of_p;
+            if constexpr (Divergence::kForward) result[k] -= load(t_kept + at) * of.p;
           }
           g.store(i, {result[0], result[1]});
         }
