@@ -82,7 +82,7 @@ auto bound(Result (*run)(const Params&, Where...)) {
 }  // namespace
 }  // namespace kd
 
-PYBIND11_MODULE(_C, module) {
+PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   module.def("instruction_sets", kd::cpu::instruction_sets,
              "CPU instruction sets of this build that this machine runs, best first.");
   module.def("divergences", kd::cpu::divergences, "Names of the divergences, in kernel order.");
