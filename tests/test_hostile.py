@@ -49,7 +49,7 @@ def test_shared_padding_is_as_if_absent(backend, divergence, dtype, padding):
 @pytest.mark.parametrize(("dtype", "teacher_dtype"), LOWEST, ids=str)
 @pytest.mark.parametrize("divergence", PADDABLE, ids=str)
 def test_the_lowest_floats_of_two_dtypes(backend, divergence, dtype, teacher_dtype):
-    """What both models mask has no gradient, however large the weight or a float16's scale."""
+    """What both models mask has no gradient, though weights or a float16's scale are large."""
     student, teacher = correlated_pair(3, 70)
     student, teacher = student.to(dtype), teacher.to(teacher_dtype)
     student[:, COLUMNS] = torch.finfo(dtype).min

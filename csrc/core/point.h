@@ -57,7 +57,7 @@ struct Defaults {
   static constexpr bool kFeelsShift = false;
   // Whether slopes have either sign and no bound: their sum tells nothing of their size.
   static constexpr bool kSlopesCancel = false;
-  // Whether it has close(), for points whose |r| is below close_radius: power series alone, where
+  // Whether it has close(), for points whose |r| is below close_radius: polynomials alone, where
   // terms are a choice between those and more.
   static constexpr bool kHasClose = false;
   // Whether computing the slopes a second time costs less than keeping them.
