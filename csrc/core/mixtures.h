@@ -22,17 +22,24 @@ struct Mixture : Defaults {
   // Coefficients not rounded to float: near the teacher all but few of their digits cancel.
   Mixture(double share, double rest, double a, double b, double c, double d, double e, double f)
       : share((float)share), rest((float)rest) {
-    double exponential[kTerms + 2] = {1}, log[kTerms + 2], slope[kTerms], value[kTerms];
+    // Of the smaller share: from the larger one's, log(m / p) or log(q / m) is left by cancelling.
+    const bool of_p = share < rest;
+    const double smaller = of_p ? share : rest;
+    double exponential[kTerms + 2] = {1}, over_larger[kTerms + 2], slope[kTerms], value[kTerms];
+    double m_over_p[kTerms + 2], q_over_m[kTerms + 2];  // of their logarithms
     for (int n = 1; n <= kTerms + 1; ++n) {
       exponential[n] = exponential[n - 1] / n;
-      // From L' m / p = (m / p)'.
-      log[n] = rest * exponential[n];
-      for (int k = 1; k < n; ++k) log[n] -= k * log[k] * rest * exponential[n - k] / n;
+      // log(1 + smaller (exp(x) - 1)), x = -r for m / q: its derivative times m is that of m.
+      over_larger[n] = smaller * exponential[n];
+      for (int k = 1; k < n; ++k)
+        over_larger[n] -= k * over_larger[k] * smaller * exponential[n - k] / n;
+      const double in_r = of_p && n % 2 ? -over_larger[n] : over_larger[n];
+      q_over_m[n] = of_p ? -in_r : (n == 1) - in_r;
+      m_over_p[n] = of_p ? (n == 1) + in_r : in_r;
       if (n == 1) continue;
-      double product = log[n];  // of exp(r) and L
-      for (int k = 1; k < n; ++k) product += log[k] * exponential[n - k];
-      slope[n - 2] = e * ((n == 2) - log[n - 1]) + f * n * log[n];
-      value[n - 2] = a * exponential[n] + b * exponential[n - 1] + c * log[n] + d * product;
+      slope[n - 2] = e * q_over_m[n - 1] + f * n * m_over_p[n];
+      value[n - 2] = a * exponential[n] + (b + d) * exponential[n - 1] + c * m_over_p[n];
+      for (int k = 1; k <= n; ++k) value[n - 2] -= d * q_over_m[k] * exponential[n - k];
     }
     economize(slope, of_slope);
     economize(value, of_value);
@@ -125,8 +132,8 @@ struct JSD : Mixture {
 
   JSD(double beta, double rest)
       : Mixture(beta, rest, 0, rest, -beta, -rest, rest, 0),
-        log_share((float)::log(beta)),
-        log_rest((float)::log(rest)) {}
+        log_share(log_of(beta, rest)),
+        log_rest(log_of(rest, beta)) {}
 
   template <class F>
   KD_INLINE Term<F> operator()(const Point<F>& x) const {
@@ -155,6 +162,12 @@ struct JSD : Mixture {
            rest * (kNatsPerBit * (weights.q * slope - added.log_q) + added.q);
   }
   KD_INLINE double far_unit(Weights weights) const { return kNatsPerBit * rest * weights.q; }
+
+ private:
+  // Near 1 a share has fewer digits than what it leaves.
+  static float log_of(double share, double rest) {
+    return (float)(share < rest ? ::log(share) : ::log1p(-rest));
+  }
 };
 
 // KL(p || alpha p + (1 - alpha) q). Ko et al. 2024 (DistiLLM).
