@@ -180,6 +180,26 @@ def test_frames():
     torch.testing.assert_close(time_first, actual)
 
 
+def test_decoupled():
+    labels, temperature = LABELS.clamp(min=0), 4.0
+    student = STUDENT.clone().requires_grad_()
+    is_label = F.one_hot(labels, VOCAB).bool()
+    p, q = ((x.double() / temperature).softmax(-1) for x in (TEACHER, student))
+    two_p, two_q = (torch.stack([x[is_label], 1 - x[is_label]], -1) for x in (p, q))
+    others_p, others_q = (
+        x[~is_label].view(-1, VOCAB - 1) / (1 - x[is_label]).unsqueeze(-1) for x in (p, q)
+    )
+    expected = kl(two_p, two_q.log()) + 8 * kl(others_p, others_q.log())
+    actual = recipes("Images and speech")["decoupled"](student, TEACHER, labels)
+    same_gradients(actual, temperature**2 * expected, student)
+
+
+def test_standardized():
+    standardized = recipes("Images and speech")["standardized"]
+    torch.testing.assert_close(standardized(STUDENT * 3 + 5), standardized(STUDENT))
+    assert kd_loss(standardized(STUDENT * 3 + 5), standardized(STUDENT)) < 1e-10
+
+
 def test_draft_heads():
     names, hidden, teacher_hidden = recipes("Draft heads"), normal(*ROWS, 8), normal(*ROWS, 12)
     teacher_head, distances = normal(VOCAB, 12, seed=2), torch.arange(20) * 3 + 5
