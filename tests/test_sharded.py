@@ -275,7 +275,8 @@ def test_certain_labels_of_scaled_logits(backend, three):
     student[:, 60] = 1.2345e4
     options = {"labels": torch.full((4,), 60), "kd_weight": 0.0, "ce_weight": 1.0}
     actual = sharded(three, backend, student, teacher, CUTS["uneven"], student_scale=0.3, **options)
-    assert abs(actual.loss.item()) <= 1e-8
+    # The error of exponentials (csrc/cpu/exponent.h); scaled otherwise, rounding leaves 1e-4.
+    assert abs(actual.loss.item()) <= 1.3e-7
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
