@@ -75,16 +75,16 @@ def is_far(kl, far):
 
 
 @triton.jit
-def entropies(student, teacher, row, end, of, BLOCK: tl.constexpr):
+def entropies(pair, of):
     """The entropies of student and teacher, which metrics ask for."""
-    s_row = row_of(student.rows, row)
-    t_row = row_of(teacher.rows, row)
-    s_entropy = tl.zeros((BLOCK,), tl.float32)
-    t_entropy = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, end, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        x = transformed(load_raw(s_row, columns, end), student)
-        y = transformed(load_raw(t_row, columns, end), teacher)
+    s_row = row_of(pair.student.rows, pair.row)
+    t_row = row_of(pair.teacher.rows, pair.row)
+    s_entropy = tl.zeros((pair.BLOCK,), tl.float32)
+    t_entropy = tl.zeros((pair.BLOCK,), tl.float32)
+    for start in range(0, pair.vocab, pair.BLOCK):
+        columns = start + tl.arange(0, pair.BLOCK)
+        x = transformed(load_raw(s_row, columns, pair.vocab), pair.student)
+        y = transformed(load_raw(t_row, columns, pair.vocab), pair.teacher)
         p, q, log_p, log_q, _ = point(x, y, of)
         s_entropy -= times_or_zero(q, log_q)
         t_entropy -= times_or_zero(p, log_p)
@@ -92,44 +92,32 @@ def entropies(student, teacher, row, end, of, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def kl_gradient(
-    student,
-    teacher,
-    gradient,
-    row,
-    end,
-    state,
-    kl,
-    of,
-    scales,
-    far,
-    wanted,
-    BLOCK: tl.constexpr,
-):
+def kl_gradient(pair, state, kl, of, scales):
     """forward (q - p) + reverse q (log q - log p - KL(q || p))."""
-    s_row = row_of(student.rows, row)
-    t_row = row_of(teacher.rows, row)
-    g_row = row_of(gradient, row)
+    s_row = row_of(pair.student.rows, pair.row)
+    t_row = row_of(pair.teacher.rows, pair.row)
+    g_row = row_of(pair.gradient, pair.row)
     s_scale = scales.kd / state.s_sum
-    of_p = scales.kd / state.t_sum * far.forward
-    of_q = s_scale * far.forward
-    of_gap = s_scale * far.reverse * kl.per_unit.to(tl.float32)
-    if far.REVERSE:
-        of_q += s_scale * far.reverse * (kl.offset - kl.reverse).to(tl.float32)
-    for start in range(0, end, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        raw = load_raw(s_row, columns, end)
-        x = transformed(raw, student)
-        y = transformed(load_raw(t_row, columns, end), teacher)
+    of_p = scales.kd / state.t_sum * pair.divergence.far.forward
+    of_q = s_scale * pair.divergence.far.forward
+    of_gap = s_scale * pair.divergence.far.reverse * kl.per_unit.to(tl.float32)
+    if pair.divergence.far.REVERSE:
+        of_q += s_scale * pair.divergence.far.reverse * (kl.offset - kl.reverse).to(tl.float32)
+    for start in range(0, pair.vocab, pair.BLOCK):
+        columns = start + tl.arange(0, pair.BLOCK)
+        raw = load_raw(s_row, columns, pair.vocab)
+        x = transformed(raw, pair.student)
+        y = transformed(load_raw(t_row, columns, pair.vocab), pair.teacher)
         s_shifted = x - state.s_base
         t_shifted = y - state.t_base
         s_e = tl.exp2(s_shifted * of.c)
         g = s_e * of_q
-        if far.REVERSE:  # not (gap of_gap + of_q) s_e: where s_e is 0 the gap may be huge
+        if pair.divergence.far.REVERSE:
+            # Not (gap of_gap + of_q) s_e: where s_e is 0 the gap may be huge.
             g += (s_shifted - t_shifted) * (s_e * of_gap)
-        if far.FORWARD:
+        if pair.divergence.far.FORWARD:
             g -= tl.exp2(t_shifted * of.c) * of_p
-        store_gradient(g_row, columns, end, g, raw, x, student, of, scales, wanted)
+        store_gradient(pair, g_row, columns, g, raw, x, of, scales)
 
 
 @triton.jit
@@ -139,19 +127,19 @@ def log_probabilities(of):
 
 
 @triton.jit
-def far_values(student, teacher, row, end, of, logs, divergence, wanted, BLOCK: tl.constexpr):
+def far_values(pair, of, logs):
     """The divergence and the sum of its slopes, in bits."""
-    s_row = row_of(student.rows, row)
-    t_row = row_of(teacher.rows, row)
-    value = tl.zeros((BLOCK,), tl.float32)
-    slope = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, end, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        x = transformed(load_raw(s_row, columns, end), student)
-        y = transformed(load_raw(t_row, columns, end), teacher)
+    s_row = row_of(pair.student.rows, pair.row)
+    t_row = row_of(pair.teacher.rows, pair.row)
+    value = tl.zeros((pair.BLOCK,), tl.float32)
+    slope = tl.zeros((pair.BLOCK,), tl.float32)
+    for start in range(0, pair.vocab, pair.BLOCK):
+        columns = start + tl.arange(0, pair.BLOCK)
+        x = transformed(load_raw(s_row, columns, pair.vocab), pair.student)
+        y = transformed(load_raw(t_row, columns, pair.vocab), pair.teacher)
         points = far_point(x, y, logs, of)
-        inside = columns < end
-        value += tl.where(inside, term(divergence.far.value, divergence, points), 0.0)
-        if wanted.GRADIENT:
-            slope += tl.where(inside, term(divergence.far.slope, divergence, points), 0.0)
+        inside = columns < pair.vocab
+        value += tl.where(inside, term(pair.divergence.far.value, pair.divergence, points), 0.0)
+        if pair.wanted.GRADIENT:
+            slope += tl.where(inside, term(pair.divergence.far.slope, pair.divergence, points), 0.0)
     return tl.sum(value, 0), tl.sum(slope, 0)

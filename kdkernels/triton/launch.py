@@ -16,9 +16,20 @@ from ..divergences import REGISTERED, kl_weights
 from ..options import SHARD_PHASES, LogitsOptions, TailOptions
 from . import schedule
 from .divergences import FUNCTIONS, Functions
-from .rows import PerRow, Weights, loss_kernel, scale_kernel
+from .rows import loss_kernel, scale_kernel
 from .shard import Records, shard_kernel
-from .sweeps import AS_IS, SCALED, SOFTCAPPED, Divergence, Far, Logits, Rows, Wanted
+from .sweeps import (
+    AS_IS,
+    SCALED,
+    SOFTCAPPED,
+    Divergence,
+    Far,
+    Logits,
+    PerRow,
+    Rows,
+    Wanted,
+    Weights,
+)
 from .tail import Listed, tails_gradient_kernel, tails_kernel
 
 

@@ -2,86 +2,75 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 
 from .far import entropies, exceeds, far_values, is_far, kl_gradient, kls, log_probabilities
 from .math import LARGEST_FLOAT, NATS_PER_BIT, log
 from .states import states, valid
-from .sweeps import SOFTCAPPED, Scales, Sums, fill, row_of, slopes, softmaxes, transformed, values
-
-
-class PerRow(NamedTuple):
-    """Tensors with an entry per row; None where a kernel has no use for one."""
-
-    labels: tl.tensor  # (rows,) int64
-    weight: tl.tensor  # (rows,), 0: the row takes no part
-    normalizer: tl.tensor  # ()
-    loss: tl.tensor  # (rows,), out: with all weights, the normalizer's included
-    row_scale: tl.tensor  # (rows,), out: what a float16 gradient has yet to be multiplied by
-    metrics: tl.tensor  # (5, rows), out
-
-
-class Weights(NamedTuple):
-    """Numbers that weigh the terms of the loss and of the gradient."""
-
-    temperature: tl.tensor
-    kd: tl.tensor  # includes temperature squared
-    ce: tl.tensor
-    divisor: tl.tensor  # what the host knows of the normalizer
-    gradient_scale: tl.tensor  # the power of two of a float16 gradient
+from .sweeps import (
+    SOFTCAPPED,
+    RowPair,
+    Scales,
+    Sums,
+    fill,
+    row_of,
+    slopes,
+    softmaxes,
+    transformed,
+    values,
+)
 
 
 @triton.jit
-def weight_of(per_row, row):
+def weight_of(pair):
     """The weight of a row."""
     weight = tl.full((), 1.0, tl.float32)
-    if per_row.weight is not None:
-        weight = tl.load(per_row.weight + row)
+    if pair.per_row.weight is not None:
+        weight = tl.load(pair.per_row.weight + pair.row)
     return weight
 
 
 @triton.jit
-def share_of(per_row, weights, row):
+def share_of(pair):
     """What the loss of a row is multiplied by."""
-    share = weight_of(per_row, row) / weights.divisor
-    if per_row.normalizer is not None:
-        share = share / tl.load(per_row.normalizer)
+    share = weight_of(pair) / pair.weights.divisor
+    if pair.per_row.normalizer is not None:
+        share = share / tl.load(pair.per_row.normalizer)
     return share
 
 
 @triton.jit
-def label_of(student, per_row, row, vocab):
+def label_of(pair):
     """The label of a row and its logit, NaN for one outside the vocabulary; without labels 0."""
     label = tl.zeros((), tl.int64)
     logit = tl.zeros((), tl.float32)
-    if per_row.labels is not None:
-        label = tl.load(per_row.labels + row)
-        inside = (label >= 0) & (label < vocab)
-        raw = tl.load(row_of(student.rows, row) + tl.where(inside, label, 0)).to(tl.float32)
-        logit = tl.where(inside, transformed(raw, student), float("nan"))
+    if pair.per_row.labels is not None:
+        label = tl.load(pair.per_row.labels + pair.row)
+        inside = (label >= 0) & (label < pair.vocab)
+        at = row_of(pair.student.rows, pair.row) + tl.where(inside, label, 0)
+        raw = tl.load(at).to(tl.float32)
+        logit = tl.where(inside, transformed(raw, pair.student), float("nan"))
     return label, logit
 
 
 @triton.jit
-def scales_of(student, share, state, label, label_logit, weights, wanted):
+def scales_of(pair, share, state, label, label_logit):
     """What a row's gradient is multiplied by."""
     scale = share
-    if wanted.ROW_SCALE:
-        scale = weights.gradient_scale
-    if student.TRANSFORM != SOFTCAPPED:
-        scale = scale * student.scale
+    if pair.wanted.ROW_SCALE:
+        scale = pair.weights.gradient_scale
+    if pair.student.TRANSFORM != SOFTCAPPED:
+        scale = scale * pair.student.scale
     good = label_logit == label_logit
-    if wanted.KD_GRADIENT:
+    if pair.wanted.KD_GRADIENT:
         good = good & valid(state.s_sum) & valid(state.t_sum)
-    if wanted.CE_GRADIENT:
+    if pair.wanted.CE_GRADIENT:
         good = good & valid(state.s_sum_at_1)
     scale = tl.where(good, scale, float("nan"))
-    ce = scale * weights.ce
-    row_scale = share / weights.gradient_scale
-    kd = scale * weights.kd / weights.temperature
+    ce = scale * pair.weights.ce
+    row_scale = share / pair.weights.gradient_scale
+    kd = scale * pair.weights.kd / pair.weights.temperature
     return Scales(kd, ce, ce / state.s_sum_at_1, label, row_scale)
 
 
@@ -117,25 +106,25 @@ def divergence_of(state, sums, divergence):
 
 
 @triton.jit
-def write_loss(per_row, row, rows, weights, share, state, sums, label_logit, divergence, wanted):
+def write_loss(pair, rows, share, state, sums, label_logit):
     """The loss of a row and its metrics."""
     # A term of weight 0 may be infinite: it is left out, not multiplied.
     loss = tl.where(label_logit == label_logit, 0.0, label_logit)
     distance = tl.zeros((), tl.float32)
     cross_entropy = tl.zeros((), tl.float32)
-    if wanted.DIVERGENCE:
-        distance = divergence_of(state, sums, divergence)
-        loss += tl.where(weights.kd != 0.0, weights.kd * distance, 0.0)
-    if wanted.CROSS_ENTROPY:
+    if pair.wanted.DIVERGENCE:
+        distance = divergence_of(state, sums, pair.divergence)
+        loss += tl.where(pair.weights.kd != 0.0, pair.weights.kd * distance, 0.0)
+    if pair.wanted.CROSS_ENTROPY:
         cross_entropy = (state.s_base - label_logit) + log(state.s_sum_at_1)
         cross_entropy = tl.where(valid(state.s_sum_at_1), cross_entropy, float("nan"))
-        loss += tl.where(weights.ce != 0.0, weights.ce * cross_entropy, 0.0)
-    tl.store(per_row.loss + row, share * loss)
-    if wanted.METRICS:
+        loss += tl.where(pair.weights.ce != 0.0, pair.weights.ce * cross_entropy, 0.0)
+    tl.store(pair.per_row.loss + pair.row, share * loss)
+    if pair.wanted.METRICS:
         nan = float("nan")
         defined = valid(state.s_sum) & valid(state.t_sum)
         agreement = (state.s_token == state.t_token).to(tl.float32)
-        out = per_row.metrics + row
+        out = pair.per_row.metrics + pair.row
         tl.store(out, distance)
         tl.store(out + rows, cross_entropy)
         tl.store(out + 2 * rows, tl.where(valid(state.t_sum), sums.t_entropy, nan))
@@ -144,181 +133,94 @@ def write_loss(per_row, row, rows, weights, share, state, sums, label_logit, div
 
 
 @triton.jit
-def write_masked_row(gradient, per_row, row, rows, wanted, BLOCK: tl.constexpr):
+def write_masked_row(pair, rows):
     """A row of weight 0: exact zeros, whatever the logits hold."""
-    tl.store(per_row.loss + row, 0.0)
-    if wanted.ROW_SCALE:
-        tl.store(per_row.row_scale + row, 0.0)
-    if wanted.METRICS:
+    tl.store(pair.per_row.loss + pair.row, 0.0)
+    if pair.wanted.ROW_SCALE:
+        tl.store(pair.per_row.row_scale + pair.row, 0.0)
+    if pair.wanted.METRICS:
         for metric in tl.static_range(5):
-            tl.store(per_row.metrics + metric * rows + row, 0.0)
-    if wanted.GRADIENT:
-        fill(gradient, row, 0, gradient.width, BLOCK)
+            tl.store(pair.per_row.metrics + metric * rows + pair.row, 0.0)
+    if pair.wanted.GRADIENT:
+        fill(pair.gradient, pair.row, 0, pair.gradient.width, pair.BLOCK)
 
 
 @triton.jit
-def write_far(
-    student,
-    teacher,
-    gradient,
-    row,
-    vocab,
-    state,
-    gaps,
-    of,
-    scales,
-    weights,
-    divergence,
-    wanted,
-    BLOCK: tl.constexpr,
-):
+def write_far(pair, state, gaps, of, scales):
     """Sums over a far row and its gradient; any other is left to ``write_near``."""
-    kl = kls(state, gaps, weights.temperature)
-    done, value = is_far(kl, divergence.far)
+    kl = kls(state, gaps, pair.weights.temperature)
+    done, value = is_far(kl, pair.divergence.far)
     value = value.to(tl.float32)
     s_entropy = tl.zeros((), tl.float32)
     t_entropy = tl.zeros((), tl.float32)
     if done:
-        if wanted.METRICS:  # before the gradient, which may overwrite the student
-            s_entropy, t_entropy = entropies(student, teacher, row, vocab, of, BLOCK)
-        if divergence.far.IS_KL:
-            if wanted.GRADIENT:
-                if divergence.far.REVERSE:
-                    size = (kl.reverse * divergence.far.reverse).to(tl.float32)
-                    scales = scales_for(size, size, scales, wanted)
-                kl_gradient(
-                    student,
-                    teacher,
-                    gradient,
-                    row,
-                    vocab,
-                    state,
-                    kl,
-                    of,
-                    scales,
-                    divergence.far,
-                    wanted,
-                    BLOCK,
-                )
-            if divergence.far.ENTROPY:
+        if pair.wanted.METRICS:  # before the gradient, which may overwrite the student
+            s_entropy, t_entropy = entropies(pair, of)
+        if pair.divergence.far.IS_KL:
+            if pair.wanted.GRADIENT:
+                if pair.divergence.far.REVERSE:
+                    size = (kl.reverse * pair.divergence.far.reverse).to(tl.float32)
+                    scales = scales_for(size, size, scales, pair.wanted)
+                kl_gradient(pair, state, kl, of, scales)
+            if pair.divergence.far.ENTROPY:
                 value = (kl.forward + kl.entropy).to(tl.float32)
         else:
             logs = log_probabilities(of)
-            bits, slope = far_values(
-                student, teacher, row, vocab, of, logs, divergence, wanted, BLOCK
-            )
+            bits, slope = far_values(pair, of, logs)
             value = bits * NATS_PER_BIT
-            done = exceeds(value, divergence.far.threshold)
-            if wanted.GRADIENT:
-                scales = scales_for(slope * NATS_PER_BIT, 0.0, scales, wanted)
+            done = exceeds(value, pair.divergence.far.threshold)
+            if pair.wanted.GRADIENT:
+                scales = scales_for(slope * NATS_PER_BIT, 0.0, scales, pair.wanted)
                 if done:
-                    slopes(
-                        student,
-                        teacher,
-                        gradient,
-                        row,
-                        vocab,
-                        of,
-                        logs,
-                        scales,
-                        divergence,
-                        slope,
-                        wanted,
-                        BLOCK,
-                    )
+                    slopes(pair, of, logs, scales, slope)
     nothing = tl.zeros((), tl.float32)
     return done, Sums(value, nothing, nothing, nothing, s_entropy, t_entropy), scales.row_scale
 
 
 @triton.jit
-def write_near(
-    student,
-    teacher,
-    gradient,
-    row,
-    vocab,
-    of,
-    scales,
-    divergence,
-    wanted,
-    BLOCK: tl.constexpr,
-):
+def write_near(pair, of, scales):
     """Sums over a row pair and its gradient, by formulas that keep digits near the teacher."""
     nothing = tl.zeros((), tl.float32)
     sums = Sums(nothing, nothing, nothing, nothing, nothing, nothing)
-    if wanted.DIVERGENCE:
-        sums = values(student, teacher, gradient, row, vocab, of, scales, divergence, wanted, BLOCK)
-    if wanted.GRADIENT and not (wanted.KD_GRADIENT and divergence.SLOPE_SUMS_TO_ZERO):
-        if wanted.KD_GRADIENT:
-            scales = scales_for(sums.slope, sums.size, scales, wanted)
-        slopes(
-            student,
-            teacher,
-            gradient,
-            row,
-            vocab,
-            of,
-            None,
-            scales,
-            divergence,
-            sums.slope,
-            wanted,
-            BLOCK,
-        )
+    if pair.wanted.DIVERGENCE:
+        sums = values(pair, of, scales)
+    if pair.wanted.GRADIENT and not (
+        pair.wanted.KD_GRADIENT and pair.divergence.SLOPE_SUMS_TO_ZERO
+    ):
+        if pair.wanted.KD_GRADIENT:
+            scales = scales_for(sums.slope, sums.size, scales, pair.wanted)
+        slopes(pair, of, None, scales, sums.slope)
     return sums, scales.row_scale
 
 
 @triton.jit
-def write_row(
-    student,
-    teacher,
-    gradient,
-    per_row,
-    row,
-    rows,
-    vocab,
-    weights,
-    divergence,
-    wanted,
-    BLOCK: tl.constexpr,
-):
+def write_kept_row(pair, rows):
     """Loss, gradient and metrics of a row pair."""
-    share = share_of(per_row, weights, row)
-    label, label_logit = label_of(student, per_row, row, vocab)
-    state, gaps = states(
-        student, teacher, row, vocab, weights.temperature, divergence, wanted, BLOCK
-    )
-    of = softmaxes(state, weights.temperature)
-    scales = scales_of(student, share, state, label, label_logit, weights, wanted)
-    if divergence.far is None:
-        sums, row_scale = write_near(
-            student, teacher, gradient, row, vocab, of, scales, divergence, wanted, BLOCK
-        )
+    share = share_of(pair)
+    label, label_logit = label_of(pair)
+    state, gaps = states(pair)
+    of = softmaxes(state, pair.weights.temperature)
+    scales = scales_of(pair, share, state, label, label_logit)
+    if pair.divergence.far is None:
+        sums, row_scale = write_near(pair, of, scales)
     else:
-        done, sums, row_scale = write_far(
-            student,
-            teacher,
-            gradient,
-            row,
-            vocab,
-            state,
-            gaps,
-            of,
-            scales,
-            weights,
-            divergence,
-            wanted,
-            BLOCK,
-        )
+        done, sums, row_scale = write_far(pair, state, gaps, of, scales)
         if not done:
-            sums, row_scale = write_near(
-                student, teacher, gradient, row, vocab, of, scales, divergence, wanted, BLOCK
-            )
-    if wanted.GRADIENT:
-        fill(gradient, row, vocab, gradient.width, BLOCK)
-    if wanted.ROW_SCALE:
-        tl.store(per_row.row_scale + row, row_scale)
-    write_loss(per_row, row, rows, weights, share, state, sums, label_logit, divergence, wanted)
+            sums, row_scale = write_near(pair, of, scales)
+    if pair.wanted.GRADIENT:
+        fill(pair.gradient, pair.row, pair.vocab, pair.gradient.width, pair.BLOCK)
+    if pair.wanted.ROW_SCALE:
+        tl.store(pair.per_row.row_scale + pair.row, row_scale)
+    write_loss(pair, rows, share, state, sums, label_logit)
+
+
+@triton.jit
+def write_row(pair, rows):
+    """All that is wanted of a row pair."""
+    if weight_of(pair) == 0.0:
+        write_masked_row(pair, rows)
+    else:
+        write_kept_row(pair, rows)
 
 
 @triton.jit(do_not_specialize=["rows"])  # which change with every batch
@@ -334,24 +236,14 @@ def loss_kernel(
     wanted,
     BLOCK: tl.constexpr,
 ):
-    """One program per row; see the structs of this file and of sweeps.py."""
+    """One program per row; see the structs of sweeps.py."""
     row = tl.program_id(0).to(tl.int64)
-    if weight_of(per_row, row) == 0.0:
-        write_masked_row(gradient, per_row, row, rows, wanted, BLOCK)
-    else:
-        write_row(
-            student,
-            teacher,
-            gradient,
-            per_row,
-            row,
-            rows,
-            vocab,
-            weights,
-            divergence,
-            wanted,
-            BLOCK,
-        )
+    write_row(
+        RowPair(
+            student, teacher, gradient, per_row, row, vocab, weights, divergence, wanted, BLOCK
+        ),
+        rows,
+    )
 
 
 @triton.jit(do_not_specialize=["rows"])  # which change with every batch

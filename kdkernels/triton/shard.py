@@ -18,7 +18,7 @@ from ..options import SHARD_PHASES, SHARD_STATES, SHARD_SUMS
 from .far import KLs, entropies, kl_gradient, kls
 from .rows import scales_for, scales_of, share_of, weight_of
 from .states import Gaps, States, states, valid
-from .sweeps import Sums, fill, slopes, softmaxes, values
+from .sweeps import RowPair, Sums, fill, slopes, softmaxes, values
 
 #: Phases: places in SHARD_PHASES.
 STATES = tl.constexpr(SHARD_PHASES.index("states"))
@@ -72,14 +72,10 @@ def write_zeros(to, N: tl.constexpr):
 
 
 @triton.jit
-def write_states(
-    student, teacher, records, row, vocab, weights, divergence, wanted, BLOCK: tl.constexpr
-):
+def write_states(pair, records):
     """Phase 1: the softmax states of a shard."""
-    state, gaps = states(
-        student, teacher, row, vocab, weights.temperature, divergence, wanted, BLOCK
-    )
-    per_unit = kls(state, gaps, weights.temperature).per_unit
+    state, gaps = states(pair)
+    per_unit = kls(state, gaps, pair.weights.temperature).per_unit
     record = ShardStates(
         state.s_base,
         state.t_base,
@@ -90,7 +86,7 @@ def write_states(
         gaps.entropy * per_unit,
         state.s_sum_at_1,
     )
-    write_record(records.states + row * N_STATES, record, N_STATES)
+    write_record(records.states + pair.row * N_STATES, record, N_STATES)
 
 
 @triton.jit
@@ -143,196 +139,98 @@ def write_sums(to, state, sums):
 
 
 @triton.jit
-def finish(gradient, per_row, row, vocab, scales, wanted, BLOCK: tl.constexpr):
+def finish(pair, scales):
     """What belongs to the gradient of a row besides."""
-    fill(gradient, row, vocab, gradient.width, BLOCK)
-    if wanted.ROW_SCALE:
-        tl.store(per_row.row_scale + row, scales.row_scale)
+    fill(pair.gradient, pair.row, pair.vocab, pair.gradient.width, pair.BLOCK)
+    if pair.wanted.ROW_SCALE:
+        tl.store(pair.per_row.row_scale + pair.row, scales.row_scale)
 
 
 @triton.jit
-def write_far_sums(
-    student,
-    teacher,
-    gradient,
-    per_row,
-    records,
-    row,
-    vocab,
-    state,
-    of,
-    scales,
-    weights,
-    divergence,
-    wanted,
-    BLOCK: tl.constexpr,
-):
+def write_far_sums(pair, records, state, of, scales):
     """Phase 2 of a far row: no sums but entropies, and the gradient."""
     nothing = tl.zeros((), tl.float32)
     s_entropy = nothing
     t_entropy = nothing
-    if wanted.METRICS:  # before the gradient, which may overwrite the student
-        s_entropy, t_entropy = entropies(student, teacher, row, vocab, of, BLOCK)
+    if pair.wanted.METRICS:  # before the gradient, which may overwrite the student
+        s_entropy, t_entropy = entropies(pair, of)
     sums = Sums(nothing, nothing, nothing, nothing, s_entropy, t_entropy)
-    write_record(records.sums + row * N_SUMS, sums, N_SUMS)
-    if wanted.KD_GRADIENT:
+    write_record(records.sums + pair.row * N_SUMS, sums, N_SUMS)
+    if pair.wanted.KD_GRADIENT:
         zero = tl.zeros((), tl.float64)
-        kl = kls(state, Gaps(zero, zero, zero), weights.temperature)
-        reverse = tl.load(records.states + row * N_STATES + REVERSE)
-        if divergence.far.REVERSE:
-            size = (reverse * divergence.far.reverse).to(tl.float32)
-            scales = scales_for(size, size, scales, wanted)
-        kl_gradient(
-            student,
-            teacher,
-            gradient,
-            row,
-            vocab,
-            state,
-            KLs(kl.forward, reverse, kl.entropy, kl.offset, kl.per_unit),
-            of,
-            scales,
-            divergence.far,
-            wanted,
-            BLOCK,
-        )
-        finish(gradient, per_row, row, vocab, scales, wanted, BLOCK)
+        kl = kls(state, Gaps(zero, zero, zero), pair.weights.temperature)
+        reverse = tl.load(records.states + pair.row * N_STATES + REVERSE)
+        if pair.divergence.far.REVERSE:
+            size = (reverse * pair.divergence.far.reverse).to(tl.float32)
+            scales = scales_for(size, size, scales, pair.wanted)
+        kl = KLs(kl.forward, reverse, kl.entropy, kl.offset, kl.per_unit)
+        kl_gradient(pair, state, kl, of, scales)
+        finish(pair, scales)
 
 
 @triton.jit
-def write_near_terms(
-    student,
-    teacher,
-    gradient,
-    per_row,
-    records,
-    row,
-    vocab,
-    state,
-    of,
-    scales,
-    divergence,
-    wanted,
-    PHASE: tl.constexpr,
-    WRITES: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def write_near_terms(pair, records, state, of, scales, PHASE: tl.constexpr, WRITES: tl.constexpr):
     """Phase 2 or 3 of a row that is not far."""
-    record = records.sums + row * N_SUMS
+    record = records.sums + pair.row * N_SUMS
     if PHASE == SUMS:
-        sums = values(student, teacher, gradient, row, vocab, of, scales, divergence, wanted, BLOCK)
+        sums = values(pair, of, scales)
         write_sums(record, state, sums)
     else:
         slope_sum = tl.zeros((), tl.float32)
-        if wanted.KD_GRADIENT:
+        if pair.wanted.KD_GRADIENT:
             slope_sum = tl.load(record + SLOPE).to(tl.float32)
             size = tl.load(record + LARGEST_SLOPE).to(tl.float32)
-            scales = scales_for(slope_sum, size, scales, wanted)
-        slopes(
-            student,
-            teacher,
-            gradient,
-            row,
-            vocab,
-            of,
-            None,
-            scales,
-            divergence,
-            slope_sum,
-            wanted,
-            BLOCK,
-        )
+            scales = scales_for(slope_sum, size, scales, pair.wanted)
+        slopes(pair, of, None, scales, slope_sum)
     if WRITES:
-        finish(gradient, per_row, row, vocab, scales, wanted, BLOCK)
+        finish(pair, scales)
 
 
 @triton.jit
-def write_terms(
-    student,
-    teacher,
-    gradient,
-    per_row,
-    records,
-    row,
-    vocab,
-    weights,
-    divergence,
-    wanted,
-    PHASE: tl.constexpr,
-    WRITES: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def write_terms(pair, records, PHASE: tl.constexpr, WRITES: tl.constexpr):
     """Phase 2, sums over the terms of a shard, or 3, its gradient."""
-    record = records.states + row * N_STATES
+    record = records.states + pair.row * N_STATES
     state = whole_states(record)
-    of = softmaxes(state, weights.temperature)
+    of = softmaxes(state, pair.weights.temperature)
     label = tl.zeros((), tl.int64)
-    if per_row.labels is not None:
-        label = tl.load(per_row.labels + row)  # in no column of a shard that does not have it
+    if pair.per_row.labels is not None:
+        # In no column of a shard that does not have it.
+        label = tl.load(pair.per_row.labels + pair.row)
     good = tl.zeros((), tl.float32)  # in the place of the label's logit
-    share = share_of(per_row, weights, row)
-    scales = scales_of(student, share, state, label, good, weights, wanted)
+    scales = scales_of(pair, share_of(pair), state, label, good)
     far = False
-    if divergence.far is not None:
+    if pair.divergence.far is not None:
         reverse = tl.load(record + REVERSE)
         far = reverse == reverse
         if far and PHASE == SUMS:
-            write_far_sums(
-                student,
-                teacher,
-                gradient,
-                per_row,
-                records,
-                row,
-                vocab,
-                state,
-                of,
-                scales,
-                weights,
-                divergence,
-                wanted,
-                BLOCK,
-            )
+            write_far_sums(pair, records, state, of, scales)
     if not far:
-        write_near_terms(
-            student,
-            teacher,
-            gradient,
-            per_row,
-            records,
-            row,
-            vocab,
-            state,
-            of,
-            scales,
-            divergence,
-            wanted,
-            PHASE,
-            WRITES,
-            BLOCK,
-        )
+        write_near_terms(pair, records, state, of, scales, PHASE, WRITES)
 
 
 @triton.jit
-def write_masked(
-    gradient,
-    per_row,
-    records,
-    row,
-    wanted,
-    PHASE: tl.constexpr,
-    WRITES: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def write_masked(pair, records, PHASE: tl.constexpr, WRITES: tl.constexpr):
     """A row of weight 0: exact zeros, whatever the logits hold."""
     if PHASE == STATES:
-        write_zeros(records.states + row * N_STATES, N_STATES)
+        write_zeros(records.states + pair.row * N_STATES, N_STATES)
     if PHASE == SUMS:
-        write_zeros(records.sums + row * N_SUMS, N_SUMS)
+        write_zeros(records.sums + pair.row * N_SUMS, N_SUMS)
     if WRITES:
-        fill(gradient, row, 0, gradient.width, BLOCK)
-        if wanted.ROW_SCALE:
-            tl.store(per_row.row_scale + row, 0.0)
+        fill(pair.gradient, pair.row, 0, pair.gradient.width, pair.BLOCK)
+        if pair.wanted.ROW_SCALE:
+            tl.store(pair.per_row.row_scale + pair.row, 0.0)
+
+
+@triton.jit
+def write_phase(pair, records, PHASE: tl.constexpr, WRITES: tl.constexpr):
+    """One phase of a row pair."""
+    if weight_of(pair) == 0.0:
+        write_masked(pair, records, PHASE, WRITES)
+    else:
+        if PHASE == STATES:
+            write_states(pair, records)
+        else:
+            write_terms(pair, records, PHASE, WRITES)
 
 
 @triton.jit
@@ -352,24 +250,11 @@ def shard_kernel(
 ):
     """One phase, one program per row; WRITES: it is the phase that writes the gradient."""
     row = tl.program_id(0).to(tl.int64)
-    if weight_of(per_row, row) == 0.0:
-        write_masked(gradient, per_row, records, row, wanted, PHASE, WRITES, BLOCK)
-    else:
-        if PHASE == STATES:
-            write_states(student, teacher, records, row, vocab, weights, divergence, wanted, BLOCK)
-        else:
-            write_terms(
-                student,
-                teacher,
-                gradient,
-                per_row,
-                records,
-                row,
-                vocab,
-                weights,
-                divergence,
-                wanted,
-                PHASE,
-                WRITES,
-                BLOCK,
-            )
+    write_phase(
+        RowPair(
+            student, teacher, gradient, per_row, row, vocab, weights, divergence, wanted, BLOCK
+        ),
+        records,
+        PHASE,
+        WRITES,
+    )

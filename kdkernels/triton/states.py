@@ -79,44 +79,44 @@ def first_top(tops, tokens):
 
 
 @triton.jit
-def states(student, teacher, row, end, temperature, divergence, wanted, BLOCK: tl.constexpr):
+def states(pair):
     """Sweep 1: the states, and what tells far rows."""
-    c = LOG2E / temperature
-    s_row = row_of(student.rows, row)
-    t_row = row_of(teacher.rows, row)
+    c = LOG2E / pair.weights.temperature
+    s_row = row_of(pair.student.rows, pair.row)
+    t_row = row_of(pair.teacher.rows, pair.row)
     s_base = tl.full((), LOWEST, tl.float32)
     t_base = s_base
-    s_top = tl.full((BLOCK,), -float("inf"), tl.float32)
+    s_top = tl.full((pair.BLOCK,), -float("inf"), tl.float32)
     t_top = s_top
-    s_token = tl.zeros((BLOCK,), tl.int32)
+    s_token = tl.zeros((pair.BLOCK,), tl.int32)
     t_token = s_token
-    s_sum = tl.zeros((BLOCK,), tl.float32)
-    t_sum = tl.zeros((BLOCK,), tl.float32)
-    s_sum_at_1 = tl.zeros((BLOCK,), tl.float32)
-    forward = tl.zeros((BLOCK,), tl.float32)
-    reverse = tl.zeros((BLOCK,), tl.float32)
-    entropy = tl.zeros((BLOCK,), tl.float32)
-    s_c = tl.maximum(c, LOG2E) if wanted.CROSS_ENTROPY else c
-    for start in range(0, end, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        s_raw = load_raw(s_row, columns, end)
-        x = transformed(s_raw, student)
+    s_sum = tl.zeros((pair.BLOCK,), tl.float32)
+    t_sum = tl.zeros((pair.BLOCK,), tl.float32)
+    s_sum_at_1 = tl.zeros((pair.BLOCK,), tl.float32)
+    forward = tl.zeros((pair.BLOCK,), tl.float32)
+    reverse = tl.zeros((pair.BLOCK,), tl.float32)
+    entropy = tl.zeros((pair.BLOCK,), tl.float32)
+    s_c = tl.maximum(c, LOG2E) if pair.wanted.CROSS_ENTROPY else c
+    for start in range(0, pair.vocab, pair.BLOCK):
+        columns = start + tl.arange(0, pair.BLOCK)
+        s_raw = load_raw(s_row, columns, pair.vocab)
+        x = transformed(s_raw, pair.student)
         climb = (x - s_base) * s_c
-        if wanted.DIVERGENCE:
-            t_raw = load_raw(t_row, columns, end)
-            y = transformed(t_raw, teacher)
+        if pair.wanted.DIVERGENCE:
+            t_raw = load_raw(t_row, columns, pair.vocab)
+            y = transformed(t_raw, pair.teacher)
             climb = tl.maximum(climb, (y - t_base) * c)
         # Rare, so that the threads meet once a block instead of once for each model.
         if tl.max(climb, 0) > HEADROOM:
             base = base_for(x, s_base, s_c)
             s_up = s_base - base
             s_factor = tl.exp2(s_up * c)
-            if wanted.DIVERGENCE:
+            if pair.wanted.DIVERGENCE:
                 t_before = t_base
                 t_base = base_for(y, t_base, c)
                 t_up = t_before - t_base
                 t_factor = tl.exp2(t_up * c)
-                if divergence.far is not None:
+                if pair.divergence.far is not None:
                     by = s_up - t_up
                     forward = moved(forward, by, t_sum, t_factor)
                     reverse = moved(reverse, by, s_sum, s_factor)
@@ -127,24 +127,24 @@ def states(student, teacher, row, end, temperature, divergence, wanted, BLOCK: t
             s_base = base
         s_e = tl.exp2((x - s_base) * c)
         s_sum += s_e
-        if wanted.CROSS_ENTROPY:
+        if pair.wanted.CROSS_ENTROPY:
             s_sum_at_1 += exp(x - s_base)
-        if wanted.METRICS:
+        if pair.wanted.METRICS:
             s_token = tl.where(s_raw > s_top, columns, s_token)
             s_top = tl.maximum(s_top, s_raw)
-        if wanted.DIVERGENCE:
+        if pair.wanted.DIVERGENCE:
             t_e = tl.exp2((y - t_base) * c)
             t_sum += t_e
-            if divergence.far is not None:
-                inside = columns < end  # beyond, a gap would be -inf - -inf
+            if pair.divergence.far is not None:
+                inside = columns < pair.vocab  # beyond, a gap would be -inf - -inf
                 gap = tl.where(inside, (x - s_base) - (y - t_base), 0.0)
-                if divergence.far.FORWARD:
+                if pair.divergence.far.FORWARD:
                     forward += t_e * gap
-                if divergence.far.REVERSE:
+                if pair.divergence.far.REVERSE:
                     reverse += s_e * gap
-                if divergence.far.ENTROPY:
+                if pair.divergence.far.ENTROPY:
                     entropy += t_e * tl.where(inside, y - t_base, 0.0)
-            if wanted.METRICS:
+            if pair.wanted.METRICS:
                 t_token = tl.where(t_raw > t_top, columns, t_token)
                 t_top = tl.maximum(t_top, t_raw)
     s_total, s_lost = sum_and_lost(s_sum)

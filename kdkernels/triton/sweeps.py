@@ -4,7 +4,7 @@
 2. ``values``: value and slope of every entry, and the gradient where the slopes sum to 0
 3. ``slopes``: the gradient otherwise, from slopes computed again
 
-A sweep runs over columns [0, end) in blocks; entries beyond are -inf in both models, a term of
+A sweep runs over columns [0, vocab) in blocks; entries beyond are -inf in both models, a term of
 0 in every divergence. Structs hold what belongs together; upper-case fields are known when a kernel
 is compiled.
 """
@@ -89,6 +89,46 @@ class Wanted(NamedTuple):
     KD_GRADIENT: tl.constexpr
     CE_GRADIENT: tl.constexpr
     ROW_SCALE: tl.constexpr  # the gradient is float16
+
+
+class PerRow(NamedTuple):
+    """Tensors with an entry per row; None where a kernel has no use for one."""
+
+    labels: tl.tensor  # (rows,) int64
+    weight: tl.tensor  # (rows,), 0: the row takes no part
+    normalizer: tl.tensor  # ()
+    loss: tl.tensor  # (rows,), out: with all weights, the normalizer's included
+    row_scale: tl.tensor  # (rows,), out: what a float16 gradient has yet to be multiplied by
+    metrics: tl.tensor  # (5, rows), out
+
+
+class Weights(NamedTuple):
+    """Numbers that weigh the terms of the loss and of the gradient."""
+
+    temperature: tl.tensor
+    kd: tl.tensor  # includes temperature squared
+    ce: tl.tensor
+    divisor: tl.tensor  # what the host knows of the normalizer
+    gradient_scale: tl.tensor  # the power of two of a float16 gradient
+
+
+class RowPair(NamedTuple):
+    """A row of student and teacher, and all that a kernel is given for it.
+
+    Neither it nor a struct in it is assigned to a name: Triton would make tensors of what is known
+    when a kernel is compiled.
+    """
+
+    student: Logits
+    teacher: Logits
+    gradient: Rows  # out, may be the student's; or None
+    per_row: PerRow
+    row: tl.tensor
+    vocab: tl.tensor
+    weights: Weights
+    divergence: Divergence
+    wanted: Wanted
+    BLOCK: tl.constexpr  # columns that a program holds at a time
 
 
 class Sums(NamedTuple):
@@ -241,49 +281,38 @@ def term(function, divergence, of):
 
 
 @triton.jit
-def values(
-    student,
-    teacher,
-    gradient,
-    row,
-    end,
-    of,
-    scales,
-    divergence,
-    wanted,
-    BLOCK: tl.constexpr,
-):
+def values(pair, of, scales):
     """Sweep 2: the sums over the row pair, and the gradient where it needs none of them."""
-    s_row = row_of(student.rows, row)
-    t_row = row_of(teacher.rows, row)
-    if wanted.GRADIENT:
-        g_row = row_of(gradient, row)
-    value = tl.zeros((BLOCK,), tl.float32)
-    slope = tl.zeros((BLOCK,), tl.float32)
-    shift = tl.zeros((BLOCK,), tl.float32)
-    size = tl.zeros((BLOCK,), tl.float32)
-    s_entropy = tl.zeros((BLOCK,), tl.float32)
-    t_entropy = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, end, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        raw = load_raw(s_row, columns, end)
-        x = transformed(raw, student)
-        y = transformed(load_raw(t_row, columns, end), teacher)
+    s_row = row_of(pair.student.rows, pair.row)
+    t_row = row_of(pair.teacher.rows, pair.row)
+    if pair.wanted.GRADIENT:
+        g_row = row_of(pair.gradient, pair.row)
+    value = tl.zeros((pair.BLOCK,), tl.float32)
+    slope = tl.zeros((pair.BLOCK,), tl.float32)
+    shift = tl.zeros((pair.BLOCK,), tl.float32)
+    size = tl.zeros((pair.BLOCK,), tl.float32)
+    s_entropy = tl.zeros((pair.BLOCK,), tl.float32)
+    t_entropy = tl.zeros((pair.BLOCK,), tl.float32)
+    for start in range(0, pair.vocab, pair.BLOCK):
+        columns = start + tl.arange(0, pair.BLOCK)
+        raw = load_raw(s_row, columns, pair.vocab)
+        x = transformed(raw, pair.student)
+        y = transformed(load_raw(t_row, columns, pair.vocab), pair.teacher)
         here = point(x, y, of)
         p, q, log_p, log_q, r = here
-        value += term(divergence.value, divergence, here)
-        if divergence.FEELS_SHIFT:
+        value += term(pair.divergence.value, pair.divergence, here)
+        if pair.divergence.FEELS_SHIFT:
             shift += bregman_difference(p, q, r)
-        if wanted.METRICS:
+        if pair.wanted.METRICS:
             s_entropy -= times_or_zero(q, log_q)
             t_entropy -= times_or_zero(p, log_p)
-        if wanted.KD_GRADIENT and divergence.SLOPE_SUMS_TO_ZERO:
-            g = term(divergence.slope, divergence, here) * scales.kd
-            store_gradient(g_row, columns, end, g, raw, x, student, of, scales, wanted)
-        elif wanted.KD_GRADIENT or divergence.FEELS_SHIFT:
-            here_slope = term(divergence.slope, divergence, here)
+        if pair.wanted.KD_GRADIENT and pair.divergence.SLOPE_SUMS_TO_ZERO:
+            g = term(pair.divergence.slope, pair.divergence, here) * scales.kd
+            store_gradient(pair, g_row, columns, g, raw, x, of, scales)
+        elif pair.wanted.KD_GRADIENT or pair.divergence.FEELS_SHIFT:
+            here_slope = term(pair.divergence.slope, pair.divergence, here)
             slope += here_slope
-            if wanted.ROW_SCALE and divergence.SLOPES_CANCEL:
+            if pair.wanted.ROW_SCALE and pair.divergence.SLOPES_CANCEL:
                 size = tl.maximum(size, tl.abs(here_slope))
     return Sums(
         tl.sum(value, 0),
@@ -296,57 +325,44 @@ def values(
 
 
 @triton.jit
-def slopes(
-    student,
-    teacher,
-    gradient,
-    row,
-    end,
-    of,
-    logs,
-    scales,
-    divergence,
-    slope_sum,
-    wanted,
-    BLOCK: tl.constexpr,
-):
+def slopes(pair, of, logs, scales, slope_sum):
     """Sweep 3: the gradient, or the hard-label term alone where there is no divergence.
 
     logs are None but for a far row, whose slopes are in bits.
     """
-    s_row = row_of(student.rows, row)
-    t_row = row_of(teacher.rows, row)
-    g_row = row_of(gradient, row)
-    for start in range(0, end, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        raw = load_raw(s_row, columns, end)
-        x = transformed(raw, student)
-        g = tl.zeros((BLOCK,), tl.float32)
-        if wanted.KD_GRADIENT:
-            y = transformed(load_raw(t_row, columns, end), teacher)
+    s_row = row_of(pair.student.rows, pair.row)
+    t_row = row_of(pair.teacher.rows, pair.row)
+    g_row = row_of(pair.gradient, pair.row)
+    for start in range(0, pair.vocab, pair.BLOCK):
+        columns = start + tl.arange(0, pair.BLOCK)
+        raw = load_raw(s_row, columns, pair.vocab)
+        x = transformed(raw, pair.student)
+        g = tl.zeros((pair.BLOCK,), tl.float32)
+        if pair.wanted.KD_GRADIENT:
+            y = transformed(load_raw(t_row, columns, pair.vocab), pair.teacher)
             if logs is None:
                 here = point(x, y, of)
-                slope = term(divergence.slope, divergence, here)
+                slope = term(pair.divergence.slope, pair.divergence, here)
                 g = (slope - here[1] * slope_sum) * scales.kd
             else:
                 here = far_point(x, y, logs, of)
-                slope = term(divergence.far.slope, divergence, here)
+                slope = term(pair.divergence.far.slope, pair.divergence, here)
                 g = (slope - here[1] * slope_sum) * (scales.kd * NATS_PER_BIT)
-        store_gradient(g_row, columns, end, g, raw, x, student, of, scales, wanted)
+        store_gradient(pair, g_row, columns, g, raw, x, of, scales)
 
 
 @triton.jit
-def store_gradient(g_row, columns, end, g, raw, x, student, of, scales, wanted):
+def store_gradient(pair, g_row, columns, g, raw, x, of, scales):
     """Adds the hard-label term, applies the softcap's derivative and stores a block."""
-    if wanted.CE_GRADIENT:
+    if pair.wanted.CE_GRADIENT:
         g += exp(x - of.s_base) * scales.ce_over_sum
         # The row of a label that this cannot hold is NaN anyway.
         g -= tl.where(columns == scales.label.to(tl.int32), scales.ce, 0.0)
-    if student.TRANSFORM == SOFTCAPPED:
+    if pair.student.TRANSFORM == SOFTCAPPED:
         # A row without a gradient stays NaN where the derivative is 0.
-        g = times_or_zero(softcap_derivative(raw, student), g) + (scales.kd + scales.ce) * 0.0
+        g = times_or_zero(softcap_derivative(raw, pair.student), g) + (scales.kd + scales.ce) * 0.0
     to = g_row + columns
-    tl.store(to, g.to(to.dtype.element_ty), mask=columns < end)
+    tl.store(to, g.to(to.dtype.element_ty), mask=columns < pair.vocab)
 
 
 @triton.jit
