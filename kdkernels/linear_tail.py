@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from .autograd import check_backward, check_no_transform
+from .backends import IMPLEMENTATIONS
 from .linear_models import SomeRows, Student
 from .linear_ops import LINEAR_SCALARS, check_memory, fake_gradients
-from .ops import IMPLEMENTATIONS, library
+from .ops import library
 from .options import LinearOptions, TailOptions, replaced
 from .tail import SCALARS, log_sum_exps
 from .top import Top
@@ -152,7 +153,6 @@ class _LinearListedAndTails(torch.autograd.Function):
         ctx.save_for_backward(listed, kept, tails, *student)
         ctx.mark_non_differentiable(*top)
         ctx.arguments = count, linear, options
-        ctx.consumed = False
         return stored.double(), log_sum_exps(tails, options), *top
 
     @staticmethod

@@ -7,15 +7,12 @@ alias.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from . import memory, sharded
 from .backends import IMPLEMENTATIONS
-from .backends.rows import check_in_place, gradient_like
+from .backends.rows import check_in_place, gradient_like, has_row_scale, in_rows
 from .options import METRICS, LogitsOptions
 from .watchers import goes_straight
 
@@ -44,17 +41,22 @@ library.define(
 )
 
 
-def _implementation(backend: str, options: LogitsOptions) -> Callable:
-    kernels = IMPLEMENTATIONS[backend]
+def _by_kernels(tensors, backend, options, gradient):
+    """Loss, metrics and row scales, None where there are none, of tensors that kernels can read."""
+    student, teacher, labels, token_weight, normalizer = tensors
+    if not (student.is_contiguous() and teacher.is_contiguous()):  # in_rows takes longer
+        student, teacher = in_rows(student), in_rows(teacher)
+    labels = None if labels is None else labels.contiguous()
+    token_weight = None if token_weight is None else token_weight.contiguous()
+    arguments = student, teacher, labels, token_weight, normalizer, options, gradient
     if options.group:
-        return functools.partial(sharded.logits_loss, kernels.shard)
-    return kernels.logits_loss
+        return sharded.logits_loss(IMPLEMENTATIONS[backend].shard, *arguments)
+    return IMPLEMENTATIONS[backend].logits_loss(*arguments)
 
 
 def _logits_loss(student, teacher, labels, token_weight, normalizer, backend, *scalars):
-    options = LogitsOptions(*scalars)
-    run = _implementation(backend, options)
-    loss, metrics, _ = run(student, teacher, labels, token_weight, normalizer, options, None)
+    tensors = student, teacher, labels, token_weight, normalizer
+    loss, metrics, _ = _by_kernels(tensors, backend, LogitsOptions(*scalars), None)
     return loss, _or_empty(metrics, loss)
 
 
@@ -91,7 +93,7 @@ def _run(tensors, backend, options, inplace):
         gradient = torch.empty_like(student)  # what gradient_like comes to, sooner
     else:
         gradient = gradient_like(student, memory.empty_strided)
-    outputs = _implementation(backend, options)(*tensors, options, gradient)
+    outputs = _by_kernels(tensors, backend, options, gradient)
     if inplace:
         torch.autograd.graph.increment_version(student)
     return *outputs, gradient
@@ -116,8 +118,8 @@ def fake_outputs(student: Tensor, options: LogitsOptions) -> tuple[Tensor, Tenso
 
 
 def _fake_row_scale(student):
-    half = student.dtype == torch.float16
-    return student.new_empty(student.shape[:-1] if half else 0, dtype=torch.float32)
+    shape = student.shape[:-1] if has_row_scale(student) else 0
+    return student.new_empty(shape, dtype=torch.float32)
 
 
 @torch.library.register_fake("kdkernels::logits_loss", lib=library)
@@ -149,7 +151,7 @@ def loss(
 ) -> tuple[Tensor, Tensor | None]:
     """Loss and metrics (None or empty where there are none) of the tensors of loss_and_grad."""
     if straight:
-        return _implementation(backend, options)(*tensors, options, None)[:2]
+        return _by_kernels(tensors, backend, options, None)[:2]
     return _ops.logits_loss.default(*tensors, backend, *options)
 
 

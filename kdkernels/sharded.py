@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import collectives, reference, watchers
 from .backends.device import row_plan
-from .backends.rows import has_row_scale, in_rows
+from .backends.rows import has_row_scale
 from .divergences import FAR_FROM, MOST_CANCELLED, AlphaBeta, kl_weights
 from .options import METRICS, SHARD_STATES, SHARD_SUMS, LogitsOptions
 from .top import Top
@@ -47,7 +47,6 @@ def logits_loss(
 
     ``shard`` runs one phase of a backend, see ``backends/cpu.py``.
     """
-    student, teacher = in_rows(student), in_rows(teacher)
     lead = student.shape[:-1]
     plan = row_plan(labels, token_weight, normalizer, o, lead.numel(), torch.float64)
     divisor = plan.divisor if plan.normalizer is None else plan.normalizer

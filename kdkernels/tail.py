@@ -14,8 +14,9 @@ from torch import Tensor
 
 from . import memory, reference
 from .autograd import check_backward, check_no_transform
-from .backends.rows import check_in_place, gradient_like
-from .ops import IMPLEMENTATIONS, library
+from .backends import IMPLEMENTATIONS
+from .backends.rows import check_in_place, gradient_like, in_rows
+from .ops import library
 from .options import TailOptions
 from .top import Top
 
@@ -38,7 +39,7 @@ def _tails(student, listed, kept, *scalars):
     *options, backend = scalars
     kept = None if kept is None else kept.contiguous()
     run = IMPLEMENTATIONS[backend].tails
-    return run(student, listed.contiguous(), kept, TailOptions(*options))
+    return run(in_rows(student), listed.contiguous(), kept, TailOptions(*options))
 
 
 def _tails_gradient(student, listed, tails, grad_tails, grad_listed, *scalars):
@@ -57,7 +58,7 @@ def _write_gradient(gradient, student, listed, tails, grad_tails, grad_listed, *
     *options, backend = scalars
     tensors = (x.contiguous() for x in (listed, tails, grad_tails, grad_listed))
     run = IMPLEMENTATIONS[backend].tails_gradient
-    run(student, *tensors, TailOptions(*options), gradient)
+    run(in_rows(student), *tensors, TailOptions(*options), gradient)
 
 
 library.impl("tails", _tails, "CompositeExplicitAutograd")
@@ -90,7 +91,6 @@ class _ListedAndTails(torch.autograd.Function):
         tails = _ops.tails.default(student, listed, kept, *options, backend)
         ctx.save_for_backward(student, listed, tails)
         ctx.arguments = options, inplace, backend
-        ctx.consumed = False
         return student.gather(-1, listed.clamp(min=0)).double(), log_sum_exps(tails, options)
 
     @staticmethod

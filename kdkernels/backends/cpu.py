@@ -12,7 +12,6 @@ from .rows import (
     address,
     extension_refusals,
     has_row_scale,
-    in_rows,
     logits_params,
     scale_params,
     shard_params,
@@ -31,23 +30,19 @@ def why_not(student: Tensor, teacher: Tensor, divergence: Divergence) -> list[st
 
 
 def logits_loss(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    token_weight: Tensor | None,
-    normalizer: Tensor | None,
+    student: Tensor,  # (..., width), in rows
+    teacher: Tensor,  # (..., width), in rows
+    labels: Tensor | None,  # (...), contiguous
+    token_weight: Tensor | None,  # (...), contiguous
+    normalizer: Tensor | None,  # ()
     o: LogitsOptions,
-    gradient: Tensor | None,
+    gradient: Tensor | None,  # (..., width), may be the student
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Loss, metrics and row scales; the gradient, if any, is written into ``gradient``."""
     lead = student.shape[:-1]
     loss = _floats(lead) if o.reduction == "none" else _float()
     metrics = _floats((len(METRICS), *lead)) if o.metrics else None
     row_scale = _floats(lead) if has_row_scale(gradient) else None
-    if not (student.is_contiguous() and teacher.is_contiguous()):
-        student, teacher = in_rows(student), in_rows(teacher)
-    labels = None if labels is None else labels.contiguous()
-    token_weight = None if token_weight is None else token_weight.contiguous()
     params = logits_params(
         student,
         teacher,
@@ -96,9 +91,13 @@ def _float() -> Tensor:
     return torch.empty_strided((), (), dtype=torch.float32, device=_CPU)
 
 
-def tails(student: Tensor, listed: Tensor, kept: Tensor | None, o: TailOptions) -> Tensor:
+def tails(
+    student: Tensor,  # (..., vocab), in rows
+    listed: Tensor,  # (..., m), contiguous
+    kept: Tensor | None,  # (...), contiguous
+    o: TailOptions,
+) -> Tensor:
     """References and log-sum-exps ``(o.results, ...)`` of the columns that are not listed."""
-    student = in_rows(student)  # held on to: a kernel has no more than its address
     result = _floats((o.results, *student.shape[:-1]))
     params = tail_params(student, listed, kept, o, result)
     _C.tail_cpu(params, torch.get_num_threads())
@@ -106,16 +105,15 @@ def tails(student: Tensor, listed: Tensor, kept: Tensor | None, o: TailOptions) 
 
 
 def tails_gradient(
-    student: Tensor,
-    listed: Tensor,
-    tails: Tensor,
-    grad_tails: Tensor,
-    grad_listed: Tensor,
+    student: Tensor,  # (..., vocab), in rows
+    listed: Tensor,  # (..., m), contiguous as all below
+    tails: Tensor,  # (o.results, ...)
+    grad_tails: Tensor,  # (o.results - 1, ...)
+    grad_listed: Tensor,  # (..., m)
     o: TailOptions,
-    gradient: Tensor,
+    gradient: Tensor,  # (..., vocab), may be the student
 ) -> None:
     """The gradient of the log-sum-exps and of the listed logits, written into ``gradient``."""
-    student = in_rows(student)
     gradients = gradient, grad_tails, grad_listed
     params = tail_params(student, listed, None, o, tails, gradients)
     _C.tail_cpu(params, torch.get_num_threads())

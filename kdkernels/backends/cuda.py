@@ -18,7 +18,6 @@ from .device import row_plan
 from .rows import (
     extension_refusals,
     has_row_scale,
-    in_rows,
     logits_params,
     scale_params,
     shard_params,
@@ -81,17 +80,15 @@ def logits_loss(
     normalizer: Tensor | None,
     o: LogitsOptions,
     gradient: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, metrics and row scales; the gradient, if any, is written into ``gradient``."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Loss, metrics and row scales, as in ``backends/cpu.py``."""
     lead = student.shape[:-1]
     rows = math.prod(lead)
-    student, teacher = in_rows(student), in_rows(teacher)
     floats = functools.partial(torch.empty, dtype=torch.float32, device=student.device)
     loss = floats(lead)
-    metrics = floats((len(METRICS), *lead) if o.metrics else 0)
-    row_scale = floats(lead if has_row_scale(gradient) else 0)
+    metrics = floats((len(METRICS), *lead)) if o.metrics else None
+    row_scale = floats(lead) if has_row_scale(gradient) else None
     plan = row_plan(labels, token_weight, normalizer, o, rows)
-    labels = None if labels is None else labels.contiguous()
     if rows > 0:
         per_row = labels, plan.weight, plan.normalizer
         results = row_scale, loss, metrics
@@ -125,7 +122,6 @@ def shard(
 
 def tails(student: Tensor, listed: Tensor, kept: Tensor | None, o: TailOptions) -> Tensor:
     """References and log-sum-exps ``(o.results, ...)`` of the columns that are not listed."""
-    student = in_rows(student)  # held on to: a kernel has no more than its address
     shape = o.results, *student.shape[:-1]
     result = torch.empty(shape, dtype=torch.float32, device=student.device)
     if result.numel() > 0:
@@ -143,7 +139,6 @@ def tails_gradient(
     gradient: Tensor,
 ) -> None:
     """The gradient of the log-sum-exps and of the listed logits, written into ``gradient``."""
-    student = in_rows(student)
     gradients = gradient, grad_tails, grad_listed
     if gradient.numel() > 0:
         params = tail_params(student, listed, None, o, tails, gradients)

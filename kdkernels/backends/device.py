@@ -19,17 +19,17 @@ class RowPlan(NamedTuple):
 
 
 def row_plan(
-    labels: Tensor | None,  # (...)
-    token_weight: Tensor | None,  # (...) float32
+    labels: Tensor | None,  # (...), contiguous
+    token_weight: Tensor | None,  # (...) float32, contiguous
     normalizer: Tensor | None,  # () float32
     o: LogitsOptions,
     rows: int,
     dtype: torch.dtype = torch.float32,  # of weights
 ) -> RowPlan:
     """Weights of the rows, 0 for ignored ones, and what the reduction divides by."""
-    weight = None if token_weight is None else token_weight.reshape(-1).contiguous().to(dtype)
+    weight = None if token_weight is None else token_weight.view(-1).to(dtype)
     if labels is not None:
-        kept = labels.reshape(-1) != o.ignore_index
+        kept = labels.view(-1) != o.ignore_index
         weight = kept.to(dtype) if weight is None else torch.where(kept, weight, 0.0)
     if o.reduction != "mean":
         return RowPlan(weight, None, 1.0)

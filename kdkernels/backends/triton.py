@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ..divergences import DIVERGENCES, REGISTERED, Divergence
 from ..options import METRICS, LogitsOptions, TailOptions
-from .rows import address, dtype_refusals, has_row_scale, in_rows
+from .rows import address, dtype_refusals, has_row_scale
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
 
@@ -48,29 +49,17 @@ def logits_loss(
     normalizer: Tensor | None,
     o: LogitsOptions,
     gradient: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, metrics and row scales; the gradient, if any, is written into ``gradient``."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Loss, metrics and row scales, as in ``backends/cpu.py``."""
     from ..triton import launch
 
     lead = student.shape[:-1]
-    with_scale = has_row_scale(gradient)
-    row_loss = student.new_empty(lead, dtype=torch.float32)
-    metrics = student.new_empty((len(METRICS), *lead) if o.metrics else 0, dtype=torch.float32)
-    row_scale = student.new_empty(lead if with_scale else 0, dtype=torch.float32)
-    launch.loss(
-        launch.Call(
-            in_rows(student),
-            in_rows(teacher),
-            gradient,
-            labels,
-            token_weight,
-            normalizer,
-            row_loss,
-            row_scale if with_scale else None,
-            metrics if o.metrics else None,
-            o,
-        )
-    )
+    floats = functools.partial(student.new_empty, dtype=torch.float32)
+    row_loss = floats(lead)
+    metrics = floats((len(METRICS), *lead)) if o.metrics else None
+    row_scale = floats(lead) if has_row_scale(gradient) else None
+    per_row = labels, token_weight, normalizer, row_loss, row_scale, metrics
+    launch.loss(launch.Call(student, teacher, gradient, *per_row, o))
     return row_loss if o.reduction == "none" else row_loss.sum(), metrics, row_scale
 
 
@@ -98,7 +87,7 @@ def tails(student: Tensor, listed: Tensor, kept: Tensor | None, o: TailOptions) 
     from ..triton import launch
 
     result = student.new_empty((o.results, *student.shape[:-1]), dtype=torch.float32)
-    launch.tails(in_rows(student), listed, kept, o, result)
+    launch.tails(student, listed, kept, o, result)
     return result
 
 
@@ -114,7 +103,7 @@ def tails_gradient(
     """The gradient of the log-sum-exps and of the listed logits, written into ``gradient``."""
     from ..triton import launch
 
-    launch.tails_gradient(in_rows(student), gradient, listed, tails, grad_tails, grad_listed, o)
+    launch.tails_gradient(student, gradient, listed, tails, grad_tails, grad_listed, o)
 
 
 def scale_gradient(gradient: Tensor, grad_output: Tensor, row_scale: Tensor | None) -> None:

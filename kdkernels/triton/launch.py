@@ -111,8 +111,8 @@ class Call(NamedTuple):
     student: Tensor  # (..., vocab_s)
     teacher: Tensor  # (..., vocab_t)
     gradient: Tensor | None  # (..., vocab_s), out, may be the student
-    labels: Tensor | None  # (...)
-    token_weight: Tensor | None  # (...)
+    labels: Tensor | None  # (...), contiguous
+    token_weight: Tensor | None  # (...), contiguous
     normalizer: Tensor | None  # ()
     row_loss: Tensor  # (...), out: with all weights
     row_scale: Tensor | None  # (...), out
@@ -179,7 +179,7 @@ def arguments_of(call: Call) -> tuple[Any, ...]:
         _logits(call.teacher, o.teacher_scale, o.teacher_softcap),
         None if call.gradient is None else _rows(call.gradient),
         PerRow(
-            None if call.labels is None else call.labels.contiguous(),
+            call.labels,
             plan.weight,
             plan.normalizer,
             call.row_loss,
