@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import collectives, gemm, payload
+from .backends.device import row_plan
 from .linear_plan import Plan, plan
 from .memory import empty
 from .options import LinearOptions, LogitsOptions
@@ -54,22 +55,16 @@ class Rows(SomeRows):
         self.labels = self._pick(labels, self.index)
         self.token_weight = self._pick(token_weight, self.index)
 
-        weight = self.token_weight
-        if self.labels is not None:
-            kept = self.labels != o.ignore_index
-            weight = kept.float() if weight is None else torch.where(kept, weight, 0.0)
-            if device.type == "cpu":
+        per_row = self.labels, self.token_weight
+        weight, total, divisor = row_plan(*per_row, normalizer, o, self.count, torch.float64)
+        if total is None and o.reduction == "mean":
+            total = torch.full((), divisor, dtype=torch.float64, device=device)
+        self.normalizer = None if total is None else total.to(torch.float32)
+        if device.type == "cpu" and weight is not None:
+            if self.labels is not None:
                 self._check_labels(self.labels, weight, o)
-        self.normalizer = normalizer
-        if o.reduction == "mean" and normalizer is None:
-            total = (
-                torch.full((), self.count, dtype=torch.float32, device=device)
-                if weight is None
-                else weight.sum(dtype=torch.float64).float()
-            )
-            self.normalizer = torch.where(total <= 0, 1.0, total)
-        if device.type == "cpu" and weight is not None and not bool(weight.all()):
-            self._drop(weight.nonzero().squeeze(1))
+            if not bool(weight.all()):
+                self._drop(weight.nonzero().squeeze(1))
 
     @staticmethod
     def _pick(values: Tensor | None, index: Tensor | None) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""What GPU backends and shards compute in a few small PyTorch kernels, never waiting for them."""
+"""Weights and normalizer in PyTorch, for all but the CPU's kernels; never waits for a device."""
 
 from __future__ import annotations
 
