@@ -39,15 +39,16 @@ def _log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
     return torch.where(empty, -math.inf, mixed)
 
 
-def _check_number(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+def check_number(name: str, value: float) -> None:
+    """Refuses what is no real number; torch.compile knows a symbolic int as an int only."""
+    if isinstance(value, bool) or not isinstance(value, (int, numbers.Real)):
         raise TypeError(f"{name} is a {type(value).__name__}, expected a number")
 
 
 def _in_range(
     name: str, value: float, low: float, high: float, *, open_above: bool = False
 ) -> None:
-    _check_number(name, value)
+    check_number(name, value)
     if not (low <= value < high if open_above else low <= value <= high):
         bracket = ")" if open_above else "]"
         raise ValueError(f"{name} is {value}, expected a number in [{low:g}, {high:g}{bracket}")
@@ -205,7 +206,7 @@ class AlphaBeta(Divergence):
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta"):
-            _check_number(name, getattr(self, name))
+            check_number(name, getattr(self, name))
             if not abs(getattr(self, name)) <= torch.finfo(torch.float32).max:
                 raise ValueError(
                     f"{name} is {getattr(self, name)}, expected a finite number that float32 holds"

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor
 
 from . import autograd, checks, reference
 from .divergences import Divergence
 from .dtensors import Where, is_distributed, local_tensors, overwritten
-from .options import METRICS
+from .options import METRICS, Metrics
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from typing_extensions import Unpack
 
     from .keywords import KDKeywords
-
-
-class Metrics(TypedDict):
-    """What ``return_metrics=True`` adds: per-token tensors of shape ``(...)``."""
-
-    divergence: Tensor
-    cross_entropy: Tensor | None  # None without labels
-    teacher_entropy: Tensor
-    student_entropy: Tensor
-    agreement: Tensor
 
 
 @overload

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .linear_models import Rows, Student, TeacherHead, TeacherLogits, gradient_dtypes
 from .ops import SCALARS, fake_outputs, library
-from .options import METRICS, LinearOptions, LogitsOptions
+from .options import METRICS, LinearOptions, LogitsOptions, Options
 
 _ops = torch.ops.kdkernels
 
@@ -87,7 +87,7 @@ def _linear_loss(
     row_index,
     *scalars,
 ):
-    linear, o = _options(scalars)
+    linear, o = split_options(scalars, LogitsOptions)
     memory = *student_hidden, *student_weight, teacher_hidden, teacher_weight
     check_memory(
         "linear_kd_loss",
@@ -123,14 +123,15 @@ def check_memory(name: str, in_a_backward: str, *tensors: Tensor | None) -> None
 library.impl("linear_loss", _linear_loss, "CompositeExplicitAutograd")
 
 
-def _options(scalars: tuple) -> tuple[LinearOptions, LogitsOptions]:
+def split_options(scalars: tuple, kind: type[Options]) -> tuple[LinearOptions, Options]:
+    """The options of an operator and, of that kind, those of the one it runs."""
     count = len(LinearOptions._fields)
-    return LinearOptions(*scalars[:count]), LogitsOptions(*scalars[count:])
+    return LinearOptions(*scalars[:count]), kind(*scalars[count:])
 
 
 @torch.library.register_fake("kdkernels::linear_loss", lib=library)
 def _(hidden, weight, bias, *rest):
-    linear, o = _options(rest[8:])
+    linear, o = split_options(rest[8:], LogitsOptions)
     return *fake_outputs(hidden[0], o), fake_gradients(hidden, weight, bias, linear)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from .autograd import check_backward, check_no_transform
 from .backends import IMPLEMENTATIONS
 from .linear_models import SomeRows, Student
-from .linear_ops import LINEAR_SCALARS, check_memory, fake_gradients
+from .linear_ops import LINEAR_SCALARS, check_memory, fake_gradients, split_options
 from .ops import library
 from .options import LinearOptions, TailOptions, replaced
 from .tail import SCALARS, log_sum_exps
@@ -31,11 +31,6 @@ library.define(
     f"linear_tails_gradient({_HEAD}, Tensor tails, Tensor grad_tails, Tensor grad_listed, "
     f"{LINEAR_SCALARS}, {SCALARS}) -> Tensor[]"
 )
-
-
-def _options(scalars: tuple) -> tuple[LinearOptions, TailOptions]:
-    count = len(LinearOptions._fields)
-    return LinearOptions(*scalars[:count]), TailOptions(*scalars[count:])
 
 
 def _rows(kept: Tensor) -> SomeRows:
@@ -56,7 +51,7 @@ def _pick(rows: SomeRows, values: Tensor, width: int | None = None) -> Tensor:
 
 
 def _linear_tails(hidden, weight, bias, listed, kept, with_top, *scalars):
-    linear, o = _options(scalars)
+    linear, o = split_options(scalars, TailOptions)
     _check_memory(hidden, weight)
     run = IMPLEMENTATIONS[linear.backend].tails
     rows, width = _rows(kept), listed.shape[-1]
@@ -83,7 +78,7 @@ def _linear_tails(hidden, weight, bias, listed, kept, with_top, *scalars):
 def _linear_tails_gradient(
     hidden, weight, bias, listed, kept, tails, grad_tails, grad_listed, *scalars
 ):
-    linear, o = _options(scalars)
+    linear, o = split_options(scalars, TailOptions)
     _check_memory(hidden, weight)
     run = IMPLEMENTATIONS[linear.backend].tails_gradient
     rows, width = _rows(kept), listed.shape[-1]
@@ -126,7 +121,7 @@ library.impl("linear_tails_gradient", _linear_tails_gradient, "CompositeExplicit
 
 @torch.library.register_fake("kdkernels::linear_tails", lib=library)
 def _(hidden, weight, bias, listed, kept, with_top, *scalars):
-    linear, o = _options(scalars)
+    linear, o = split_options(scalars, TailOptions)
     dtype = torch.float32 if linear.float32_logits else linear.student_dtype
     listed_logits = listed.new_empty(listed.shape, dtype=dtype)
     tails = listed.new_empty((o.results, *kept.shape), dtype=torch.float32)
@@ -136,7 +131,7 @@ def _(hidden, weight, bias, listed, kept, with_top, *scalars):
 
 @torch.library.register_fake("kdkernels::linear_tails_gradient", lib=library)
 def _(hidden, weight, bias, listed, kept, tails, grad_tails, grad_listed, *scalars):
-    return fake_gradients(hidden, weight, bias, _options(scalars)[0])
+    return fake_gradients(hidden, weight, bias, split_options(scalars, TailOptions)[0])
 
 
 _ops = torch.ops.kdkernels

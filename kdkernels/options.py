@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypedDict, TypeVar
 
 import torch
+from torch import Tensor
 
 Options = TypeVar("Options", bound=tuple)
 
-#: Names of the per-token metrics, in the order kernels write them.
-METRICS = ("divergence", "cross_entropy", "teacher_entropy", "student_entropy", "agreement")
+
+class Metrics(TypedDict):
+    """Per-token tensors ``(...)`` that ``return_metrics=True`` adds, in the order kernels write."""
+
+    divergence: Tensor
+    cross_entropy: Tensor | None  # None without labels
+    teacher_entropy: Tensor
+    student_entropy: Tensor
+    agreement: Tensor
+
+
+METRICS = tuple(Metrics.__annotations__)
 
 REDUCTIONS = ("none", "sum", "mean")
 

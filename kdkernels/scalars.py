@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from . import backends
-from .divergences import as_divergence
+from .divergences import as_divergence, check_number
 from .options import REDUCTIONS, TAILS
 
 _FLOAT32 = torch.finfo(torch.float32)  # what kernels compute in
@@ -20,10 +20,8 @@ _FLOAT32 = torch.finfo(torch.float32)  # what kernels compute in
 
 def number(name: str, value: float, *, positive: bool = False) -> float:
     """The value as a float, finite, and positive where asked for, also in float32."""
-    if type(value) is not float and (
-        isinstance(value, bool) or not isinstance(value, (int, numbers.Real))
-    ):
-        raise TypeError(f"{name} is a {type(value).__name__}, expected a number")
+    if type(value) is not float:
+        check_number(name, value)
     # Comparisons, since torch.compile cannot trace math.isfinite of a symbolic number.
     if not (0 if positive else -math.inf) < value < math.inf:
         kind = "positive and finite" if positive else "finite"

@@ -263,7 +263,9 @@ def _loss(
         rounding = min(16 * torch.finfo(logprobs.dtype).eps, MOST_PROBABILITY - 1)
         bad = bad | logits.listed_twice
         log_p = log_p.masked_fill(bad.unsqueeze(-1), math.nan)
-        few = few_tokens(tail, log_p, logits, rows.kept, (indices < 0).all(-1), rounding)
+        of_student = logits.listed(), None if tail == "renormalize" else logits.tail()
+        empty = (indices < 0).all(-1)
+        few = few_tokens(tail, log_p, *of_student, rows.kept, empty, rounding)
         of_rows = values_of(few, call.divergence, o.metrics, call.backend)
         values["divergence"] = value = of_rows[0]
         if o.kd_weight != 0:

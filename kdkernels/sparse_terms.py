@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,11 +18,6 @@ _UNKNOWN_TAIL = math.log(2.0**-24)
 _ops = torch.ops.kdkernels
 
 
-class _Student(Protocol):
-    def listed(self) -> Tensor: ...  # (..., k)
-    def tail(self) -> Tensor: ...  # (...)
-
-
 class FewTokens(NamedTuple):
     """Logits of both models over the tokens that ``tail`` compares, float64."""
 
@@ -35,7 +30,8 @@ class FewTokens(NamedTuple):
 def few_tokens(
     tail: str,
     log_p: Tensor,  # (..., k)
-    student: _Student,
+    student: Tensor,  # (..., k)
+    student_tail: Tensor | None,  # (...), log-sum-exp of the others; None for "renormalize"
     kept: Tensor,  # (...)
     empty: Tensor,  # (...), rows that list nothing
     rounding: float,  # how far it may take sum p from 1
@@ -43,14 +39,14 @@ def few_tokens(
     """What is compared, as ``tail`` of :func:`kdkernels.sparse_kd_loss` says."""
     if tail != "bucket":
         kept = kept & ~empty
-    if tail == "renormalize":
-        return FewTokens(tail, log_p, student.listed(), kept)
-    q_tail = student.tail().unsqueeze(-1)
+    if student_tail is None:
+        return FewTokens(tail, log_p, student, kept)
+    q_tail = student_tail.unsqueeze(-1)
     p_tail = torch.full_like(q_tail, -math.inf)
     if tail == "bucket":
         p_tail = _tail_of(log_p, q_tail == -math.inf, rounding)
-    logits = torch.cat([student.listed(), q_tail], -1)
-    return FewTokens(tail, torch.cat([log_p, p_tail], -1), logits, kept)
+    both = torch.cat([log_p, p_tail], -1), torch.cat([student, q_tail], -1)
+    return FewTokens(tail, *both, kept)
 
 
 def _tail_of(log_p: Tensor, no_tail: Tensor, rounding: float) -> Tensor:
