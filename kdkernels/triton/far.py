@@ -14,16 +14,7 @@ import triton.language as tl
 
 from .. import divergences
 from .math import LARGEST_FLOAT, LOG2E, NATS_PER_BIT, times_or_zero
-from .sweeps import (
-    LogProbabilities,
-    far_point,
-    load_raw,
-    point,
-    row_of,
-    store_gradient,
-    term,
-    transformed,
-)
+from .sweeps import far_point, load_raw, point, row_of, store_gradient, term, transformed
 
 MOST_CANCELLED = tl.constexpr(divergences.MOST_CANCELLED)
 
@@ -121,13 +112,7 @@ def kl_gradient(pair, state, kl, of, scales):
 
 
 @triton.jit
-def log_probabilities(of):
-    """The constants of a far row."""
-    return LogProbabilities(of.c, of.s_lse, of.s_rest * LOG2E, of.t_lse, of.t_rest * LOG2E)
-
-
-@triton.jit
-def far_values(pair, of, logs):
+def far_values(pair, of):
     """The divergence and the sum of its slopes, in bits."""
     s_row = row_of(pair.student.rows, pair.row)
     t_row = row_of(pair.teacher.rows, pair.row)
@@ -137,7 +122,7 @@ def far_values(pair, of, logs):
         columns = start + tl.arange(0, pair.BLOCK)
         x = transformed(load_raw(s_row, columns, pair.vocab), pair.student)
         y = transformed(load_raw(t_row, columns, pair.vocab), pair.teacher)
-        points = far_point(x, y, logs, of)
+        points = far_point(x, y, of)
         inside = columns < pair.vocab
         value += tl.where(inside, term(pair.divergence.far.value, pair.divergence, points), 0.0)
         if pair.wanted.GRADIENT:

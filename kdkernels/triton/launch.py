@@ -145,16 +145,16 @@ class ShardCall(NamedTuple):
         return self.options.kd_weight != 0 and divergence.SLOPE_SUMS_TO_ZERO.value
 
 
-def _wanted(call: Call) -> Wanted:
-    o, gradient = call.options, call.gradient is not None
+def _wanted(call: Call | ShardCall, *, metrics: bool, gradient: bool) -> Wanted:
+    o = call.options
     return Wanted(
         DIVERGENCE=tl.constexpr(o.kd_weight != 0 or o.metrics),
         CROSS_ENTROPY=tl.constexpr(call.labels is not None and (o.ce_weight != 0 or o.metrics)),
-        METRICS=tl.constexpr(o.metrics),
+        METRICS=tl.constexpr(metrics),
         GRADIENT=tl.constexpr(gradient),
         KD_GRADIENT=tl.constexpr(gradient and o.kd_weight != 0),
         CE_GRADIENT=tl.constexpr(gradient and o.ce_weight != 0),
-        ROW_SCALE=tl.constexpr(call.row_scale is not None),
+        ROW_SCALE=tl.constexpr(gradient and call.row_scale is not None),
     )
 
 
@@ -190,7 +190,7 @@ def arguments_of(call: Call) -> tuple[Any, ...]:
         o.vocab,
         Weights(o.temperature, o.kd_weight, o.ce_weight, plan.divisor, gradient_factor),
         _divergence(o),
-        _wanted(call),
+        _wanted(call, metrics=o.metrics, gradient=call.gradient is not None),
     )
 
 
@@ -204,23 +204,11 @@ def loss(call: Call) -> None:
         loss_kernel[(rows,)](*arguments_of(call), **options_of(chosen))
 
 
-def _wanted_of_shard(call: ShardCall) -> Wanted:
-    o, labels = call.options, call.labels is not None
-    gradient = call.gradient is not None and call.phase != "states"
-    return Wanted(
-        DIVERGENCE=tl.constexpr(o.kd_weight != 0 or o.metrics),
-        CROSS_ENTROPY=tl.constexpr(labels),
-        METRICS=tl.constexpr(o.metrics and call.phase == "sums"),
-        GRADIENT=tl.constexpr(gradient),
-        KD_GRADIENT=tl.constexpr(gradient and o.kd_weight != 0),
-        CE_GRADIENT=tl.constexpr(gradient and o.ce_weight != 0 and labels),
-        ROW_SCALE=tl.constexpr(gradient and call.row_scale is not None),
-    )
-
-
 def arguments_of_shard(call: ShardCall) -> tuple[Any, ...]:
     """What ``shard_kernel`` takes before its options."""
     o = call.options
+    metrics = o.metrics and call.phase == "sums"
+    gradient = call.gradient is not None and call.phase != "states"
     gradient_factor = 1.0 if call.row_scale is None else gradient_scale(o)
     return (
         _logits(call.student, o.student_scale, o.student_softcap),
@@ -231,7 +219,7 @@ def arguments_of_shard(call: ShardCall) -> tuple[Any, ...]:
         o.vocab,
         Weights(o.temperature, o.kd_weight, o.ce_weight, 1.0, gradient_factor),
         _divergence(o, of_shard=True),
-        _wanted_of_shard(call),
+        _wanted(call, metrics=metrics, gradient=gradient),
         SHARD_PHASES.index(call.phase),
         call.writes_gradient,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .far import entropies, exceeds, far_values, is_far, kl_gradient, kls, log_probabilities
+from .far import entropies, exceeds, far_values, is_far, kl_gradient, kls
 from .math import LARGEST_FLOAT, NATS_PER_BIT, log
 from .states import states, valid
 from .sweeps import (
@@ -133,16 +133,22 @@ def write_loss(pair, rows, share, state, sums, label_logit):
 
 
 @triton.jit
+def finish_gradient(pair, begin, row_scale):
+    """Zeros in the columns from ``begin`` on, and the row scale."""
+    fill(pair.gradient, pair.row, begin, pair.gradient.width, pair.BLOCK)
+    if pair.wanted.ROW_SCALE:
+        tl.store(pair.per_row.row_scale + pair.row, row_scale)
+
+
+@triton.jit
 def write_masked_row(pair, rows):
     """A row of weight 0: exact zeros, whatever the logits hold."""
     tl.store(pair.per_row.loss + pair.row, 0.0)
-    if pair.wanted.ROW_SCALE:
-        tl.store(pair.per_row.row_scale + pair.row, 0.0)
     if pair.wanted.METRICS:
         for metric in tl.static_range(5):
             tl.store(pair.per_row.metrics + metric * rows + pair.row, 0.0)
     if pair.wanted.GRADIENT:
-        fill(pair.gradient, pair.row, 0, pair.gradient.width, pair.BLOCK)
+        finish_gradient(pair, 0, 0.0)
 
 
 @triton.jit
@@ -165,14 +171,13 @@ def write_far(pair, state, gaps, of, scales):
             if pair.divergence.far.ENTROPY:
                 value = (kl.forward + kl.entropy).to(tl.float32)
         else:
-            logs = log_probabilities(of)
-            bits, slope = far_values(pair, of, logs)
+            bits, slope = far_values(pair, of)
             value = bits * NATS_PER_BIT
             done = exceeds(value, pair.divergence.far.threshold)
             if pair.wanted.GRADIENT:
                 scales = scales_for(slope * NATS_PER_BIT, 0.0, scales, pair.wanted)
                 if done:
-                    slopes(pair, of, logs, scales, slope)
+                    slopes(pair, of, scales, slope, FAR=True)
     nothing = tl.zeros((), tl.float32)
     return done, Sums(value, nothing, nothing, nothing, s_entropy, t_entropy), scales.row_scale
 
@@ -189,7 +194,7 @@ def write_near(pair, of, scales):
     ):
         if pair.wanted.KD_GRADIENT:
             scales = scales_for(sums.slope, sums.size, scales, pair.wanted)
-        slopes(pair, of, None, scales, sums.slope)
+        slopes(pair, of, scales, sums.slope, FAR=False)
     return sums, scales.row_scale
 
 
@@ -208,9 +213,7 @@ def write_kept_row(pair, rows):
         if not done:
             sums, row_scale = write_near(pair, of, scales)
     if pair.wanted.GRADIENT:
-        fill(pair.gradient, pair.row, pair.vocab, pair.gradient.width, pair.BLOCK)
-    if pair.wanted.ROW_SCALE:
-        tl.store(pair.per_row.row_scale + pair.row, row_scale)
+        finish_gradient(pair, pair.vocab, row_scale)
     write_loss(pair, rows, share, state, sums, label_logit)
 
 

@@ -16,9 +16,9 @@ import triton.language as tl
 
 from ..options import SHARD_PHASES, SHARD_STATES, SHARD_SUMS
 from .far import KLs, entropies, kl_gradient, kls
-from .rows import scales_for, scales_of, share_of, weight_of
+from .rows import finish_gradient, scales_for, scales_of, share_of, weight_of
 from .states import Gaps, States, states, valid
-from .sweeps import RowPair, Sums, fill, slopes, softmaxes, values
+from .sweeps import RowPair, Sums, slopes, softmaxes, values
 
 #: Phases: places in SHARD_PHASES.
 STATES = tl.constexpr(SHARD_PHASES.index("states"))
@@ -139,14 +139,6 @@ def write_sums(to, state, sums):
 
 
 @triton.jit
-def finish(pair, scales):
-    """What belongs to the gradient of a row besides."""
-    fill(pair.gradient, pair.row, pair.vocab, pair.gradient.width, pair.BLOCK)
-    if pair.wanted.ROW_SCALE:
-        tl.store(pair.per_row.row_scale + pair.row, scales.row_scale)
-
-
-@triton.jit
 def write_far_sums(pair, records, state, of, scales):
     """Phase 2 of a far row: no sums but entropies, and the gradient."""
     nothing = tl.zeros((), tl.float32)
@@ -165,7 +157,7 @@ def write_far_sums(pair, records, state, of, scales):
             scales = scales_for(size, size, scales, pair.wanted)
         kl = KLs(kl.forward, reverse, kl.entropy, kl.offset, kl.per_unit)
         kl_gradient(pair, state, kl, of, scales)
-        finish(pair, scales)
+        finish_gradient(pair, pair.vocab, scales.row_scale)
 
 
 @triton.jit
@@ -181,9 +173,9 @@ def write_near_terms(pair, records, state, of, scales, PHASE: tl.constexpr, WRIT
             slope_sum = tl.load(record + SLOPE).to(tl.float32)
             size = tl.load(record + LARGEST_SLOPE).to(tl.float32)
             scales = scales_for(slope_sum, size, scales, pair.wanted)
-        slopes(pair, of, None, scales, slope_sum)
+        slopes(pair, of, scales, slope_sum, FAR=False)
     if WRITES:
-        finish(pair, scales)
+        finish_gradient(pair, pair.vocab, scales.row_scale)
 
 
 @triton.jit
@@ -216,9 +208,7 @@ def write_masked(pair, records, PHASE: tl.constexpr, WRITES: tl.constexpr):
     if PHASE == SUMS:
         write_zeros(records.sums + pair.row * N_SUMS, N_SUMS)
     if WRITES:
-        fill(pair.gradient, pair.row, 0, pair.gradient.width, pair.BLOCK)
-        if pair.wanted.ROW_SCALE:
-            tl.store(pair.per_row.row_scale + pair.row, 0.0)
+        finish_gradient(pair, 0, 0.0)
 
 
 @triton.jit

@@ -160,16 +160,6 @@ class Softmaxes(NamedTuple):
     offset: tl.tensor  # log q - log p = ((s - s_origin) - (t - t_origin)) / T + offset
 
 
-class LogProbabilities(NamedTuple):
-    """log2 p = (y - t_origin) c - t_rest: what is large is subtracted before it costs digits."""
-
-    c: tl.tensor
-    s_origin: tl.tensor
-    s_rest: tl.tensor
-    t_origin: tl.tensor
-    t_rest: tl.tensor
-
-
 class Scales(NamedTuple):
     """What the terms of a gradient are multiplied by; NaN for a row that has none."""
 
@@ -267,10 +257,10 @@ def point(x, y, of):
 
 
 @triton.jit
-def far_point(x, y, logs, of):
+def far_point(x, y, of):
     """p, q, log2 p, log2 q and r of transformed logits."""
-    log_p = (y - logs.t_origin) * logs.c - logs.t_rest
-    log_q = (x - logs.s_origin) * logs.c - logs.s_rest
+    log_p = (y - of.t_lse) * of.c - of.t_rest * LOG2E
+    log_q = (x - of.s_lse) * of.c - of.s_rest * LOG2E
     return tl.exp2(log_p), tl.exp2(log_q), log_p, log_q, log_ratio(x, y, of)
 
 
@@ -325,10 +315,10 @@ def values(pair, of, scales):
 
 
 @triton.jit
-def slopes(pair, of, logs, scales, slope_sum):
+def slopes(pair, of, scales, slope_sum, FAR: tl.constexpr):
     """Sweep 3: the gradient, or the hard-label term alone where there is no divergence.
 
-    logs are None but for a far row, whose slopes are in bits.
+    Slopes of a far row are in bits.
     """
     s_row = row_of(pair.student.rows, pair.row)
     t_row = row_of(pair.teacher.rows, pair.row)
@@ -340,14 +330,14 @@ def slopes(pair, of, logs, scales, slope_sum):
         g = tl.zeros((pair.BLOCK,), tl.float32)
         if pair.wanted.KD_GRADIENT:
             y = transformed(load_raw(t_row, columns, pair.vocab), pair.teacher)
-            if logs is None:
+            if FAR:
+                here = far_point(x, y, of)
+                slope = term(pair.divergence.far.slope, pair.divergence, here)
+                g = (slope - here[1] * slope_sum) * (scales.kd * NATS_PER_BIT)
+            else:
                 here = point(x, y, of)
                 slope = term(pair.divergence.slope, pair.divergence, here)
                 g = (slope - here[1] * slope_sum) * scales.kd
-            else:
-                here = far_point(x, y, logs, of)
-                slope = term(pair.divergence.far.slope, pair.divergence, here)
-                g = (slope - here[1] * slope_sum) * (scales.kd * NATS_PER_BIT)
         store_gradient(pair, g_row, columns, g, raw, x, of, scales)
 
 
