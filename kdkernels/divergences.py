@@ -58,7 +58,7 @@ def _in_range(
 class Divergence:
     """Base of the divergences.
 
-    A custom one needs ``name`` and ``value``; it runs on the reference backend.
+    A custom one defines ``value``, and ``name`` for messages; it runs on the reference backend.
     """
 
     name: ClassVar[str] = ""
