@@ -59,7 +59,13 @@ def test_float32(backend, divergence, close, temperature):
 
 @pytest.mark.parametrize(
     "divergence",
-    [JSD(1e-4), SkewForwardKL(1e-4), SkewForwardKL(0.99), SkewReverseKL(1e-4)],
+    [
+        JSD(1e-4),
+        SkewForwardKL(1e-4),
+        SkewForwardKL(1e-20),
+        SkewForwardKL(0.99),
+        SkewReverseKL(1e-4),
+    ],
     ids=str,
 )
 def test_small_shares_of_a_mixture(backend, divergence):

@@ -10,7 +10,8 @@ namespace kd::KD_NAMESPACE {
 // Near the teacher, where q - p has few digits, everything is a power series in r, that of
 // L = log(m / p) = log(share + rest exp(r)), or follows from it:
 //   value / p = (a + b r) exp(r) + (c + d exp(r)) L + constant
-//   slope / q = e log(q / m) + f rest share (q - p) / m = e (r - L) + f (L' - rest)
+//   slope / q = e log(q / m) + f g = e (r - L) + f g
+// with g = (q - p) / m, from which L' = rest (1 + share g).
 struct Mixture : Defaults {
   static constexpr bool kHasClose = true;
   static constexpr float close_radius = 0.75f;  // of |r|, for the polynomials below
@@ -22,22 +23,17 @@ struct Mixture : Defaults {
   // Coefficients not rounded to float: near the teacher all but few of their digits cancel.
   Mixture(double share, double rest, double a, double b, double c, double d, double e, double f)
       : share((float)share), rest((float)rest) {
-    // Of the smaller share: from the larger one's, log(m / p) or log(q / m) is left by cancelling.
-    const bool of_p = share < rest;
-    const double smaller = of_p ? share : rest;
-    double exponential[kTerms + 2] = {1}, over_larger[kTerms + 2], slope[kTerms], value[kTerms];
-    double m_over_p[kTerms + 2], q_over_m[kTerms + 2];  // of their logarithms
+    double exponential[kTerms + 2] = {1}, g[kTerms + 2], m_over_p[kTerms + 2], q_over_m[kTerms + 2];
+    double slope[kTerms], value[kTerms];
     for (int n = 1; n <= kTerms + 1; ++n) {
       exponential[n] = exponential[n - 1] / n;
-      // log(1 + smaller (exp(x) - 1)), x = -r for m / q: its derivative times m is that of m.
-      over_larger[n] = smaller * exponential[n];
-      for (int k = 1; k < n; ++k)
-        over_larger[n] -= k * over_larger[k] * smaller * exponential[n - k] / n;
-      const double in_r = of_p && n % 2 ? -over_larger[n] : over_larger[n];
-      q_over_m[n] = of_p ? -in_r : (n == 1) - in_r;
-      m_over_p[n] = of_p ? (n == 1) + in_r : in_r;
+      // From g m / p = exp(r) - 1: a small share takes no digits from it, nor from the logarithms.
+      g[n] = exponential[n];
+      for (int k = 1; k < n; ++k) g[n] -= rest * g[k] * exponential[n - k];
+      m_over_p[n] = n == 1 ? rest : rest * share * g[n - 1] / n;
+      q_over_m[n] = n == 1 ? share : -m_over_p[n];
+      if (n <= kTerms) slope[n - 1] = e * q_over_m[n] + f * g[n];
       if (n == 1) continue;
-      slope[n - 2] = e * q_over_m[n - 1] + f * n * m_over_p[n];
       value[n - 2] = a * exponential[n] + (b + d) * exponential[n - 1] + c * m_over_p[n];
       for (int k = 1; k <= n; ++k) value[n - 2] -= d * q_over_m[k] * exponential[n - k];
     }
@@ -132,8 +128,8 @@ struct JSD : Mixture {
 
   JSD(double beta, double rest)
       : Mixture(beta, rest, 0, rest, -beta, -rest, rest, 0),
-        log_share(log_of(beta, rest)),
-        log_rest(log_of(rest, beta)) {}
+        log_share((float)::log(beta)),
+        log_rest((float)::log1p(-beta)) {}
 
   template <class F>
   KD_INLINE Term<F> operator()(const Point<F>& x) const {
@@ -162,18 +158,11 @@ struct JSD : Mixture {
            rest * (kNatsPerBit * (weights.q * slope - added.log_q) + added.q);
   }
   KD_INLINE double far_unit(Weights weights) const { return kNatsPerBit * rest * weights.q; }
-
- private:
-  // Near 1 a share has fewer digits than what it leaves.
-  static float log_of(double share, double rest) {
-    return (float)(share < rest ? ::log(share) : ::log1p(-rest));
-  }
 };
 
 // KL(p || alpha p + (1 - alpha) q). Ko et al. 2024 (DistiLLM).
 struct SkewForwardKL : Mixture {
-  SkewForwardKL(double alpha, double rest)
-      : Mixture(alpha, rest, rest, 0, -1, 0, 0, rest / alpha) {}
+  SkewForwardKL(double alpha, double rest) : Mixture(alpha, rest, rest, 0, -1, 0, 0, rest * rest) {}
 
   template <class F>
   KD_INLINE Term<F> operator()(const Point<F>& x) const {
@@ -199,7 +188,8 @@ struct SkewForwardKL : Mixture {
 
 // KL(q || alpha q + (1 - alpha) p). Ko et al. 2024 (DistiLLM).
 struct SkewReverseKL : Mixture {
-  SkewReverseKL(double alpha, double share) : Mixture(share, alpha, -share, 1, 0, -1, 1, -1) {}
+  SkewReverseKL(double alpha, double share)
+      : Mixture(share, alpha, -share, 1, 0, -1, 1, -share * alpha) {}
 
   template <class F>
   KD_INLINE Term<F> operator()(const Point<F>& x) const {
