@@ -65,6 +65,7 @@ def test_float32(backend, divergence, close, temperature):
         SkewForwardKL(1e-20),
         SkewForwardKL(0.99),
         SkewReverseKL(1e-4),
+        SkewReverseKL(0.999),
     ],
     ids=str,
 )
@@ -122,6 +123,28 @@ def test_logarithms_of_just_below_2(backend, divergence, excluding):
     # p / m or q / m, where one model nearly excludes the other's only token.
     certain = torch.tensor([[-torch.inf, 0.0]]).expand(24, 2)
     other = torch.stack([torch.linspace(14, 20, 24), torch.zeros(24)], -1)
+    student, teacher = (certain, other) if excluding == "teacher" else (other, certain)
+    options = {"divergence": divergence, "reduction": "none"}
+    actual = run(backend, student, teacher, **options)
+    assert_close(actual.loss, oracle(student, teacher, **options).loss, tolerances.OTHER_LOSS)
+
+
+@pytest.mark.parametrize("excluding", ["student", "teacher"])
+@pytest.mark.parametrize(
+    "divergence",
+    [
+        JSD(1e-10),
+        SkewForwardKL(1e-5),
+        SkewForwardKL(1e-8),
+        SkewReverseKL(1e-5),
+        SkewReverseKL(1e-8),
+    ],
+    ids=str,
+)
+def test_logarithms_of_small_shares(backend, divergence, excluding):
+    # All that is left of the mixture where one model excludes the other's only token.
+    certain = torch.tensor([[-torch.inf, 0.0]]).expand(25, 2)
+    other = torch.stack([torch.linspace(0, 40, 25), torch.zeros(25)], -1)
     student, teacher = (certain, other) if excluding == "teacher" else (other, certain)
     options = {"divergence": divergence, "reduction": "none"}
     actual = run(backend, student, teacher, **options)

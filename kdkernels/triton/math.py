@@ -57,7 +57,7 @@ def _octave(x):
 
 
 @triton.jit
-def _log_of_sum(w, lost):
+def log_of_sum(w, lost):
     """log(w + lost) for positive finite w, `lost` being below its last place; tl.log is coarse."""
     n, mantissa = _octave(w)
     f = (mantissa - 1.0) + lost * ((127 - n) << 23).to(tl.float32, bitcast=True)
@@ -74,7 +74,7 @@ def _log_of_sum(w, lost):
 @triton.jit
 def log(x):
     """log(x) for positive finite x, to full relative accuracy."""
-    return _log_of_sum(x, 0.0)
+    return log_of_sum(x, 0.0)
 
 
 @triton.jit
@@ -101,7 +101,7 @@ def log2_minus(log_x, y):
 def log1p(x):
     """log(1 + x) for x >= -1, to full relative accuracy."""
     w = 1.0 + x
-    return tl.where(w == 0.0, -float("inf"), _log_of_sum(w, x - (w - 1.0)))
+    return tl.where(w == 0.0, -float("inf"), log_of_sum(w, x - (w - 1.0)))
 
 
 @triton.jit

@@ -6,11 +6,15 @@ import triton.language as tl
 from .math import (
     LEAST_NORMAL,
     LOG2E,
+    SERIES_RADIUS,
     bregman_difference,
     bregman_excess,
+    exp,
     expm1,
     log1p,
     log2_minus,
+    log_of_sum,
+    phi_over_x,
     times_or_zero,
 )
 
@@ -27,8 +31,15 @@ def _bases_on_p(r, of_p, of_q):
 
 @triton.jit
 def _mixture_over_base(r, of_p, of_q):
-    of_other = tl.where(_bases_on_p(r, of_p, of_q), of_q, of_p)
-    return log1p(of_other * expm1(tl.where(_bases_on_p(r, of_p, of_q), r, -r)))
+    on_p = _bases_on_p(r, of_p, of_q)
+    of_base = tl.where(on_p, of_p, of_q)
+    of_other = tl.where(on_p, of_q, of_p)
+    apart = tl.where(on_p, r, -r)
+    growth = of_other * expm1(apart)
+    # Where most is gone, 1 + growth would have few digits of a small share.
+    mixture = tl.where(growth < -0.5, of_base + of_other * exp(apart), 1.0 + growth)
+    lost = tl.where(growth < -0.5, 0.0, growth - (mixture - 1.0))
+    return log_of_sum(mixture, lost)
 
 
 @triton.jit
@@ -120,10 +131,12 @@ def skew_reverse_kl_value(p, q, log_p, log_q, r, alpha, rest):
 
 @triton.jit
 def skew_reverse_kl_slope(p, q, log_p, log_q, r, alpha, rest):
-    # Its two parts nearly cancel where the student's share is large.
     difference = bregman_difference(p, q, r) / _skew_mixture(q, p, alpha, rest)
     log = _skew_reverse_log(p, q, r, alpha, rest)
-    return times_or_zero(q, log - alpha * rest * difference)
+    # Where the student's share is large, the parts of the second nearly cancel.
+    close = rest * rest * difference - phi_over_x(log) * log
+    slope = tl.where(tl.abs(log) < SERIES_RADIUS, close, log - alpha * rest * difference)
+    return times_or_zero(q, slope)
 
 
 @triton.jit
