@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,6 +9,7 @@ import torch.distributed as dist
 from kdkernels import JSD, KDLoss, kd_loss, linear_kd_loss, linear_sparse_kd_loss, sparse_kd_loss
 
 from .cases import correlated_pair, labels_for, normal
+from .documents import defined
 
 SIZE = 2
 
@@ -85,10 +82,7 @@ def module(rank):
 
 def documented(rank):
     """The code of docs/parallel.md, as it stands."""
-    document = Path(__file__).parent.parent / "docs" / "parallel.md"
-    names: dict[str, Any] = {}
-    for block in re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL):
-        exec(compile(block, "docs/parallel.md", "exec"), names)
+    names = defined("docs/parallel.md")
     group = dist.group.WORLD
     student, teacher = correlated_pair(6, 64)
     labels = OPTIONS["labels"]

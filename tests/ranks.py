@@ -6,9 +6,8 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from .documents import ROOT
 
 SOURCE = "import importlib, sys; getattr(importlib.import_module(sys.argv[1]), sys.argv[2])()"
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 from benchmarks import sharded
 
-ROOT = Path(__file__).parent.parent
+from .documents import ROOT
 
 
 @pytest.mark.skipif(

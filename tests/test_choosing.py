@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,24 +23,11 @@ from kdkernels import (
 )
 
 from .cases import normal
+from .documents import blocks, defined, run
 
-ROOT = Path(__file__).parent.parent
 ROWS, VOCAB = (2, 7), 97
 STUDENT, TEACHER = normal(*ROWS, VOCAB, seed=0), normal(*ROWS, VOCAB, seed=1)
 LABELS = torch.arange(14).view(ROWS).index_fill(1, torch.tensor([0, 1]), -100)
-
-
-def blocks(page: str, heading: str = "") -> list[str]:
-    """The Python code of a page, or of one section."""
-    text = (ROOT / page).read_text(encoding="utf-8")
-    if heading:
-        text = text.split(f"## {heading}\n")[1].split("\n## ")[0]
-    return re.findall(r"```python\n(.*?)```", text, re.S)
-
-
-def run(code: str, page: str, names: dict[str, Any]) -> Any:
-    exec(compile(code, page, "exec"), names)
-    return names.get("loss")
 
 
 def kl(p: Tensor, log_q: Tensor) -> Tensor:
@@ -102,9 +87,7 @@ def test_divergences_near_the_teacher(divergence, share):
 
 
 def test_recipes():
-    names: dict[str, Any] = {}
-    for block in blocks("docs/choosing.md"):
-        run(block, "docs/choosing.md", names)
+    names = defined("docs/choosing.md")
     of_student, of_teacher = 2.0, 0.7
     log_q, p = (STUDENT / of_student).log_softmax(-1), (TEACHER / of_teacher).softmax(-1)
     actual = names["two_temperatures"](STUDENT, TEACHER, of_student, of_teacher)
@@ -119,10 +102,7 @@ def test_recipes():
 
 
 def recipes(heading: str) -> dict[str, Any]:
-    names: dict[str, Any] = {"kd_loss": kd_loss}
-    for block in blocks("docs/choosing.md", heading):
-        run(block, "docs/choosing.md", names)
-    return names
+    return defined("docs/choosing.md", heading, kd_loss=kd_loss)
 
 
 def same_gradients(actual: Tensor, expected: Tensor, *inputs: Tensor, **tolerance: float) -> None:
@@ -320,9 +300,7 @@ def test_what_looks_wrong():
 
 def test_from_a_server():
     """What a server returns of a prompt: the top k of every position, and the token itself."""
-    names: dict[str, Any] = {}
-    for block in blocks("docs/sparse.md", "From a server"):
-        run(block, "docs/sparse.md", names)
+    names = defined("docs/sparse.md", "From a server")
     student, teacher, labels, k = STUDENT[1], TEACHER[1], LABELS[1], 5
     log_p = teacher.log_softmax(-1)
     returned: list[dict[int, SimpleNamespace] | None] = [None]

@@ -13,8 +13,8 @@ from torch import nn
 
 from kdkernels import LinearKDHead, LinearSparseKDHead
 
+from .documents import defined
 from .ranks import run_two
-from .test_choosing import blocks, run
 
 VOCAB, ROWS, K = 37, 6, 5
 
@@ -92,9 +92,7 @@ class Decoder(nn.Module):
 @gloo()
 def documented():
     """The student of docs/sparse.md."""
-    names = {}
-    for block in blocks("docs/sparse.md", "A head that FSDP2 shards"):
-        run(block, "docs/sparse.md", names)
+    names = defined("docs/sparse.md", "A head that FSDP2 shards")
     ids = torch.randint(VOCAB, (2, 7), generator=torch.Generator().manual_seed(1))
     logprobs, indices = torch.randn(2, 7, VOCAB).log_softmax(-1).topk(K)
     for tensor in (indices, logprobs):

@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from .documents import blocks, run
 from .ranks import run_two
 from .test_trainers import (
     LR,
-    SECTIONS,
+    PAGE,
     Bigram,
     assert_same_training,
     examples,
@@ -70,9 +71,9 @@ def check_fabric() -> None:
     student, teacher = models()
     start, plain = parameters(student), models()[0]
     wrapped, optimizer = fabric.setup(student, torch.optim.SGD(student.parameters(), LR))
-    code = SECTIONS["Your own loop"].split("```python\n")[1].split("```")[0]
+    (code,) = blocks(PAGE, "Your own loop")
     names: dict = {"fabric": fabric}
-    exec(code.replace("loss.backward()", "fabric.backward(loss)"), names)
+    run(code.replace("loss.backward()", "fabric.backward(loss)"), PAGE, names)
     names["train_step"](wrapped, teacher, optimizer, mine)
     plain_step(plain, teacher, every)
     assert_same_training(parameters(student), parameters(plain), start)

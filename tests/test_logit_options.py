@@ -7,7 +7,6 @@ it.
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +15,7 @@ from torch import nn
 
 from kdkernels import LinearKDHead
 
-PAGE = (Path(__file__).parent.parent / "docs" / "linear.md").read_text(encoding="utf-8")
+from .documents import text_of
 
 TINY = {
     "vocab_size": 64,
@@ -94,8 +93,8 @@ NAMES = [name for name, *_ in MODELS]
 
 
 def rows() -> list[tuple[str, str]]:
-    section = re.search(r"## Models that change their logits.*?(?=^## )", PAGE, re.M | re.S)
-    return re.findall(r"^\| (.*?) \| `(.*?)` \|$", section.group(), re.M)
+    section = text_of("docs/linear.md", "Models that change their logits after the head")
+    return re.findall(r"^\| (.*?) \| `(.*?)` \|$", section, re.M)
 
 
 def options_of(name: str, config) -> dict[str, float]:

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from kdkernels import JSD
 
+from .documents import text_of
 from .ranks import run_two
 from .test_trainers import (
     CE_WEIGHT,
     LENGTH,
     LR,
+    PAGE,
     RTOL,
-    SECTIONS,
     TEMPERATURE,
     VOCAB,
     assert_same_training,
@@ -131,7 +132,7 @@ def losses() -> list[dict[str, Any]]:
     """The page's configuration; cross-entropy by the recipe instead; and NeMo's loss likewise."""
     import yaml
 
-    text = re.findall(r"```yaml\n(.*?)```", SECTIONS["NeMo AutoModel"], re.S)[0]
+    text = re.findall(r"```yaml\n(.*?)```", text_of(PAGE, "NeMo AutoModel"), re.S)[0]
     fused = yaml.safe_load(text)
     loss = fused["kd_loss_fn"]
     assert loss["_target_"] == "your_module.FusedKDLoss"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +14,7 @@ from kdkernels.divergences import Divergence
 
 from . import tolerances
 from .cases import DTYPES, ONE_OF_EACH, correlated_pair, labels_for, normal
+from .documents import defined
 from .harness import REFERENCE, assert_gradient, default_dtype, move
 from .test_compile import COMPILER
 from .test_sparse import oracle, run, top
@@ -258,10 +257,7 @@ class Bigram(torch.nn.Module):
 
 def test_the_documented_loop(tmp_path):
     """The code of docs/sparse.md, as it stands: the student comes nearer to the stored teacher."""
-    page = (Path(__file__).parent.parent / "docs" / "sparse.md").read_text(encoding="utf-8")
-    names = {}
-    for block in re.findall(r"```python\n(.*?)```", page.split("## From disk")[1], re.S):
-        exec(compile(block, "docs/sparse.md", "exec"), names)
+    names = defined("docs/sparse.md", "From disk")
     ids = labels_for(6, 20, vocab=VOCAB)
     teacher, student = Bigram(0), Bigram(1)
     names["store"](teacher, list(ids), tmp_path)

@@ -7,6 +7,7 @@ test_deepspeed.py, test_lightning.py, test_megatron.py and test_nemo.py.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import re
@@ -14,7 +15,6 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -25,11 +25,11 @@ from torch import Tensor
 from benchmarks.peers import torchtune_losses
 from kdkernels import SymmetricKL
 
+from .documents import ROOT, blocks, defined, text_of
 from .ranks import meeting
 
-ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / "docs" / "trainers.md").read_text(encoding="utf-8")
-SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S))
+PAGE = "docs/trainers.md"
+page = functools.partial(defined, PAGE)
 HUGGING_FACE = "transformers", "accelerate"
 TRAINERS = "KDTrainer", "LinearKDTrainer"
 VOCAB, LENGTH, LR = 41, 12, 0.5
@@ -39,15 +39,6 @@ TEMPERATURE, CE_WEIGHT = 2.0, 0.5  # as on the page
 RTOL = 2e-5
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of foreign packages, about each other
-
-
-def page(*sections: str) -> dict[str, Any]:
-    """What the Python blocks of some sections define, run in order in one namespace."""
-    names: dict[str, Any] = {}
-    for section in sections:
-        for block in re.findall(r"```python\n(.*?)```", SECTIONS[section], re.S):
-            exec(compile(block, f"docs/trainers.md, {section}", "exec"), names)
-    return names
 
 
 def missing(*packages: str) -> list[str]:
@@ -392,4 +383,5 @@ def test_every_section_with_code_is_run():
     tested = {"Your own loop", "Hugging Face Trainer", "TRL", "Liger", "torchtune"}
     # In files of their names:
     tested |= {"DeepSpeed", "Lightning", "NeMo AutoModel", "Megatron", "ModelOpt"}
-    assert {name for name, text in SECTIONS.items() if "```python" in text} == tested
+    headings = re.findall(r"^## (.+)$", text_of(PAGE), re.MULTILINE)
+    assert {heading for heading in headings if blocks(PAGE, heading)} == tested
