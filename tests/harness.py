@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdkernels
 from kdkernels import extension
 from kdkernels.backends import cuda
+from kdkernels.divergences import as_divergence
 
 from . import emulated, interpreter, tolerances
 
@@ -163,6 +165,18 @@ class InPlace(torch.autograd.Function):
         return gradient.new_zeros(()), None
 
 
+class Operators(TorchDispatchMode):
+    """Those that are dispatched: on a GPU most are a launch each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(function)
+        return function(*args, **(kwargs or {}))
+
+
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     """As ``torch.set_default_dtype``, for a while."""
@@ -241,9 +255,32 @@ def assert_matches(
     assert actual.loss.dtype == torch.float32
     assert_close(actual.loss, expected.loss, tolerances.loss_tolerance(divergence))
     assert actual.gradient.dtype == dtype
+    assert_gradient_of(divergence, dtype, actual.gradient, expected.gradient, close=close)
+
+
+def assert_gradient_of(
+    divergence: str,
+    dtype: torch.dtype,
+    actual: Tensor,
+    expected: Tensor,
+    *,
+    close: bool = False,
+) -> None:
+    """A gradient of the student's ``dtype``, or some rows or columns of it."""
     subnormal = tolerances.FLOAT16_SUBNORMAL if dtype == torch.float16 else 0.0
     relative = tolerances.gradient_tolerance(divergence, dtype, close=close)
-    assert_gradient(actual.gradient, expected.gradient, relative, subnormal)
+    assert_gradient(actual, expected, relative, subnormal)
+
+
+def assert_as_oracle(
+    actual: Result, student: Tensor, teacher: Tensor, *, close: bool = False, **options: Any
+) -> None:
+    """What a call with these options gave, its metrics included."""
+    expected = oracle(student, teacher, **options)
+    divergence = as_divergence(options.get("divergence", "forward_kl")).name
+    assert_matches(actual, expected, divergence, student.dtype, close=close)
+    if expected.metrics is not None:
+        assert_metrics(actual.metrics, expected.metrics, divergence)
 
 
 def assert_same(actual: Result, expected: Result, divergence: str, backend: Backend) -> None:
@@ -253,6 +290,10 @@ def assert_same(actual: Result, expected: Result, divergence: str, backend: Back
         if expected.metrics is not None:
             assert_metrics(actual.metrics, expected.metrics, divergence)
         return
+    assert_same_bits(actual, expected)
+
+
+def assert_same_bits(actual: Result, expected: Result) -> None:
     assert torch.equal(actual.loss, expected.loss)
     assert torch.equal(actual.gradient, expected.gradient)
     for name, metric in (expected.metrics or {}).items():

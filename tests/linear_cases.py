@@ -16,6 +16,8 @@ from .harness import DEVICES, move
 
 VOCAB, TEACHER_VOCAB = 203, 210
 LEAD = (3, 7)
+#: Several chunks of several rows.
+CHUNK = 5 * (VOCAB + TEACHER_VOCAB) * 4
 
 
 class Case(NamedTuple):
@@ -28,6 +30,9 @@ class Case(NamedTuple):
 
     def to(self, *args: Any) -> Case:
         return Case(*(None if x is None else x.to(*args) for x in self))
+
+    def logits(self) -> tuple[Tensor, Tensor]:
+        return F.linear(*self[:3]), F.linear(*self[3:])
 
 
 def make_case(dtype: torch.dtype = torch.float32, lead=LEAD, bias: bool = True, seed=0) -> Case:
@@ -72,18 +77,12 @@ def fused(case: Case, backend: str = "auto", **options: Any) -> Any:
 
 def dense(case: Case, backend: str = "reference", **options: Any) -> Any:
     """The definition: kd_loss of all logits, in the case's dtype."""
-    return kd_loss(
-        F.linear(case.student_hidden, case.student_weight, case.student_bias),
-        F.linear(case.teacher_hidden, case.teacher_weight, case.teacher_bias),
-        backend=backend,
-        **options,
-    )
+    return kd_loss(*case.logits(), backend=backend, **options)
 
 
 def plain(case: Case, divergence: Divergence, temperature: float) -> Tensor:
     """The same in plain PyTorch, every step in the case's dtype."""
-    student = F.linear(case.student_hidden, case.student_weight, case.student_bias)
-    teacher = F.linear(case.teacher_hidden, case.teacher_weight, case.teacher_bias)
+    student, teacher = case.logits()
     log_q = F.log_softmax(student / temperature, dim=-1)
     log_p = F.log_softmax(teacher[..., :VOCAB] / temperature, dim=-1)
     return divergence.value(log_p, log_q).sum(-1).mean() * temperature**2

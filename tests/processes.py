@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from kdkernels import collectives, scalars
-from kdkernels.divergences import Divergence
 
 from . import harness
 
@@ -127,18 +126,3 @@ def sharded(
         )
 
     return processes.put_together(one)
-
-
-def check(
-    actual: harness.Result,
-    student: Tensor,
-    teacher: Tensor,
-    divergence: Divergence,
-    dtype: torch.dtype,
-    **options: Any,
-) -> None:
-    """Against the oracle on the whole, within the suite's tolerances."""
-    expected = harness.oracle(student, teacher, divergence=divergence, **options)
-    harness.assert_matches(actual, expected, divergence.name, dtype)
-    if expected.metrics is not None:
-        harness.assert_metrics(actual.metrics, expected.metrics, divergence.name)

@@ -14,7 +14,7 @@ from .test_benchmarks import SHAPE, bench, small_device  # noqa: F401  a fixture
 
 
 @pytest.fixture
-def documents(tmp_path, monkeypatch):
+def documents(tmp_path, monkeypatch, compiled_is_eager):
     """A repository of one document, whose tables come from a run."""
     for level, name in (("logits", "run"), ("linear", "linear")):
         shape = SHAPE[level].name
@@ -33,10 +33,7 @@ def compiled_is_eager(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
 
 
-@pytest.mark.usefixtures("compiled_is_eager")
-def test_stale_tables_are_found(request, monkeypatch, capsys):
-    folder = request.getfixturevalue("documents")
-
+def test_stale_tables_are_found(documents, monkeypatch, capsys):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["report", *arguments])
         with pytest.raises(SystemExit) as error:
@@ -45,14 +42,14 @@ def test_stale_tables_are_found(request, monkeypatch, capsys):
 
     assert run("--check") == 1  # the tables are still empty
     assert run() == 0
-    text = (folder / "README.md").read_text()
+    text = (documents / "README.md").read_text()
     assert "| 8 x 96 float32 | " in text
     assert "| kdkernels in place | " in text
     assert run("--check") == 0
-    results = json.loads((folder / "run.json").read_text())
+    results = json.loads((documents / "run.json").read_text())
     results["cases"][0]["results"]["eager"] = {"wrong": "the gradient is off by 3.0e-01"}
-    (folder / "run.json").write_text(json.dumps(results))
+    (documents / "run.json").write_text(json.dumps(results))
     assert run("--check") == 1
     assert "stale: README.md" in capsys.readouterr().out
     assert run() == 0
-    assert "wrong: the gradient is off by 3.0e-01" in (folder / "README.md").read_text()
+    assert "wrong: the gradient is off by 3.0e-01" in (documents / "README.md").read_text()

@@ -13,6 +13,7 @@ import kdkernels
 from .cases import DTYPES
 from .harness import assert_close
 from .linear_cases import (
+    CHUNK,
     VOCAB,
     Case,
     dense,
@@ -23,8 +24,6 @@ from .linear_cases import (
     run,
     some_labels,
 )
-
-CHUNK = 5 * 413 * 4
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -174,8 +173,8 @@ def test_autocast_over_float32_weights(linear_backend, dtype):
     exact, rival = oracle(rounded, **options), run(dense, rounded, **options)
     for chunk_bytes in (None, CHUNK):
         with torch.autocast(linear_backend.device, dtype):
-            call = functools.partial(fused, backend=linear_backend.backend)
-            actual = run(call, case, chunk_bytes=chunk_bytes, **options)
+            where = {"backend": linear_backend.backend, "chunk_bytes": chunk_bytes}
+            actual = run(fused, case, **where, **options)
         assert actual.loss.dtype == torch.float32
         for name in ("hidden", "weight", "bias"):
             got, wanted = getattr(actual, name), getattr(exact, name)

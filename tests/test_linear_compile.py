@@ -44,8 +44,7 @@ def test_compiles_into_one_graph(compiler, changes):
             student = [x.clone().requires_grad_() for x in case[:3]]
             function(*student, case, labels).backward()
             results.append([x.grad for x in student])
-        for actual, expected in zip(*results, strict=True):
-            torch.testing.assert_close(actual, expected, rtol=2e-5, atol=1e-7)
+        torch.testing.assert_close(*results, rtol=2e-5, atol=1e-7)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

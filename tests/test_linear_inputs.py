@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +13,7 @@ from . import tolerances
 from .cases import normal
 from .harness import assert_close
 from .linear_cases import (
+    CHUNK,
     VOCAB,
     Case,
     fused,
@@ -24,8 +23,6 @@ from .linear_cases import (
     some_labels,
 )
 
-CHUNK = 5 * 413 * 4
-
 
 def test_strided_per_token_arguments(linear_backend):
     """Expanded weights, as from `sum().backward()`, and every other label of a wider tensor."""
@@ -33,11 +30,11 @@ def test_strided_per_token_arguments(linear_backend):
     weight = torch.tensor(0.5).expand(21)
     expected = run(fused, case, labels=labels, token_weight=weight.clone(), reduction="sum")
     wide = labels.repeat_interleave(2)
-    call = functools.partial(fused, backend=linear_backend.backend)
     for reduction in ("sum", "none"):
         actual = run(
-            call,
+            fused,
             case,
+            backend=linear_backend.backend,
             labels=wide[::2],
             token_weight=weight,
             reduction=reduction,
@@ -65,8 +62,7 @@ def test_strides(linear_backend):
         None,
     )
     for chunk_bytes in (None, CHUNK, 1):
-        call = functools.partial(fused, backend=linear_backend.backend)
-        actual = run(call, odd, chunk_bytes=chunk_bytes)
+        actual = run(fused, odd, backend=linear_backend.backend, chunk_bytes=chunk_bytes)
         assert_close(actual.loss, expected.loss, tolerances.PLAIN_LOSS)
         assert relative_error(actual.hidden, expected.hidden) < 1e-6
         assert relative_error(actual.weight, expected.weight) < 1e-6

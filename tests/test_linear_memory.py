@@ -10,12 +10,10 @@ import torch
 from kdkernels import payload
 from kdkernels.linear_plan import plan
 
-from . import tolerances
 from .cases import normal
-from .test_memory import MIB, measure
+from .test_memory import MIB, ROWS, SCRATCH, VOCAB, measure
 
-ROWS, VOCAB, HIDDEN, TEACHER_HIDDEN = 512, 32768, 64, 128
-SCRATCH = 2 * tolerances.SCRATCH_PER_THREAD + tolerances.MEMORY_NOISE
+HIDDEN, TEACHER_HIDDEN = 64, 128
 
 SETUP = f"""
         from kdkernels import linear_kd_loss

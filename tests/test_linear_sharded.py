@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pytest
 import torch
 
 from . import tolerances
-from .cases import ONE_OF_EACH, normal
-from .harness import Backend, assert_close, assert_metrics
+from .cases import DTYPES, ONE_OF_EACH, normal
+from .harness import TRITON, Backend, assert_close, assert_metrics
 from .linear_cases import (
     LEAD,
     TEACHER_VOCAB,
@@ -27,9 +26,8 @@ from .linear_cases import (
 )
 from .processes import Processes
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ENDS = [70, 71, VOCAB]
-#: One chunk; several of several rows; one row at a time.
+#: One chunk; several; one row at a time.
 CHUNKS = [None, 3 * VOCAB * 4, 1]
 
 
@@ -50,8 +48,9 @@ def _run(three: Processes, config: Backend, case: Case, **options: Any) -> Resul
 
     def one(rank: int) -> Result:
         return run(
-            functools.partial(fused, backend=config.backend),
+            fused,
             _shard(case, rank),
+            backend=config.backend,
             group=three.group,
             vocab_start=[0, *ENDS][rank],
             vocab_size=VOCAB,
@@ -110,8 +109,6 @@ def test_options(linear_backend, three, options):
 
 
 def test_an_interpreted_backend(three):
-    from .harness import TRITON
-
     if TRITON.skip or not TRITON.interpreted:
         pytest.skip(TRITON.skip or "it runs among the others")
     case = make_case(lead=(3,))

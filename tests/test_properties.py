@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from . import tolerances
 from .cases import ALL, DTYPES, ONE_OF_EACH, correlated_pair, labels_for, normal
-from .harness import assert_close, assert_gradient, assert_same, loss_of, run
+from .harness import assert_close, assert_gradient, assert_same, assert_same_bits, loss_of, run
 
 divergences = st.sampled_from(
     [d for d in ALL if d.name != "alpha_beta" or min(d.alpha, d.beta) >= 0]
@@ -113,10 +113,7 @@ def test_same_bits_with_any_number_of_threads(kernel, threads, divergence, dtype
         threads(count)
         results.append(run(kernel, student, teacher, **options))
     for other in results[1:]:
-        assert torch.equal(results[0].loss, other.loss)
-        assert torch.equal(results[0].gradient, other.gradient)
-        for name, metric in results[0].metrics.items():
-            assert torch.equal(metric, other.metrics[name]), name
+        assert_same_bits(other, results[0])
 
 
 @given(divergence=divergences, seed=seeds, vocab=vocabularies)

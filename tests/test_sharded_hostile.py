@@ -12,7 +12,7 @@ from kdkernels.divergences import JSD, ForwardKL
 
 from . import cases, harness, tolerances
 from .cases import correlated_pair, labels_for
-from .processes import CUTS, Processes, check, sharded
+from .processes import CUTS, Processes, sharded
 
 
 @pytest.mark.parametrize("divergence", cases.BOUNDED, ids=repr)
@@ -24,11 +24,9 @@ def test_masked_columns(backend, three, divergence):
     student[1, 51:] = -math.inf
     teacher[2, :50] = -math.inf
     student[3, 50] = teacher[3, 3] = -math.inf
-    options = {"reduction": "none"}
-    actual = sharded(
-        three, backend, student, teacher, CUTS["uneven"], divergence=divergence, **options
-    )
-    check(actual, student, teacher, divergence, torch.float32, **options)
+    options = {"divergence": divergence, "reduction": "none"}
+    actual = sharded(three, backend, student, teacher, CUTS["uneven"], **options)
+    harness.assert_as_oracle(actual, student, teacher, **options)
 
 
 @pytest.mark.parametrize("divergence", cases.ONE_OF_EACH, ids=repr)
@@ -42,6 +40,7 @@ def test_rows_without_a_softmax(backend, three, divergence, poison_value):
     else:
         student[1, 10], teacher[2, 80] = poison_value, poison_value
     options = {
+        "divergence": divergence,
         "reduction": "none",
         "token_weight": torch.tensor([1.0, 1.0, 1.0, 0.0]),
         "labels": torch.tensor([50, 10, 95, 0]),
@@ -49,10 +48,8 @@ def test_rows_without_a_softmax(backend, three, divergence, poison_value):
         "return_metrics": True,
     }
     student[3] = math.nan
-    actual = sharded(
-        three, backend, student, teacher, CUTS["uneven"], divergence=divergence, **options
-    )
-    check(actual, student, teacher, divergence, torch.float32, **options)
+    actual = sharded(three, backend, student, teacher, CUTS["uneven"], **options)
+    harness.assert_as_oracle(actual, student, teacher, **options)
     assert actual.gradient[1].isnan().all()
     assert actual.gradient[2].isnan().all()
 
@@ -66,11 +63,14 @@ def test_large_logits_far_apart(backend, three, divergence, temperature):
     teacher[:, :50] += 1e4
     student[2:, 51:] -= 5e3
     student = cases.without_ties(student, teacher, temperature, tolerances.TVD_TIE)
-    options = {"temperature": temperature, "temperature_squared": False, "reduction": "none"}
-    actual = sharded(
-        three, backend, student, teacher, CUTS["uneven"], divergence=divergence, **options
-    )
-    check(actual, student, teacher, divergence, torch.float32, **options)
+    options = {
+        "divergence": divergence,
+        "temperature": temperature,
+        "temperature_squared": False,
+        "reduction": "none",
+    }
+    actual = sharded(three, backend, student, teacher, CUTS["uneven"], **options)
+    harness.assert_as_oracle(actual, student, teacher, **options)
 
 
 @pytest.mark.parametrize("normalizer", [0.0, math.nan])

@@ -11,14 +11,13 @@ import torch
 from kdkernels import linear_sparse_kd_loss, watchers
 
 from . import harness
-from .cases import correlated_pair, labels_for, normal
+from .cases import DTYPES, correlated_pair, labels_for, normal
 from .harness import assert_close, assert_gradient
 from .test_sparse import PAIRS, oracle, run, top
 from .tolerances import OTHER_LOSS, gradient_tolerance, loss_tolerance
 
 VOCAB = 90
 ENDS = {"uneven": [40, 41, VOCAB], "padding": [40, VOCAB, VOCAB]}
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def _sharded(three, ends, function) -> harness.Result:

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from fractions import Fraction
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,10 +27,12 @@ from .cases import (
     normal,
     without_ties,
 )
+from .documents import ROOT
 from .harness import (
     TRITON,
+    assert_as_oracle,
     assert_close,
-    assert_gradient,
+    assert_gradient_of,
     assert_matches,
     assert_metrics,
     loss_of,
@@ -135,20 +136,25 @@ def test_a_schedule_for_a_gpu_whose_properties_have_other_names(monkeypatch):
     assert schedule.choose(32000, 128000, True, device) == schedule.Schedule(2048, 16)
 
 
-@upstream.before("triton", 3, 5, reason="compiles for AMD only with ROCm's linker")
-def test_no_kernel_spills():
-    """Every schedule, divergence and dtype, compiled for GPUs that need not be here."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+def compiling(*arguments: str) -> str:
+    """What Python prints where kernels are compiled, for GPUs that need not be here."""
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "benchmarks.triton_resources", "--check"],
-        env=environment,
-        cwd=Path(__file__).parents[1],
+        [sys.executable, "-W", "ignore", *arguments],
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr[-2000:]
-    assert "257 kernels compiled, 0 spill" in result.stdout
+    return result.stdout
+
+
+@upstream.before("triton", 3, 5, reason="compiles for AMD only with ROCm's linker")
+def test_no_kernel_spills():
+    """Every schedule, divergence and dtype."""
+    printed = compiling("-m", "benchmarks.triton_resources", "--check")
+    assert "257 kernels compiled, 0 spill" in printed
 
 
 def test_batches_of_any_size_take_the_same_kernels():
@@ -165,17 +171,8 @@ for name in ("loss", "scale", "tails", "tails_gradient", "shard"):
     (cache,) = getattr(launch, f"{name}_kernel").device_caches.values()
     print(name, len(cache[0]))
 """
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script],
-        env=environment,
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert result.stdout.split()[1::2] == ["1"] * 5, result.stdout
+    printed = compiling("-c", script)
+    assert printed.split()[1::2] == ["1"] * 5, printed
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
@@ -204,8 +201,8 @@ def test_hostile_rows_of_many_blocks(divergence):
         assert_close(actual.loss, expected.loss, tolerances.loss_tolerance(divergence))
         # Row 3 is certain of the same token in both: its gradient is rounding.
         others = [0, 1, 2, 4, 5, 6]
-        relative = tolerances.gradient_tolerance(divergence, torch.float32)
-        assert_gradient(actual.gradient[others], expected.gradient[others], relative)
+        gradients = actual.gradient[others], expected.gradient[others]
+        assert_gradient_of(divergence, torch.float32, *gradients)
 
 
 @pytest.fixture
@@ -243,9 +240,8 @@ def test_far_rows_whose_largest_logits_come_late(divergence):
     from kdkernels.triton import schedule
 
     student, teacher = correlated_pair(3, 517)
-    steps = 30.0 * (torch.arange(517) // 128).clamp(
-        max=3
-    )  # what exponentials are relative to moves with them
+    # What exponentials are relative to moves with these.
+    steps = 30.0 * (torch.arange(517) // 128).clamp(max=3)
     student += steps
     teacher += steps
     student[1] -= 1000
@@ -253,7 +249,7 @@ def test_far_rows_whose_largest_logits_come_late(divergence):
     options = {"divergence": divergence, "temperature": 0.75, "reduction": "none"}
     with schedule.forced(schedule.Schedule(128, 1)):
         actual = run(TRITON, student, teacher, **options)
-    assert_matches(actual, oracle(student, teacher, **options), divergence.name, torch.float32)
+    assert_as_oracle(actual, student, teacher, **options)
 
 
 def pair_at(level, divergence, temperature):
@@ -288,20 +284,19 @@ def test_rows_at_the_border_of_far(divergence, temperature):
         student = without_ties(student, teacher, temperature, tolerances.TVD_TIE)
     options = {"divergence": divergence, "temperature": temperature, "reduction": "none"}
     actual = run(TRITON, student, teacher, **options)
-    assert_matches(actual, oracle(student, teacher, **options), divergence.name, torch.float32)
+    assert_as_oracle(actual, student, teacher, **options)
 
 
 @pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=str)
 def test_a_rare_token_makes_kl_large_and_nothing_else(divergence):
-    teacher = torch.randn(3, 517, generator=torch.Generator().manual_seed(0))
-    student = teacher + 0.05 * torch.randn(3, 517, generator=torch.Generator().manual_seed(1))
+    teacher = normal(3, 517)
+    student = teacher + 0.05 * normal(3, 517, seed=1)
     rest = teacher[:, 1:].logsumexp(-1)
     teacher[:, 0] = rest + torch.tensor([1e-3, 3e-3, 0.1]).log()
     student[:, 0] = rest + math.log(1e-12)
     options = {"divergence": divergence, "reduction": "none"}
     actual = run(TRITON, student, teacher, **options)
-    expected = oracle(student, teacher, **options)
-    assert_matches(actual, expected, divergence.name, torch.float32, close=True)
+    assert_as_oracle(actual, student, teacher, **options, close=True)
 
 
 @pytest.mark.usefixtures("no_near_rows")
@@ -335,8 +330,8 @@ def test_far_rows_with_infinite_logits(divergence):
     if divergence.name in ("reverse_kl", "symmetric_kl"):  # infinite: there is no gradient
         assert actual.gradient[2].isnan().all()
         rows.remove(2)
-    relative = tolerances.gradient_tolerance(divergence.name, torch.float32)
-    assert_gradient(actual.gradient[rows], expected.gradient[rows], relative)
+    gradients = actual.gradient[rows], expected.gradient[rows]
+    assert_gradient_of(divergence.name, torch.float32, *gradients)
 
 
 @pytest.mark.parametrize("vocab", [1000, 32000, 128256, 151936, 256000])
