@@ -294,8 +294,7 @@ def assert_same(actual: Result, expected: Result, divergence: str, backend: Back
 
 
 def assert_same_bits(actual: Result, expected: Result) -> None:
-    assert torch.equal(actual.loss, expected.loss)
-    assert torch.equal(actual.gradient, expected.gradient)
+    torch.testing.assert_close(actual[:2], expected[:2], rtol=0, atol=0)
     for name, metric in (expected.metrics or {}).items():
         assert metric is None or torch.equal(actual.metrics[name], metric), name
 

@@ -28,8 +28,8 @@ from .harness import (
 from .linear_cases import CHUNK, Case, make_case, some_labels
 from .linear_cases import oracle as linear_oracle
 from .processes import Processes
-from .test_sparse import oracle as sparse_oracle
-from .test_sparse import top
+from .sparse_cases import oracle as sparse_oracle
+from .sparse_cases import top
 
 VOCAB = 2051
 ROWS = 7

@@ -13,7 +13,7 @@ from kdkernels import LinearKDHead, LinearSparseKDHead, kd_loss, sparse_kd_loss
 
 from .cases import normal
 from .linear_cases import TEACHER_VOCAB, VOCAB, make_case, relative_error, some_labels
-from .test_sparse import top
+from .sparse_cases import top
 
 LABELS = some_labels()
 COMMON = {"temperature": 2.0, "ce_weight": 0.5}

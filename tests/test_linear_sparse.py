@@ -11,7 +11,7 @@ from kdkernels import linear_sparse_kd_loss, sparse_kd_loss
 from . import tolerances
 from .cases import DTYPES, labels_for, normal
 from .harness import TRITON, assert_close, assert_gradient, move
-from .test_sparse import top
+from .sparse_cases import top
 
 ROWS, HIDDEN, VOCAB, K = 300, 24, 530, 7
 

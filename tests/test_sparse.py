@@ -1,130 +1,17 @@
-"""A sparse teacher, against its definition on whole softmaxes in float64."""
+"""A sparse teacher, against its definition on whole softmaxes in float64: see sparse_cases.py."""
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
-from torch import Tensor
 
 from kdkernels import JSD, AlphaBeta, ForwardKL, kd_loss, sparse_kd_loss
-from kdkernels.divergences import as_divergence
 from kdkernels.options import TAILS
-from kdkernels.reference import transform
 
 from . import tolerances
 from .cases import DTYPES, ONE_OF_EACH, correlated_pair, labels_for, normal
-from .harness import (
-    Result,
-    assert_close,
-    assert_gradient,
-    assert_matches,
-    assert_same_bits,
-    move,
-    run_backward,
-)
-
-INF = math.inf
-PAIRS = [
-    (tail, divergence)
-    for divergence in ONE_OF_EACH
-    for tail in TAILS
-    if tail != "sampled" or divergence.name in ("forward_kl", "soft_cross_entropy")
-]
-
-
-def top(teacher: Tensor, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """The k most probable tokens, shuffled, and their log-probabilities."""
-    logprobs, indices = (teacher.double() / temperature).log_softmax(-1).topk(k, -1)
-    order = torch.randperm(k, generator=torch.Generator().manual_seed(k))
-    return indices[..., order], logprobs[..., order].float()
-
-
-def run(backend, student, indices, logprobs, **options) -> Result:
-    entries = move(indices, backend.device), move(logprobs, backend.device)
-
-    def loss(logits, **options):
-        options = {name: move(value, backend.device) for name, value in options.items()}
-        return sparse_kd_loss(logits, *entries, backend=backend.backend, **options)
-
-    return run_backward(backend, student, loss, **options)
-
-
-def compared(log_q, tokens, log_p, tail):
-    """What a divergence compares, from a whole row's log q."""
-    if tail == "sampled":
-        merged = {}
-        for token, weight in zip(tokens.tolist(), log_p.exp().tolist(), strict=True):
-            merged[token] = merged.get(token, 0.0) + weight
-        tokens = torch.tensor(list(merged), dtype=torch.int64)
-        log_p = torch.tensor(list(merged.values()), dtype=torch.float64).log()
-        return log_p - log_p.logsumexp(-1), log_q[tokens]
-    if tail == "drop":
-        return log_p, log_q[tokens]
-    if tail == "renormalize":
-        return log_p.log_softmax(-1), log_q[tokens].log_softmax(-1)
-    others = torch.ones_like(log_q, dtype=torch.bool)
-    others[tokens] = False
-    listed = log_p.exp().sum().clamp(max=1)  # which may round to more
-    rest = torch.log1p(-listed) if others.any() else torch.tensor(-INF).double()
-    log_p = log_p if others.any() else log_p.log_softmax(-1)
-    q = log_q[others].logsumexp(-1) if others.any() else torch.tensor(-INF).double()
-    return torch.cat([log_p, rest.reshape(1)]), torch.cat([log_q[tokens], q.reshape(1)])
-
-
-def oracle(
-    student,
-    indices,
-    logprobs,
-    *,
-    tail="bucket",
-    divergence="forward_kl",
-    temperature=1.0,
-    labels=None,
-    kd_weight=1.0,
-    ce_weight=0.0,
-    token_weight=None,
-    reduction="mean",
-    normalizer=None,
-    vocab_size=None,
-    student_scale=1.0,
-    student_softcap=None,
-    grad_output=None,
-    return_metrics=False,
-    inplace_grad=False,
-) -> Result:
-    """Row by row."""
-    leaf = student.detach().double().requires_grad_()
-    rows = leaf.reshape(-1, leaf.shape[-1])[:, :vocab_size]
-    count = rows.shape[0]
-    weights = torch.ones(count).double()
-    if token_weight is not None:
-        weights = token_weight.double().reshape(-1)
-    if labels is not None:
-        weights = torch.where(labels.reshape(-1) == -100, 0.0, weights)
-    flat = indices.reshape(count, -1), logprobs.double().reshape(count, -1)
-    losses = []
-    for row in range(count):
-        if weights[row] == 0:
-            losses.append(torch.zeros(()).double())
-            continue
-        logits = transform(rows[row], student_scale, student_softcap or 0.0)
-        used = flat[0][row] >= 0
-        log_p, log_q = compared(
-            (logits / temperature).log_softmax(-1), flat[0][row][used], flat[1][row][used], tail
-        )
-        value = as_divergence(divergence).value(log_p, log_q).sum()
-        loss = kd_weight * temperature**2 * value
-        if labels is not None and ce_weight:
-            loss = loss - ce_weight * logits.log_softmax(-1)[labels.reshape(-1)[row]]
-        losses.append(weights[row] * loss)
-    loss = torch.stack(losses).reshape(leaf.shape[:-1])
-    if reduction != "none":
-        total = weights.sum() if normalizer is None else normalizer
-        loss = loss.sum() / (total if reduction == "mean" else 1)
-    loss.backward(torch.ones_like(loss) if grad_output is None else grad_output.double())
-    return Result(loss.detach(), leaf.grad, None)
+from .harness import Result, assert_close, assert_gradient, assert_matches, assert_same_bits
+from .sparse_cases import PAIRS, check, compared, oracle, run, top
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -135,9 +22,7 @@ def test_matches_the_definition(backend, tail, divergence, dtype):
     for temperature in (1.0, 2.0):
         indices, logprobs = top(teacher, 9, temperature)
         options = {"tail": tail, "divergence": divergence, "temperature": temperature}
-        actual = run(backend, student, indices, logprobs, **options)
-        expected = oracle(student, indices, logprobs, **options)
-        assert_matches(actual, expected, divergence.name, dtype)
+        check(backend, student, indices, logprobs, **options)
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 7, 50257])
@@ -145,10 +30,7 @@ def test_matches_the_definition(backend, tail, divergence, dtype):
 def test_vocabularies(backend, tail, vocab):
     student, teacher = correlated_pair(2, vocab)
     for k in {1, min(vocab, 5)}:
-        indices, logprobs = top(teacher, k)
-        actual = run(backend, student, indices, logprobs, tail=tail)
-        expected = oracle(student, indices, logprobs, tail=tail)
-        assert_matches(actual, expected, "forward_kl", torch.float32)
+        check(backend, student, *top(teacher, k), tail=tail)
 
 
 OPTIONS = {
@@ -177,9 +59,7 @@ def test_options(backend, tail, name):
         labels[0, 0] = indices[0, 0, 3]  # one that the teacher lists, and one to leave out
         labels[1, 2] = -100
         options["labels"] = labels
-    actual = run(backend, student, indices, logprobs, tail=tail, **options)
-    expected = oracle(student, indices, logprobs, tail=tail, **options)
-    assert_matches(actual, expected, "forward_kl", torch.float32)
+    actual = check(backend, student, indices, logprobs, tail=tail, **options)
     if not backend.kernel:
         return
     inplace = run(backend, student, indices, logprobs, tail=tail, inplace_grad=True, **options)
@@ -288,10 +168,7 @@ def test_tokens_may_be_drawn_twice(backend):
     indices = torch.tensor([[3, 7, 3, -1, 3], [9, 9, 9, 9, 9]])
     logprobs = torch.tensor([[0.0, 0.3, 0.0, 5.0, -1.0], [0.0] * 5])
     for divergence in ("forward_kl", "soft_cross_entropy"):
-        options = {"tail": "sampled", "divergence": divergence}
-        actual = run(backend, student, indices, logprobs, **options)
-        expected = oracle(student, indices, logprobs, **options)
-        assert_matches(actual, expected, divergence, torch.float32)
+        check(backend, student, indices, logprobs, tail="sampled", divergence=divergence)
 
 
 def test_samples_of_the_teacher_estimate_its_gradient(backend):
@@ -317,13 +194,8 @@ def test_no_rows(backend, shape):
 def test_float16_gradient_is_rounded_once(kernel):
     """A loss scale reaches the gradient before it is rounded."""
     student, teacher = correlated_pair(3, 700)
-    student = student.half()
-    indices, logprobs = top(teacher, 9)
-    scale = torch.tensor(1024.0)
-    options = {"normalizer": 5000.0, "grad_output": scale}
-    actual = run(kernel, student, indices, logprobs, **options)
-    expected = oracle(student, indices, logprobs, **options)
-    assert_matches(actual, expected, "forward_kl", torch.float16)
+    options = {"normalizer": 5000.0, "grad_output": torch.tensor(1024.0)}
+    check(kernel, student.half(), *top(teacher, 9), **options)
 
 
 def test_threads_do_not_change_bits(threads):

@@ -15,8 +15,8 @@ from . import tolerances
 from .cases import DTYPES, ONE_OF_EACH, correlated_pair, labels_for, normal
 from .documents import defined
 from .harness import REFERENCE, Operators, assert_gradient, assert_same_bits, default_dtype, move
+from .sparse_cases import oracle, run, top
 from .test_compile import COMPILER
-from .test_sparse import oracle, run, top
 
 VOCAB, K = 130, 6
 

@@ -13,7 +13,7 @@ from kdkernels.options import TAILS
 from . import tolerances
 from .cases import BOUNDED, correlated_pair, labels_for, normal
 from .harness import assert_close, assert_gradient, default_dtype
-from .test_sparse import oracle, run, top
+from .sparse_cases import oracle, run, top
 
 INF = math.inf
 
