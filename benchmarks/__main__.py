@@ -8,8 +8,8 @@ Every provider has its turn in every round, with cold caches and fresh inputs. T
 `torch.add(s, t, out=g)` for logits, which moves the bytes of a fused loss with gradient (3U, U one
 tensor of logits), `torch.neg(s, out=g)` beside a sparse teacher (2U), and the bare matrix products
 at the linear level. A provider's speed is the work a fused loss needs (3U, 2U for a loss alone, 2U
-and U beside a sparse teacher, or FLOPs) over its time. A result beyond the rounding
-of its dtype (`Case.allowed`) is shown as wrong and not timed.
+and U beside a sparse teacher, or FLOPs) over its time. A result beyond the rounding of its dtype
+(`Case.allowed`) is shown as wrong and not timed.
 """
 
 from __future__ import annotations

@@ -153,6 +153,7 @@ class SparseCase(LogitsCase):
     """The same student beside the teacher's most probable tokens alone."""
 
     level = "sparse"
+    of_logits = staticmethod(sparse_kd_loss)
 
     indices: Tensor  # (rows, k) int64
     # teacher: (rows, k) float32, their log-probabilities
@@ -182,16 +183,6 @@ class SparseCase(LogitsCase):
 
     def of_teacher(self, rows: slice | Tensor = slice(None)) -> tuple[Tensor, ...]:
         return self.indices[rows], self.teacher[rows]
-
-    def reference(self, student: Tensor, *teacher: Tensor) -> Tensor:
-        return sparse_kd_loss(
-            student,
-            *teacher,
-            divergence=self.instance,
-            temperature=self.temperature,
-            reduction="none",
-            backend="reference",
-        )
 
     def describe(self) -> dict[str, object]:
         return super().describe() | {"listed": self.indices.shape[1]}

@@ -38,7 +38,6 @@ class Peer:
     divergences: tuple[str, ...]  # that it computes with kdkernels' default parameters
     load: Callable[[str], Loss]  # imports the package and returns its loss for a divergence
     triton: bool = False  # runs on a GPU only
-    note: str = ""  # what it computes otherwise, and what its user has to know
 
 
 def why_not(peer: Peer, device: torch.device) -> str | None:
@@ -60,30 +59,25 @@ def _over(x: Tensor, temperature: float) -> Tensor:
     return x if temperature == 1 else x / temperature
 
 
-def _liger_jsd(divergence: str) -> Loss:
-    from liger_kernel.transformers.jsd import LigerJSD
-
-    jsd = LigerJSD(beta=BETA[divergence])
-
+def _of_log_probabilities(divergence: Callable[[Tensor, Tensor], Tensor]) -> Loss:
     def loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         log_q = F.log_softmax(_over(student, temperature), dim=-1)
         log_p = F.log_softmax(_over(teacher, temperature), dim=-1)
-        return jsd(log_q, log_p) * temperature**2
+        return divergence(log_q, log_p) * temperature**2
 
     return loss
+
+
+def _liger_jsd(divergence: str) -> Loss:
+    from liger_kernel.transformers.jsd import LigerJSD
+
+    return _of_log_probabilities(LigerJSD(beta=BETA[divergence]))
 
 
 def _liger_kl(divergence: str) -> Loss:
     from liger_kernel.transformers.kl_div import LigerKLDIVLoss
 
-    kl = LigerKLDIVLoss(reduction="batchmean", log_target=True)
-
-    def loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        log_q = F.log_softmax(_over(student, temperature), dim=-1)
-        log_p = F.log_softmax(_over(teacher, temperature), dim=-1)
-        return kl(log_q, log_p) * temperature**2
-
-    return loss
+    return _of_log_probabilities(LigerKLDIVLoss(reduction="batchmean", log_target=True))
 
 
 def _liger_tvd(divergence: str) -> Loss:
@@ -255,101 +249,28 @@ GKD = ("forward_kl", "reverse_kl", "jsd")
 PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (
+        # Liger's take log-probabilities or probabilities: softmax, its backward and T² are the
+        # user's. The fused one sums the weight's gradient over chunks in the weight's dtype.
+        Peer("Liger JSD", "liger-kernel", "logits", GKD, _liger_jsd, triton=True),
+        Peer("Liger KL", "liger-kernel", "logits", ("forward_kl",), _liger_kl, triton=True),
+        Peer("Liger TVD", "liger-kernel", "logits", ("tvd",), _liger_tvd, triton=True),
         Peer(
-            "Liger JSD",
-            "liger-kernel",
-            "logits",
-            GKD,
-            _liger_jsd,
-            triton=True,
-            note="takes log-probabilities: log_softmax, its backward and T² are the user's",
+            "Liger fused linear JSD", "liger-kernel", "linear", GKD, _liger_linear_jsd, triton=True
         ),
-        Peer(
-            "Liger KL",
-            "liger-kernel",
-            "logits",
-            ("forward_kl",),
-            _liger_kl,
-            triton=True,
-            note="takes log-probabilities: log_softmax, its backward and T² are the user's",
-        ),
-        Peer(
-            "Liger TVD",
-            "liger-kernel",
-            "logits",
-            ("tvd",),
-            _liger_tvd,
-            triton=True,
-            note="takes probabilities: softmax, its backward and T² are the user's",
-        ),
-        Peer(
-            "Liger fused linear JSD",
-            "liger-kernel",
-            "linear",
-            GKD,
-            _liger_linear_jsd,
-            triton=True,
-            note="T² is the user's; sums the weight's gradient over chunks in the weight's dtype",
-        ),
-        Peer(
-            "Liger chunked JSD",
-            "liger-kernel",
-            "linear",
-            GKD,
-            _liger_chunked_jsd,
-            note="torch.compile of plain PyTorch in the inputs' dtype, no Triton; T² is the user's",
-        ),
-        Peer(
-            "TRL dense",
-            "trl",
-            "logits",
-            GKD,
-            _trl_dense,
-            note="plain PyTorch in the logits' dtype; T² is the user's",
-        ),
-        Peer(
-            "TRL chunked",
-            "trl",
-            "linear",
-            GKD,
-            _trl_chunked,
-            note="Triton on a GPU, plain PyTorch elsewhere; T² is the user's",
-        ),
-        Peer(
-            "torchtune",
-            "torchtune",
-            "logits",
-            ("soft_cross_entropy", "reverse_kl"),
-            _torchtune,
-            note="ForwardKLLoss is the cross-entropy with the teacher: the gradient of forward KL, "
-            "but not its value; SymmetricKLLoss likewise. No temperature",
-        ),
-        Peer(
-            "fla",
-            "fla-core",
-            "linear",
-            ("forward_kl",),
-            _fla,
-            triton=True,
-            note="no temperature (hidden states are divided by it)",
-        ),
-        Peer(
-            "speculators",
-            "speculators",
-            "logits",
-            (*GKD, "tvd"),
-            _speculators,
-            triton=True,
-            note="no temperature (a copy of both logits divided by it)",
-        ),
-        Peer(
-            "ModelOpt",
-            "nvidia-modelopt",
-            "logits",
-            ("forward_kl",),
-            _modelopt,
-            note="plain PyTorch in the logits' dtype; reduction='batchmean' where its default "
-            "averages over the vocabulary too",
-        ),
+        # torch.compile of plain PyTorch in the inputs' dtype, no Triton; T² is the user's.
+        Peer("Liger chunked JSD", "liger-kernel", "linear", GKD, _liger_chunked_jsd),
+        # Plain PyTorch in the logits' dtype; T² is the user's.
+        Peer("TRL dense", "trl", "logits", GKD, _trl_dense),
+        # Triton on a GPU, plain PyTorch elsewhere; T² is the user's.
+        Peer("TRL chunked", "trl", "linear", GKD, _trl_chunked),
+        # ForwardKLLoss is the cross-entropy with the teacher: the gradient of forward KL, but not
+        # its value; SymmetricKLLoss likewise. No temperature.
+        Peer("torchtune", "torchtune", "logits", ("soft_cross_entropy", "reverse_kl"), _torchtune),
+        # No temperature: hidden states are divided by it.
+        Peer("fla", "fla-core", "linear", ("forward_kl",), _fla, triton=True),
+        # No temperature: copies of both logits are divided by it.
+        Peer("speculators", "speculators", "logits", (*GKD, "tvd"), _speculators, triton=True),
+        # Plain PyTorch in the logits' dtype.
+        Peer("ModelOpt", "nvidia-modelopt", "logits", ("forward_kl",), _modelopt),
     )
 }

@@ -21,11 +21,10 @@ from .sharded import sharded_table
 from .tables import (
     FLOOR_NAMES,
     error,
-    machine,
     milliseconds,
     name_of,
     reason,
-    source,
+    reported,
     table,
     worst_gradient_error,
 )
@@ -60,8 +59,7 @@ def _ratio(slow: dict, fast: dict, digits: int = 1) -> str:
 
 
 def _source(report: dict, file: str) -> str:
-    e = report["environment"]
-    return f"\n\n{machine(e)}: {source(file, e['command'])}.\n"
+    return f"\n\n{reported(report, file)}\n"
 
 
 def beside_eager(report: dict, file: str) -> str:

@@ -31,7 +31,7 @@ from .environment import environment
 from .measure import Budget, interleaved, speed, summary, verify
 from .output import json_text
 from .shapes import Shape
-from .tables import machine, milliseconds, source, table
+from .tables import milliseconds, reported, table
 
 VOCABS = 32000, 128256
 ROWS = 512
@@ -214,9 +214,8 @@ def sharded_table(report: dict, file: str) -> str:
         rows.append(row)
     header = ["logits", "divergence", "eager", "gather, then kd_loss", "kd_loss(group=)"]
     header += ["add(s, t, out=g)", "eager / kd_loss"]
-    e = report["environment"]
-    where = f"{e['processes']} processes, {machine(e)}"
-    return f"{table(header, rows)}\n\n{where}: {source(file, e['command'])}.\n"
+    processes = report["environment"]["processes"]
+    return f"{table(header, rows)}\n\n{processes} processes, {reported(report, file)}\n"
 
 
 def main() -> None:

@@ -22,6 +22,12 @@ def source(file: str, command: str) -> str:
     return f"[`{file}`]({{root}}{file}), `{command}`"
 
 
+def reported(report: dict, file: str) -> str:
+    """Where, when and how the results came about."""
+    e = report["environment"]
+    return f"{machine(e)}: {source(file, e['command'])}."
+
+
 def reason(result: dict) -> str:
     """Why there is no time, or nothing."""
     return next((f"{key.replace('_', ' ')}: {result[key]}" for key in REASONS if key in result), "")

@@ -35,7 +35,7 @@ from .device import DEVICES, Cpu, Cuda, device_of, status_bytes
 from .environment import ROOT, environment
 from .output import json_text
 from .peers import PEERS, why_not
-from .tables import machine, milliseconds, source, table
+from .tables import milliseconds, reported, table
 
 #: Of the gradients, relative to eager's in the Euclidean norm, and of the loss: float32 throughout.
 AGREEMENT = 1e-3
@@ -273,9 +273,7 @@ def training_table(report: dict, file: str) -> str:
         f"largest batch in {s['memory_gib']:g} GiB",
     ]
     refused = "".join(f" Not run: {name}, {why}." for name, why in report["refused"].items())
-    e = report["environment"]
-    note = f"\n\n{machine(e)}: {source(file, e['command'])}.{refused}\n"
-    return table(header, rows) + note
+    return f"{table(header, rows)}\n\n{reported(report, file)}{refused}\n"
 
 
 def load(arguments: argparse.Namespace) -> tuple[torch.nn.Module, torch.nn.Module, Tensor]:
