@@ -240,7 +240,7 @@ class RowPair : protected RowBlocks {
             near_terms(divergence, v, term);
           for (int k = 0; k < 2; ++k) {
             values += term[k].value;
-            slopes += term[k].slope;
+            slopes += kGradient ? term[k].slope : rounded(term[k].slope);
             if constexpr (kSizes) sizes = max(sizes, abs(term[k].slope));
             if constexpr (kFeelsShift) {
               const Vec difference = bregman(v[k].p, v[k].q, v[k].r).difference;

@@ -98,6 +98,16 @@ KD_INLINE Vec multiply_add(Vec a, float b, Vec c) {
 #endif
 }
 
+// A product as it is stored: in a sum, compilers fuse one that nobody stores.
+KD_INLINE Vec rounded(Vec x) {
+#if defined(KD_X86_64)
+  asm("" : "+v"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
 // The larger of a and x, and x where x is NaN.
 KD_INLINE Vec max(Vec a, Vec x) {
 #if defined(__AVX512F__)
