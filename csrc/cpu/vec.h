@@ -254,7 +254,7 @@ KD_INLINE Vec log2(Vec x) {
 #endif
 }
 
-// log(1 + x) for x >= 0; relative error below 1.5e-7.
+// log(1 + x) for x >= 0; relative error below 1.6e-7.
 KD_INLINE Vec log1p(Vec x) {
   const Vec w = 1.0f + x;
 #if defined(__AVX512F__)
