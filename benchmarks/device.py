@@ -49,7 +49,7 @@ class Cpu:
     """Wall time, and the growth of the process's resident memory."""
 
     copy_bytes = 2**28  # of the copy and the product that measure_ceilings times
-    gemm_size = 2048
+    gemm_size = 512  # without instructions for bfloat16 a product may take a second even so
     ceiling_rounds = 7
 
     def __init__(self) -> None:
