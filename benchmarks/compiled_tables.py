@@ -83,7 +83,7 @@ def triton_resources(report: dict, file: str) -> str:
             and k["dtype"] == ("float16" if want["options"] else "bfloat16")
             and all(k[name] == value for name, value in want.items())
         )
-        return f"{kernel['registers']}, {kernel['instructions']}"
+        return f"{kernel['registers']}, {kernel['instructions']}, {kernel['float64']}"
 
     variants: dict[str, dict[str, bool]] = {
         "loss + gradient": {},
@@ -92,7 +92,7 @@ def triton_resources(report: dict, file: str) -> str:
     }
     everywhere = dict.fromkeys(k["target"] for k in report["kernels"])
     targets = [target for target in everywhere if target.startswith("sm_")]
-    header = ["registers, instructions"]
+    header = ["registers, instructions, of them float64"]
     header += [f"{variant}, {target}" for variant in variants for target in targets]
     rows = [
         [f"`{name}`"]

@@ -3,9 +3,9 @@
     python -m benchmarks.triton_resources --output benchmarks/results/triton_resources.json
     python -m benchmarks.triton_resources --check      fail where a kernel spills
 
-Registers, spilled bytes and instructions come from the compiled code, for NVIDIA's GPUs through the
-disassembler in Triton's package. It takes half as long as compiling, so that instructions are
-counted for a file only.
+Registers, spilled bytes, instructions and those of float64 come from the compiled code, for
+NVIDIA's GPUs through the disassembler in Triton's package. It takes half as long as compiling, so
+that instructions are counted for a file only.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ from .output import json_text
 
 SCALE = "scale"  # in the place of a divergence: the kernel that scales a gradient
 TAILS = "tails"  # likewise: those of a sparse teacher
+#: What GPUs without fast float64 do slowly: its arithmetic, and conversions from and to it.
+FLOAT64 = re.compile(r"\b(D(ADD|MUL|FMA|SETP|MNMX)|MUFU\.\w+64H|[FI]2[FI]\S*64)\b")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -266,7 +268,9 @@ def nvidia_resources(cubin: bytes, *, count: bool) -> dict[str, int]:
         "local": int(usage["LOCAL"]),
     }
     if count:
-        result["instructions"] = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.MULTILINE))
+        instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/ +(.*)", code, re.MULTILINE)
+        result["instructions"] = len(instructions)
+        result["float64"] = sum(bool(FLOAT64.search(line)) for line in instructions)
     return result
 
 

@@ -95,6 +95,20 @@ except ValueError as error:
     assert "triton: Triton is not installed" in result.stdout
 
 
+def test_float64_by_few_operations():
+    from .triton_functions import log_and_inverse
+
+    # Sums of exponentials, among them those that float32 rounds across an octave's border.
+    near = 2.0 ** torch.arange(-8.0, 8.0, 0.5, dtype=torch.float64)
+    by = 1 + 2.0 ** torch.arange(-52.0, 0.0, dtype=torch.float64)
+    numbers = torch.cat([(near[:, None] * by).flatten(), (near[:, None] / by).flatten()])
+    numbers = torch.cat([numbers, (normal(768) * 20).exp().double()]).to(interpreter.DEVICE)
+    logs, inverses = torch.empty_like(numbers), torch.empty_like(numbers)
+    log_and_inverse[(1,)](numbers, logs, inverses, len(numbers))
+    assert (logs - numbers.log()).abs().max() < 4e-12
+    assert (inverses * numbers - 1).abs().max() < 2e-14
+
+
 @pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=str)
 def test_what_a_kernel_compares_with_none_holds_no_none(divergence):
     # Triton up to 3.6 has no type for it then; the interpreter does not mind.

@@ -13,35 +13,34 @@ import triton
 import triton.language as tl
 
 from .. import divergences
-from .math import LARGEST_FLOAT, LOG2E, NATS_PER_BIT, times_or_zero
+from .math import LARGEST_FLOAT, inverse64, times_or_zero
 from .sweeps import far_point, load_raw, point, row_of, store_gradient, term, transformed
 
 MOST_CANCELLED = tl.constexpr(divergences.MOST_CANCELLED)
 
 
 class KLs(NamedTuple):
-    """Of a row pair without infinite logits, in nats and float64; with some, infinite or NaN."""
+    """Of a row pair without infinite logits, in nats; with some, infinite or NaN."""
 
     forward: tl.tensor  # KL(p || q)
     reverse: tl.tensor  # KL(q || p)
     entropy: tl.tensor  # of p
-    offset: tl.tensor  # log q - log p = gap per_unit + offset
-    per_unit: tl.tensor  # 1 / T, as the exponentials have it
+    offset: tl.tensor  # log q - log p = gap / T + offset
+    mean_gap: tl.tensor  # by q, over T
 
 
 @triton.jit
-def kls(state, gaps, temperature):
+def kls(state, gaps, of):
     """The KL divergences of a row pair, from the sums of the first sweep."""
-    per_unit = tl.full((), LOG2E / temperature, tl.float32).to(tl.float64) * NATS_PER_BIT
-    s_sum = state.s_sum.to(tl.float64) + state.s_lost.to(tl.float64)
-    t_sum = state.t_sum.to(tl.float64) + state.t_lost.to(tl.float64)
-    offset = tl.log(t_sum / s_sum)
+    by_t = of.per_unit * inverse64(state.t_sum64)
+    mean_gap = gaps.reverse * (of.per_unit * inverse64(state.s_sum64))
+    offset = of.t_log - of.s_log
     return KLs(
-        -(gaps.forward / t_sum * per_unit + offset),
-        gaps.reverse / s_sum * per_unit + offset,
-        tl.log(t_sum) - gaps.entropy / t_sum * per_unit,
-        offset,
-        per_unit,
+        -(gaps.forward * by_t + offset).to(tl.float32),
+        (mean_gap + offset).to(tl.float32),
+        (of.t_log - gaps.entropy * by_t).to(tl.float32),
+        offset.to(tl.float32),
+        mean_gap.to(tl.float32),
     )
 
 
@@ -83,7 +82,7 @@ def entropies(pair, of):
 
 
 @triton.jit
-def kl_gradient(pair, state, kl, of, scales):
+def kl_gradient(pair, state, mean_gap, of, scales):
     """forward (q - p) + reverse q (log q - log p - KL(q || p))."""
     s_row = row_of(pair.student.rows, pair.row)
     t_row = row_of(pair.teacher.rows, pair.row)
@@ -91,9 +90,9 @@ def kl_gradient(pair, state, kl, of, scales):
     s_scale = scales.kd / state.s_sum
     of_p = scales.kd / state.t_sum * pair.divergence.far.forward
     of_q = s_scale * pair.divergence.far.forward
-    of_gap = s_scale * pair.divergence.far.reverse * kl.per_unit.to(tl.float32)
+    of_gap = s_scale * pair.divergence.far.reverse * of.inverse_temperature
     if pair.divergence.far.REVERSE:
-        of_q += s_scale * pair.divergence.far.reverse * (kl.offset - kl.reverse).to(tl.float32)
+        of_q -= s_scale * pair.divergence.far.reverse * mean_gap
     for start in range(0, pair.vocab, pair.BLOCK):
         columns = start + tl.arange(0, pair.BLOCK)
         raw = load_raw(s_row, columns, pair.vocab)

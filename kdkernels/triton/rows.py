@@ -154,9 +154,8 @@ def write_masked_row(pair, rows):
 @triton.jit
 def write_far(pair, state, gaps, of, scales):
     """Sums over a far row and its gradient; any other is left to ``write_near``."""
-    kl = kls(state, gaps, pair.weights.temperature)
+    kl = kls(state, gaps, of)
     done, value = is_far(kl, pair.divergence.far)
-    value = value.to(tl.float32)
     s_entropy = tl.zeros((), tl.float32)
     t_entropy = tl.zeros((), tl.float32)
     if done:
@@ -165,11 +164,11 @@ def write_far(pair, state, gaps, of, scales):
         if pair.divergence.far.IS_KL:
             if pair.wanted.GRADIENT:
                 if pair.divergence.far.REVERSE:
-                    size = (kl.reverse * pair.divergence.far.reverse).to(tl.float32)
+                    size = kl.reverse * pair.divergence.far.reverse
                     scales = scales_for(size, size, scales, pair.wanted)
-                kl_gradient(pair, state, kl, of, scales)
+                kl_gradient(pair, state, kl.mean_gap, of, scales)
             if pair.divergence.far.ENTROPY:
-                value = (kl.forward + kl.entropy).to(tl.float32)
+                value = kl.forward + kl.entropy
         else:
             bits, slope = far_values(pair, of)
             value = bits * NATS_PER_BIT

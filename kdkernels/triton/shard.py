@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 
 from ..options import SHARD_PHASES, SHARD_STATES, SHARD_SUMS
-from .far import KLs, entropies, kl_gradient, kls
+from .far import entropies, kl_gradient
 from .rows import finish_gradient, scales_for, scales_of, share_of, weight_of
-from .states import Gaps, States, states, valid
-from .sweeps import RowPair, Sums, slopes, softmaxes, values
+from .states import States, states, valid
+from .sweeps import RowPair, Sums, per_unit_of, slopes, softmaxes, values
 
 #: Phases: places in SHARD_PHASES.
 STATES = tl.constexpr(SHARD_PHASES.index("states"))
@@ -75,12 +75,12 @@ def write_zeros(to, N: tl.constexpr):
 def write_states(pair, records):
     """Phase 1: the softmax states of a shard."""
     state, gaps = states(pair)
-    per_unit = kls(state, gaps, pair.weights.temperature).per_unit
+    per_unit = per_unit_of(pair.weights.temperature)
     record = ShardStates(
         state.s_base,
         state.t_base,
-        state.s_sum.to(tl.float64) + state.s_lost.to(tl.float64),
-        state.t_sum.to(tl.float64) + state.t_lost.to(tl.float64),
+        state.s_sum64,
+        state.t_sum64,
         gaps.reverse * per_unit,
         gaps.forward * per_unit,
         gaps.entropy * per_unit,
@@ -90,29 +90,21 @@ def write_states(pair, records):
 
 
 @triton.jit
-def whole_sum(record, field):
-    """A sum and what rounding took from it; see sum_and_lost."""
-    total = tl.load(record + field)
-    rounded = total.to(tl.float32)
-    return rounded, (total - rounded.to(tl.float64)).to(tl.float32)
-
-
-@triton.jit
 def whole_states(record):
     """The states of a row pair over the whole vocabulary, without the largest logits."""
-    s_sum, s_lost = whole_sum(record, S_SUM)
-    t_sum, t_lost = whole_sum(record, T_SUM)
+    s_sum64 = tl.load(record + S_SUM)
+    t_sum64 = tl.load(record + T_SUM)
     s_base = tl.load(record + S_BASE).to(tl.float32)
     s_sum_at_1 = tl.load(record + S_SUM_AT_1).to(tl.float32)
     t_base = tl.load(record + T_BASE).to(tl.float32)
     nothing = tl.zeros((), tl.float32)
     return States(
         s_base,
-        s_sum,
-        s_lost,
+        s_sum64.to(tl.float32),
+        s_sum64,
         t_base,
-        t_sum,
-        t_lost,
+        t_sum64.to(tl.float32),
+        t_sum64,
         s_sum_at_1,
         nothing,
         nothing,
@@ -149,14 +141,12 @@ def write_far_sums(pair, records, state, of, scales):
     sums = Sums(nothing, nothing, nothing, nothing, s_entropy, t_entropy)
     write_record(records.sums + pair.row * N_SUMS, sums, N_SUMS)
     if pair.wanted.KD_GRADIENT:
-        zero = tl.zeros((), tl.float64)
-        kl = kls(state, Gaps(zero, zero, zero), pair.weights.temperature)
         reverse = tl.load(records.states + pair.row * N_STATES + REVERSE)
         if pair.divergence.far.REVERSE:
             size = (reverse * pair.divergence.far.reverse).to(tl.float32)
             scales = scales_for(size, size, scales, pair.wanted)
-        kl = KLs(kl.forward, reverse, kl.entropy, kl.offset, kl.per_unit)
-        kl_gradient(pair, state, kl, of, scales)
+        mean_gap = (reverse - (of.t_log - of.s_log)).to(tl.float32)
+        kl_gradient(pair, state, mean_gap, of, scales)
         finish_gradient(pair, pair.vocab, scales.row_scale)
 
 

@@ -15,14 +15,17 @@ HEADROOM = tl.constexpr(8.0)
 
 
 class States(NamedTuple):
-    """Of a row pair: sums of exp((x - base) / T) and what labels and metrics need."""
+    """Of a row pair: sums of exp((x - base) / T) and what labels and metrics need.
+
+    The ratio of the sums enters every log q - log p, where float32 would drown close logits.
+    """
 
     s_base: tl.tensor
     s_sum: tl.tensor
-    s_lost: tl.tensor  # what rounding took from the sum
+    s_sum64: tl.tensor  # the same in float64
     t_base: tl.tensor
     t_sum: tl.tensor
-    t_lost: tl.tensor
+    t_sum64: tl.tensor
     s_sum_at_1: tl.tensor  # of exp(x - base)
     s_top: tl.tensor  # the largest raw logits and the first places that hold them
     s_token: tl.tensor
@@ -52,17 +55,6 @@ def base_for(x, base, c):
     """
     top = tl.max(x, 0)
     return tl.where((top - base) * c > HEADROOM, top, base)
-
-
-@triton.jit
-def sum_and_lost(x):
-    """The sum of a block and what rounding to float32 took from it.
-
-    The ratio of two sums enters every log q - log p, where it must not drown close logits.
-    """
-    total = tl.sum(x.to(tl.float64), 0)
-    rounded = total.to(tl.float32)
-    return rounded, (total - rounded.to(tl.float64)).to(tl.float32)
 
 
 @triton.jit
@@ -147,18 +139,18 @@ def states(pair):
             if pair.wanted.METRICS:
                 t_token = tl.where(t_raw > t_top, columns, t_token)
                 t_top = tl.maximum(t_top, t_raw)
-    s_total, s_lost = sum_and_lost(s_sum)
-    t_total, t_lost = sum_and_lost(t_sum)
+    s_sum64 = tl.sum(s_sum.to(tl.float64), 0)
+    t_sum64 = tl.sum(t_sum.to(tl.float64), 0)
     s_total_at_1 = tl.sum(s_sum_at_1, 0)
     s_top, s_token = first_top(s_top, s_token)
     t_top, t_token = first_top(t_top, t_token)
     state = States(
         s_base,
-        s_total,
-        s_lost,
+        s_sum64.to(tl.float32),
+        s_sum64,
         t_base,
-        t_total,
-        t_lost,
+        t_sum64.to(tl.float32),
+        t_sum64,
         s_total_at_1,
         s_top,
         s_token,

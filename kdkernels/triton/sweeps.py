@@ -21,6 +21,8 @@ from .math import (
     NATS_PER_BIT,
     bregman_difference,
     exp,
+    inverse64,
+    log64,
     tanh,
     times_or_zero,
 )
@@ -147,10 +149,13 @@ class Softmaxes(NamedTuple):
 
     c: tl.tensor  # log2(e) / T
     inverse_temperature: tl.tensor
+    per_unit: tl.tensor  # 1 / T as the exponentials have it, in float64
     s_base: tl.tensor
     t_base: tl.tensor
     s_inverse: tl.tensor
     t_inverse: tl.tensor
+    s_log: tl.tensor  # logarithms of the sums, in float64
+    t_log: tl.tensor
     s_lse: tl.tensor  # log q = (s - s_lse) / T - s_rest: what is large is subtracted first
     s_rest: tl.tensor
     t_lse: tl.tensor
@@ -202,9 +207,9 @@ def softcap_derivative(raw, logits):
 
 
 @triton.jit
-def lse_of(base, sum, lost, per_unit):
-    """Where a model's probabilities are 1: logarithm of the sum of exp(x / T), times T."""
-    return base.to(tl.float64) + tl.log(sum.to(tl.float64) + lost.to(tl.float64)) / per_unit
+def per_unit_of(temperature):
+    """1 / T as the exponentials have it."""
+    return tl.full((), LOG2E / temperature, tl.float32).to(tl.float64) * NATS_PER_BIT
 
 
 @triton.jit
@@ -212,29 +217,35 @@ def softmaxes(state, temperature):
     """The constants of a row pair."""
     inverse_temperature = 1.0 / temperature
     c = tl.full((), LOG2E / temperature, tl.float32)
-    per_unit = c.to(tl.float64) * NATS_PER_BIT  # 1 / T, as the exponentials have it
-    s_lse = lse_of(state.s_base, state.s_sum, state.s_lost, per_unit)
-    t_lse = lse_of(state.t_base, state.t_sum, state.t_lost, per_unit)
-    s_near = s_lse.to(tl.float32)
-    t_near = t_lse.to(tl.float32)
+    per_unit = per_unit_of(temperature)
+    s_log = log64(state.s_sum64)
+    t_log = log64(state.t_sum64)
+    s_base = state.s_base.to(tl.float64)
+    t_base = state.t_base.to(tl.float64)
+    # Any number near base + T log(sum) serves, with a rest that makes up for what it is off.
+    s_lse = state.s_base + s_log.to(tl.float32) * temperature
+    t_lse = state.t_base + t_log.to(tl.float32) * temperature
+    s_up = s_lse.to(tl.float64) - s_base
+    t_up = t_lse.to(tl.float64) - t_base
     # Origins of 0 keep s - t exact for close logits; a large shift, which would cost digits, first.
-    shifted = tl.abs(s_near - t_near) > 4.0
-    s_origin = tl.where(shifted, s_near, 0.0)
-    t_origin = tl.where(shifted, t_near, 0.0)
-    apart = (t_lse - t_origin.to(tl.float64)) - (s_lse - s_origin.to(tl.float64))
+    shifted = tl.abs(s_lse - t_lse) > 4.0
+    apart = tl.where(shifted, s_up - t_up, t_base - s_base) + (t_log - s_log) * inverse64(per_unit)
     return Softmaxes(
         c,
         inverse_temperature,
+        per_unit,
         state.s_base,
         state.t_base,
         1.0 / state.s_sum,
         1.0 / state.t_sum,
-        s_near,
-        ((s_lse - s_near.to(tl.float64)) * per_unit).to(tl.float32),
-        t_near,
-        ((t_lse - t_near.to(tl.float64)) * per_unit).to(tl.float32),
-        s_origin,
-        t_origin,
+        s_log,
+        t_log,
+        s_lse,
+        (s_log - s_up * per_unit).to(tl.float32),
+        t_lse,
+        (t_log - t_up * per_unit).to(tl.float32),
+        tl.where(shifted, s_lse, 0.0),
+        tl.where(shifted, t_lse, 0.0),
         (apart * inverse_temperature.to(tl.float64)).to(tl.float32),
     )
 

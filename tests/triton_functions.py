@@ -1,0 +1,14 @@
+"""Kernels that apply element functions of the Triton backend."""
+
+import triton
+import triton.language as tl
+
+from kdkernels.triton.math import inverse64, log64
+
+
+@triton.jit
+def log_and_inverse(x, logs, inverses, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    numbers = tl.load(x + at)
+    tl.store(logs + at, log64(numbers))
+    tl.store(inverses + at, inverse64(numbers))
