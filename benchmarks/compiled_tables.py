@@ -75,7 +75,7 @@ def triton_resources(report: dict, file: str) -> str:
     kernels = [k for k in large if k["divergence"] not in ("scale", "tails")]
 
     def cell(target: str, divergence: str, **want: bool) -> str:
-        want = {"options": False, "gradient": True, **want}
+        want = {"labels": False, "options": False, "gradient": True, **want}
         kernel = next(
             k
             for k in kernels
@@ -88,6 +88,7 @@ def triton_resources(report: dict, file: str) -> str:
     variants: dict[str, dict[str, bool]] = {
         "loss + gradient": {},
         "loss only": {"gradient": False},
+        "with labels": {"labels": True},
         "all options": {"options": True},
     }
     everywhere = dict.fromkeys(k["target"] for k in report["kernels"])

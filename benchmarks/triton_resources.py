@@ -69,7 +69,8 @@ class Kernel(NamedTuple):
     dtype: str
     vocab: int
     gradient: bool = True
-    options: bool = False  # labels and cross-entropy, weights, metrics, softcaps
+    labels: bool = False  # and cross-entropy, weights
+    options: bool = False  # these, metrics and softcaps
     phase: str = ""  # of a shard of the vocabulary
     rows: int = 64
 
@@ -98,9 +99,10 @@ def kernels() -> list[Kernel]:
     result = []
     for target in TARGETS:
         for divergence in DIVERGENCES:
-            for vocab in (1000, 32000, 128256):
+            for vocab in (1000, 32000, 50257, 128256):
                 for dtype in ("bfloat16", "float32"):
                     result.append(Kernel(target, divergence, dtype, vocab))
+                    result.append(Kernel(target, divergence, dtype, vocab, labels=True))
             result.append(Kernel(target, divergence, "bfloat16", 128256, gradient=False))
             result.append(Kernel(target, divergence, "float16", 128256, options=True))
         result += shard_kernels(target)
@@ -117,7 +119,7 @@ def other_kernels(target: Target, vocabs: Sequence[int]) -> list[Kernel]:
     """Those that know no divergence."""
     result = [Kernel(target, SCALE, dtype, 128256) for dtype in ("bfloat16", "float16")]
     for vocab, gradient, options in itertools.product(vocabs, (False, True), (False, True)):
-        result.append(Kernel(target, TAILS, "bfloat16", vocab, gradient, options))
+        result.append(Kernel(target, TAILS, "bfloat16", vocab, gradient, options=options))
     return result
 
 
@@ -194,13 +196,14 @@ def compile_kernel(kernel: Kernel):
     per_row = torch.empty(kernel.rows, device="meta")
     half = kernel.gradient and dtype == torch.float16
     cap = 30.0 if kernel.options else 0.0
+    with_labels = kernel.labels or kernel.options
     options = LogitsOptions(
         divergence=kernel.divergence,
         parameter_0=0.5,
         parameter_1=0.3,
         temperature=2.0,
         kd_weight=4.0,
-        ce_weight=0.5 if kernel.options else 0.0,
+        ce_weight=0.5 if with_labels else 0.0,
         ignore_index=-100,
         reduction="mean",
         vocab=kernel.vocab,
@@ -216,7 +219,7 @@ def compile_kernel(kernel: Kernel):
         vocab_size=kernel.vocab,
     )
     gradient = student.clone() if kernel.gradient else None
-    labels = torch.empty(kernel.rows, dtype=torch.int64, device="meta") if kernel.options else None
+    labels = torch.empty(kernel.rows, dtype=torch.int64, device="meta") if with_labels else None
     row_scale = per_row if half else None
     if kernel.phase:
         records = torch.empty(kernel.rows, 6, dtype=torch.float64, device="meta")
@@ -238,7 +241,7 @@ def compile_kernel(kernel: Kernel):
         student.clone(),
         gradient,
         labels,
-        per_row if kernel.options else None,
+        per_row if with_labels else None,
         None,
         per_row,
         row_scale,
@@ -295,6 +298,7 @@ def resources(kernel: Kernel, *, count: bool) -> dict[str, object]:
         "dtype": kernel.dtype,
         "vocab": kernel.vocab,
         "gradient": kernel.gradient,
+        "labels": kernel.labels,
         "options": kernel.options,
         "phase": kernel.phase,
         "threads": gpu.warp_size * compiled.metadata.num_warps,

@@ -147,7 +147,7 @@ def test_a_schedule_for_a_gpu_whose_properties_have_other_names(monkeypatch):
     monkeypatch.setattr(torch.xpu, "get_device_properties", lambda _: properties)
     device = schedule.device_of.__wrapped__(torch.device("xpu", 0))
     assert device == schedule.Device(64, 200 * 2**20, 32, 0)
-    assert schedule.choose(32000, 128000, True, device) == schedule.Schedule(2048, 16)
+    assert schedule.choose(32000, 128000, True, False, device) == schedule.Schedule(2048, 16)
 
 
 def compiling(*arguments: str) -> str:
@@ -164,11 +164,11 @@ def compiling(*arguments: str) -> str:
     return result.stdout
 
 
-@upstream.before("triton", 3, 5, reason="compiles for AMD only with ROCm's linker")
+@upstream.before("triton", 3, 8, reason="spills a number of a row or block in some kernels")
 def test_no_kernel_spills():
     """Every schedule, divergence and dtype."""
     printed = compiling("-m", "benchmarks.triton_resources", "--check")
-    assert "257 kernels compiled, 0 spill" in printed
+    assert "437 kernels compiled, 0 spill" in printed
 
 
 def test_batches_of_any_size_take_the_same_kernels():
@@ -187,6 +187,25 @@ for name in ("loss", "scale", "tails", "tails_gradient", "shard"):
 """
     printed = compiling("-c", script)
     assert printed.split()[1::2] == ["1"] * 5, printed
+
+
+@pytest.mark.parametrize("rows", ["far", "close", "labelled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocab", [12304, 12305], ids=["side by side", "apart"])
+@pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=str)
+def test_a_threads_columns(divergence, vocab, dtype, rows):
+    # A GPU's threads add up columns that lie side by side where rows are aligned, and else apart.
+    from kdkernels.triton import launch
+
+    close = rows == "close"
+    student, teacher = (close_pair if close else correlated_pair)(2, vocab)
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    assert launch.aligned(student, teacher, None) == (vocab % 16 == 0)
+    options = {"divergence": divergence, "temperature": 2.0}
+    if rows == "labelled":
+        options |= {"labels": labels_for(2, vocab=vocab), "ce_weight": 0.5}
+    actual = run(TRITON, student, teacher, **options)
+    assert_as_oracle(actual, student, teacher, close=close, **options)
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
@@ -355,14 +374,15 @@ def test_schedules(vocab, itemsize):
 
     hopper = schedule.Device(132, 50 * 2**20, 32, 65536)
     pair = 2 * itemsize * vocab
-    for plain in (False, True):
-        chosen = schedule.choose(vocab, pair, plain, hopper)
-        assert chosen.block == 32 * chosen.num_warps * schedule.ENTRIES_PER_THREAD
+    for plain, many in ((False, False), (True, False), (True, True)):
+        chosen = schedule.choose(vocab, pair, plain, many, hopper)
+        few = 32 * chosen.num_warps * schedule.FEW
+        assert chosen.block == (2 * few if many and vocab > 1024 else few)
         assert 32 * chosen.num_warps * chosen.registers <= hopper.registers
         if plain and vocab > 1024 and chosen.num_warps < 32:
             assert 2 * hopper.multiprocessors * pair <= hopper.cache_bytes
     amd = schedule.Device(304, 4 * 2**20, 64, 0)
-    chosen = schedule.choose(vocab, pair, True, amd)
+    chosen = schedule.choose(vocab, pair, True, True, amd)
     assert 64 * chosen.num_warps <= 1024
     assert chosen.registers == 0
 

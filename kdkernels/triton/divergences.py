@@ -201,6 +201,7 @@ class Functions(NamedTuple):
     slope_sums_to_zero: bool = False  # one sweep less
     feels_shift: bool = False  # a rounding error common to all log q has to be taken back
     slopes_cancel: bool = False  # of either sign and without bound: their sum tells nothing of size
+    lean: bool = False  # takes so few registers that a thread can hold schedule.MANY entries
     kl: KL | None = None  # None: no row is far
     far_value: triton.JITFunction | None = None  # of log2 p and log2 q; None: a KL divergence
     far_slope: triton.JITFunction | None = None
@@ -224,10 +225,17 @@ def _mixture_functions(*functions: triton.JITFunction, kl_from) -> Functions:
 
 
 FUNCTIONS: dict[str, Functions] = {
-    "forward_kl": Functions(forward_kl_value, forward_kl_slope, slope_sums_to_zero=True, kl=KL()),
+    "forward_kl": Functions(
+        forward_kl_value,
+        forward_kl_slope,
+        slope_sums_to_zero=True,
+        lean=True,
+        kl=KL(),
+    ),
     "reverse_kl": Functions(
         reverse_kl_value,
         reverse_kl_slope,
+        lean=True,
         kl=KL(forward=False, reverse=True),
     ),
     "jsd": _mixture_functions(
@@ -255,11 +263,13 @@ FUNCTIONS: dict[str, Functions] = {
         symmetric_kl_value,
         symmetric_kl_slope,
         parameters=True,
+        lean=True,
         kl=KL(reverse=True),
     ),
     "tvd": Functions(
         tvd_value,
         tvd_slope,
+        lean=True,
         kl=KL(),
         far_value=tvd_far_value,
         far_slope=tvd_far_slope,
@@ -280,6 +290,7 @@ FUNCTIONS: dict[str, Functions] = {
         soft_cross_entropy_value,
         forward_kl_slope,
         slope_sums_to_zero=True,
+        lean=True,
         kl=KL(entropy=True),
     ),
 }

@@ -14,7 +14,17 @@ import triton.language as tl
 
 from .. import divergences
 from .math import LARGEST_FLOAT, inverse64, times_or_zero
-from .sweeps import far_point, load_raw, point, row_of, store_gradient, term, transformed
+from .sweeps import (
+    far_point,
+    folded,
+    load_raw,
+    no_sum,
+    point,
+    row_of,
+    store_gradient,
+    term,
+    transformed,
+)
 
 MOST_CANCELLED = tl.constexpr(divergences.MOST_CANCELLED)
 
@@ -69,15 +79,15 @@ def entropies(pair, of):
     """The entropies of student and teacher, which metrics ask for."""
     s_row = row_of(pair.student.rows, pair.row)
     t_row = row_of(pair.teacher.rows, pair.row)
-    s_entropy = tl.zeros((pair.BLOCK,), tl.float32)
-    t_entropy = tl.zeros((pair.BLOCK,), tl.float32)
+    s_entropy = no_sum(pair)
+    t_entropy = no_sum(pair)
     for start in range(0, pair.vocab, pair.BLOCK):
         columns = start + tl.arange(0, pair.BLOCK)
         x = transformed(load_raw(s_row, columns, pair.vocab), pair.student)
         y = transformed(load_raw(t_row, columns, pair.vocab), pair.teacher)
         p, q, log_p, log_q, _ = point(x, y, of)
-        s_entropy -= times_or_zero(q, log_q)
-        t_entropy -= times_or_zero(p, log_p)
+        s_entropy -= folded(pair, times_or_zero(q, log_q))
+        t_entropy -= folded(pair, times_or_zero(p, log_p))
     return tl.sum(s_entropy, 0), tl.sum(t_entropy, 0)
 
 
@@ -115,15 +125,17 @@ def far_values(pair, of):
     """The divergence and the sum of its slopes, in bits."""
     s_row = row_of(pair.student.rows, pair.row)
     t_row = row_of(pair.teacher.rows, pair.row)
-    value = tl.zeros((pair.BLOCK,), tl.float32)
-    slope = tl.zeros((pair.BLOCK,), tl.float32)
+    value = no_sum(pair)
+    slope = no_sum(pair)
     for start in range(0, pair.vocab, pair.BLOCK):
         columns = start + tl.arange(0, pair.BLOCK)
         x = transformed(load_raw(s_row, columns, pair.vocab), pair.student)
         y = transformed(load_raw(t_row, columns, pair.vocab), pair.teacher)
         points = far_point(x, y, of)
         inside = columns < pair.vocab
-        value += tl.where(inside, term(pair.divergence.far.value, pair.divergence, points), 0.0)
+        here = tl.where(inside, term(pair.divergence.far.value, pair.divergence, points), 0.0)
+        value += folded(pair, here)
         if pair.wanted.GRADIENT:
-            slope += tl.where(inside, term(pair.divergence.far.slope, pair.divergence, points), 0.0)
+            here = tl.where(inside, term(pair.divergence.far.slope, pair.divergence, points), 0.0)
+            slope += folded(pair, here)
     return tl.sum(value, 0), tl.sum(slope, 0)

@@ -41,6 +41,19 @@ def _rows(tensor: Tensor) -> Rows:
     return Rows(tensor, tensor.shape[-1], inner_size, outer, inner)
 
 
+def aligned(*tensors: Tensor | None) -> bool:
+    """Whether Triton sees that all rows begin at multiples of 16, in entries and in bytes.
+
+    It gives a thread columns side by side then, and otherwise columns that lie apart.
+    """
+    return all(
+        tensor.data_ptr() % 16 == 0 and rows.outer_stride % 16 == rows.inner_stride % 16 == 0
+        for tensor in tensors
+        if tensor is not None
+        for rows in [_rows(tensor)]
+    )
+
+
 def _logits(tensor: Tensor, scale: float, softcap: float) -> Logits:
     kind = SOFTCAPPED if softcap else SCALED if scale != 1 else AS_IS
     return Logits(_rows(tensor), scale, softcap, kind)
@@ -163,9 +176,12 @@ def schedule_of(call: Call | ShardCall, device: schedule.Device) -> schedule.Sch
     o = call.options
     pair_bytes = o.vocab * (call.student.element_size() + call.teacher.element_size())
     functions = FUNCTIONS.get(o.divergence)
-    rare = call.labels is not None or o.metrics or o.student_softcap or o.teacher_softcap
+    lean = functions is not None and functions.lean
+    cross_entropy = call.labels is not None and o.ce_weight != 0
+    rare = o.metrics or o.student_softcap or o.teacher_softcap or (cross_entropy and not lean)
     plain = functions is not None and not functions.feels_shift and not rare
-    return schedule.of_call(o.vocab, pair_bytes, plain, device)
+    many = plain and lean and aligned(call.student, call.teacher, call.gradient)
+    return schedule.of_call(o.vocab, pair_bytes, plain, many, device)
 
 
 def arguments_of(call: Call) -> tuple[Any, ...]:
@@ -191,6 +207,7 @@ def arguments_of(call: Call) -> tuple[Any, ...]:
         Weights(o.temperature, o.kd_weight, o.ce_weight, plan.divisor, gradient_factor),
         _divergence(o),
         _wanted(call, metrics=o.metrics, gradient=call.gradient is not None),
+        aligned(call.student, call.teacher, call.gradient),
     )
 
 
@@ -222,6 +239,7 @@ def arguments_of_shard(call: ShardCall) -> tuple[Any, ...]:
         _wanted(call, metrics=metrics, gradient=gradient),
         SHARD_PHASES.index(call.phase),
         call.writes_gradient,
+        aligned(call.student, call.teacher, call.gradient),
     )
 
 
@@ -236,7 +254,7 @@ def shard(call: ShardCall) -> bool:
 def schedule_of_scaling(gradient: Tensor, device: schedule.Device) -> schedule.Schedule:
     """How programs walk the rows of a gradient."""
     width = gradient.shape[-1]
-    return schedule.choose(width, width * gradient.element_size(), True, device)
+    return schedule.choose(width, width * gradient.element_size(), True, aligned(gradient), device)
 
 
 def arguments_of_scaling(
@@ -264,7 +282,8 @@ def schedule_of_tails(
     student: Tensor, o: TailOptions, device: schedule.Device
 ) -> schedule.Schedule:
     """How programs walk the rows of a sparse teacher's student."""
-    return schedule.choose(o.vocab, o.vocab * student.element_size(), True, device)
+    row_bytes = o.vocab * student.element_size()
+    return schedule.choose(o.vocab, row_bytes, True, aligned(student), device)
 
 
 def arguments_of_tails(

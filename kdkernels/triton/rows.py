@@ -236,13 +236,24 @@ def loss_kernel(
     weights,
     divergence,
     wanted,
+    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program per row; see the structs of sweeps.py."""
     row = tl.program_id(0).to(tl.int64)
     write_row(
         RowPair(
-            student, teacher, gradient, per_row, row, vocab, weights, divergence, wanted, BLOCK
+            student,
+            teacher,
+            gradient,
+            per_row,
+            row,
+            vocab,
+            weights,
+            divergence,
+            wanted,
+            ALIGNED,
+            BLOCK,
         ),
         rows,
     )

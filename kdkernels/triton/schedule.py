@@ -13,7 +13,7 @@ import torch
 SCALING_PROGRAMS = 1024
 
 #: Entries of each model a thread holds at a time: more would spill, fewer make loads too small.
-ENTRIES_PER_THREAD = 4
+FEW, MANY = 4, 8
 
 #: The part of the cache that the row pairs in flight may take; the gradient passes through it too.
 CACHE_SHARE = 0.8
@@ -57,10 +57,11 @@ def device_of(device: torch.device) -> Device:
     )
 
 
-def choose(vocab: int, pair_bytes: int, plain: bool, device: Device) -> Schedule:
+def choose(vocab: int, pair_bytes: int, plain: bool, many: bool, device: Device) -> Schedule:
     """The schedule for rows of ``vocab`` entries, student and teacher together ``pair_bytes``.
 
     ``plain`` calls need few registers: a built-in divergence of moderate cost, no rare option.
+    Those of them that need so few that a thread can hold ``MANY`` entries are ``many``.
     """
     if device == INTERPRETER:  # NumPy is fast on few large blocks; two still test the loops
         return Schedule(max(512, _power_of_two(vocab // 2)), 1)
@@ -76,7 +77,8 @@ def choose(vocab: int, pair_bytes: int, plain: bool, device: Device) -> Schedule
     # Without a limit the compiler spills a little to fit more programs than the cache serves. To
     # short rows, which fit it anyway, 64 registers matter less than that none is spilled.
     registers = device.registers // (1024 if plain and not short else 512)
-    return Schedule(threads * ENTRIES_PER_THREAD, threads // device.warp_size, registers)
+    entries = MANY if many and threads * MANY <= vocab else FEW
+    return Schedule(threads * entries, threads // device.warp_size, registers)
 
 
 _forced: Schedule | None = None
@@ -93,9 +95,9 @@ def forced(schedule: Schedule) -> Iterator[None]:
         _forced = before
 
 
-def of_call(vocab: int, pair_bytes: int, plain: bool, device: Device) -> Schedule:
+def of_call(vocab: int, pair_bytes: int, plain: bool, many: bool, device: Device) -> Schedule:
     """The forced schedule, or the chosen one."""
-    return _forced or choose(vocab, pair_bytes, plain, device)
+    return _forced or choose(vocab, pair_bytes, plain, many, device)
 
 
 def _power_of_two(n: int) -> int:

@@ -226,13 +226,24 @@ def shard_kernel(
     wanted,
     PHASE: tl.constexpr,
     WRITES: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One phase, one program per row; WRITES: it is the phase that writes the gradient."""
     row = tl.program_id(0).to(tl.int64)
     write_phase(
         RowPair(
-            student, teacher, gradient, per_row, row, vocab, weights, divergence, wanted, BLOCK
+            student,
+            teacher,
+            gradient,
+            per_row,
+            row,
+            vocab,
+            weights,
+            divergence,
+            wanted,
+            ALIGNED,
+            BLOCK,
         ),
         records,
         PHASE,

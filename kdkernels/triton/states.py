@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .math import LARGEST_FLOAT, LOG2E, LOWEST, exp
-from .sweeps import load_raw, row_of, transformed
+from .sweeps import folded, load_raw, no_sum, row_of, transformed
 
 #: How far a logit may lie above the base of a sum, in powers of two: its distance is rounded.
 HEADROOM = tl.constexpr(8.0)
@@ -82,12 +82,12 @@ def states(pair):
     t_top = s_top
     s_token = tl.zeros((pair.BLOCK,), tl.int32)
     t_token = s_token
-    s_sum = tl.zeros((pair.BLOCK,), tl.float32)
-    t_sum = tl.zeros((pair.BLOCK,), tl.float32)
-    s_sum_at_1 = tl.zeros((pair.BLOCK,), tl.float32)
-    forward = tl.zeros((pair.BLOCK,), tl.float32)
-    reverse = tl.zeros((pair.BLOCK,), tl.float32)
-    entropy = tl.zeros((pair.BLOCK,), tl.float32)
+    s_sum = no_sum(pair)
+    t_sum = no_sum(pair)
+    s_sum_at_1 = no_sum(pair)
+    forward = no_sum(pair)
+    reverse = no_sum(pair)
+    entropy = no_sum(pair)
     s_c = tl.maximum(c, LOG2E) if pair.wanted.CROSS_ENTROPY else c
     for start in range(0, pair.vocab, pair.BLOCK):
         columns = start + tl.arange(0, pair.BLOCK)
@@ -118,24 +118,24 @@ def states(pair):
             s_sum_at_1 *= exp(s_up)
             s_base = base
         s_e = tl.exp2((x - s_base) * c)
-        s_sum += s_e
+        s_sum += folded(pair, s_e)
         if pair.wanted.CROSS_ENTROPY:
-            s_sum_at_1 += exp(x - s_base)
+            s_sum_at_1 += folded(pair, exp(x - s_base))
         if pair.wanted.METRICS:
             s_token = tl.where(s_raw > s_top, columns, s_token)
             s_top = tl.maximum(s_top, s_raw)
         if pair.wanted.DIVERGENCE:
             t_e = tl.exp2((y - t_base) * c)
-            t_sum += t_e
+            t_sum += folded(pair, t_e)
             if pair.divergence.far is not None:
                 inside = columns < pair.vocab  # beyond, a gap would be -inf - -inf
                 gap = tl.where(inside, (x - s_base) - (y - t_base), 0.0)
                 if pair.divergence.far.FORWARD:
-                    forward += t_e * gap
+                    forward += folded(pair, t_e * gap)
                 if pair.divergence.far.REVERSE:
-                    reverse += s_e * gap
+                    reverse += folded(pair, s_e * gap)
                 if pair.divergence.far.ENTROPY:
-                    entropy += t_e * tl.where(inside, y - t_base, 0.0)
+                    entropy += folded(pair, t_e * tl.where(inside, y - t_base, 0.0))
             if pair.wanted.METRICS:
                 t_token = tl.where(t_raw > t_top, columns, t_token)
                 t_top = tl.maximum(t_top, t_raw)

@@ -32,6 +32,9 @@ AS_IS = tl.constexpr(0)
 SCALED = tl.constexpr(1)
 SOFTCAPPED = tl.constexpr(2)
 
+#: How many columns a thread adds up before it adds them to a sum: it has few registers for sums.
+FOLD = tl.constexpr(4)
+
 
 class Rows(NamedTuple):
     """(rows, width) at two strides, as in csrc/core/params.h: row = outer * inner_size + inner."""
@@ -130,6 +133,7 @@ class RowPair(NamedTuple):
     weights: Weights
     divergence: Divergence
     wanted: Wanted
+    ALIGNED: tl.constexpr  # a thread's columns lie side by side, see launch.aligned
     BLOCK: tl.constexpr  # columns that a program holds at a time
 
 
@@ -186,6 +190,22 @@ def row_of(rows, row):
 def load_raw(row, columns, end):
     """Logits of a row in float32, -inf beyond the end."""
     return tl.load(row + columns, mask=columns < end, other=-float("inf")).to(tl.float32)
+
+
+@triton.jit
+def no_sum(pair):
+    """What sums of blocks begin with."""
+    return tl.zeros((pair.BLOCK // FOLD,), tl.float32)
+
+
+@triton.jit
+def folded(pair, x):
+    """Sums over a block's columns by FOLD of them, which one thread holds."""
+    if pair.ALIGNED:
+        x = tl.sum(tl.reshape(x, (pair.BLOCK // FOLD, FOLD)), 1)
+    else:
+        x = tl.sum(tl.reshape(x, (FOLD, pair.BLOCK // FOLD)), 0)
+    return x
 
 
 @triton.jit
@@ -288,12 +308,12 @@ def values(pair, of, scales):
     t_row = row_of(pair.teacher.rows, pair.row)
     if pair.wanted.GRADIENT:
         g_row = row_of(pair.gradient, pair.row)
-    value = tl.zeros((pair.BLOCK,), tl.float32)
-    slope = tl.zeros((pair.BLOCK,), tl.float32)
-    shift = tl.zeros((pair.BLOCK,), tl.float32)
+    value = no_sum(pair)
+    slope = no_sum(pair)
+    shift = no_sum(pair)
     size = tl.zeros((pair.BLOCK,), tl.float32)
-    s_entropy = tl.zeros((pair.BLOCK,), tl.float32)
-    t_entropy = tl.zeros((pair.BLOCK,), tl.float32)
+    s_entropy = no_sum(pair)
+    t_entropy = no_sum(pair)
     for start in range(0, pair.vocab, pair.BLOCK):
         columns = start + tl.arange(0, pair.BLOCK)
         raw = load_raw(s_row, columns, pair.vocab)
@@ -301,18 +321,18 @@ def values(pair, of, scales):
         y = transformed(load_raw(t_row, columns, pair.vocab), pair.teacher)
         here = point(x, y, of)
         p, q, log_p, log_q, r = here
-        value += term(pair.divergence.value, pair.divergence, here)
+        value += folded(pair, term(pair.divergence.value, pair.divergence, here))
         if pair.divergence.FEELS_SHIFT:
-            shift += bregman_difference(p, q, r)
+            shift += folded(pair, bregman_difference(p, q, r))
         if pair.wanted.METRICS:
-            s_entropy -= times_or_zero(q, log_q)
-            t_entropy -= times_or_zero(p, log_p)
+            s_entropy -= folded(pair, times_or_zero(q, log_q))
+            t_entropy -= folded(pair, times_or_zero(p, log_p))
         if pair.wanted.KD_GRADIENT and pair.divergence.SLOPE_SUMS_TO_ZERO:
             g = term(pair.divergence.slope, pair.divergence, here) * scales.kd
             store_gradient(pair, g_row, columns, g, raw, x, of, scales)
         elif pair.wanted.KD_GRADIENT or pair.divergence.FEELS_SHIFT:
             here_slope = term(pair.divergence.slope, pair.divergence, here)
-            slope += here_slope
+            slope += folded(pair, here_slope)
             if pair.wanted.ROW_SCALE and pair.divergence.SLOPES_CANCEL:
                 size = tl.maximum(size, tl.abs(here_slope))
     return Sums(
