@@ -131,9 +131,13 @@ def shard_kernels(target: Target) -> list[Kernel]:
         if not FUNCTIONS[divergence].slope_sums_to_zero:
             phases.append((divergence, "gradient"))
     return [
-        Kernel(target, divergence, dtype, 64128, options=options, phase=phase)
+        Kernel(target, divergence, dtype, 64128, labels=labels, options=options, phase=phase)
         for divergence, phase in phases
-        for dtype, options in (("bfloat16", False), ("float16", True))
+        for dtype, labels, options in (
+            ("bfloat16", False, False),
+            ("bfloat16", True, False),
+            ("float16", False, True),
+        )
     ]
 
 

@@ -164,11 +164,11 @@ def compiling(*arguments: str) -> str:
     return result.stdout
 
 
-@upstream.before("triton", 3, 8, reason="spills a number of a row or block in some kernels")
+@upstream.before("triton", 3, 9, reason="spills a number of a row or block in some kernels")
 def test_no_kernel_spills():
     """Every schedule, divergence and dtype."""
     printed = compiling("-m", "benchmarks.triton_resources", "--check")
-    assert "437 kernels compiled, 0 spill" in printed
+    assert "471 kernels compiled, 0 spill" in printed
 
 
 def test_batches_of_any_size_take_the_same_kernels():

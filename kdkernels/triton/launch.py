@@ -46,12 +46,12 @@ def aligned(*tensors: Tensor | None) -> bool:
 
     It gives a thread columns side by side then, and otherwise columns that lie apart.
     """
-    return all(
-        tensor.data_ptr() % 16 == 0 and rows.outer_stride % 16 == rows.inner_stride % 16 == 0
-        for tensor in tensors
-        if tensor is not None
-        for rows in [_rows(tensor)]
-    )
+    for tensor in tensors:
+        if tensor is not None:
+            rows = _rows(tensor)
+            if tensor.data_ptr() % 16 or rows.outer_stride % 16 or rows.inner_stride % 16:
+                return False
+    return True
 
 
 def _logits(tensor: Tensor, scale: float, softcap: float) -> Logits:
