@@ -102,7 +102,9 @@ def kernels() -> list[Kernel]:
             for vocab in (1000, 32000, 50257, 128256):
                 for dtype in ("bfloat16", "float32"):
                     result.append(Kernel(target, divergence, dtype, vocab))
-                    result.append(Kernel(target, divergence, dtype, vocab, labels=True))
+            for vocab in (32000, 128256):
+                result.append(Kernel(target, divergence, "bfloat16", vocab, labels=True))
+            result.append(Kernel(target, divergence, "bfloat16", 19))
             result.append(Kernel(target, divergence, "bfloat16", 128256, gradient=False))
             result.append(Kernel(target, divergence, "float16", 128256, options=True))
         result += shard_kernels(target)

@@ -168,7 +168,7 @@ def compiling(*arguments: str) -> str:
 def test_no_kernel_spills():
     """Every schedule, divergence and dtype."""
     printed = compiling("-m", "benchmarks.triton_resources", "--check")
-    assert "471 kernels compiled, 0 spill" in printed
+    assert "381 kernels compiled, 0 spill" in printed
 
 
 def test_batches_of_any_size_take_the_same_kernels():
@@ -367,7 +367,7 @@ def test_far_rows_with_infinite_logits(divergence):
     assert_gradient_of(divergence.name, torch.float32, *gradients)
 
 
-@pytest.mark.parametrize("vocab", [1000, 32000, 128256, 151936, 256000])
+@pytest.mark.parametrize("vocab", [1, 19, 300, 1000, 32000, 128256, 151936, 256000])
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_schedules(vocab, itemsize):
     from kdkernels.triton import schedule
@@ -376,6 +376,7 @@ def test_schedules(vocab, itemsize):
     pair = 2 * itemsize * vocab
     for plain, many in ((False, False), (True, False), (True, True)):
         chosen = schedule.choose(vocab, pair, plain, many, hopper)
+        assert chosen.num_warps == 1 or vocab >= 256
         few = 32 * chosen.num_warps * schedule.FEW
         assert chosen.block == (2 * few if many and vocab > 1024 else few)
         assert 32 * chosen.num_warps * chosen.registers <= hopper.registers

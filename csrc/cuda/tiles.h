@@ -73,12 +73,14 @@ constexpr bool holds(const Problem& problem, const Tile& tile, int64_t shared, i
 
 // The fewest threads of a CTA, then the fewest CTAs, that hold the row and leave room on an SM for
 // a second CTA, whose loads overlap the first one's arithmetic: 256 threads of 128 registers, or
-// half of the shared memory. One CTA alone only where nothing else holds the row.
+// half of the shared memory. One CTA alone only where nothing else holds the row. One warp takes
+// the shortest rows, whose fixed cost is each warp's.
 constexpr Tile resident_tile(const Problem& problem, Kernel kernel, int64_t half,
                              int64_t slot_bytes) {
-  for (int threads = 64; threads < 256; threads *= 2) {
+  for (int threads = 32; threads < 256; threads *= 2) {
     const Tile tile{kernel, 1, threads};
-    if (vectors_per_thread(problem, threads) <= 8 && holds(problem, tile, half, slot_bytes))
+    const int64_t most = threads == 32 ? 2 : 8;
+    if (vectors_per_thread(problem, threads) <= most && holds(problem, tile, half, slot_bytes))
       return tile;
   }
   for (const int cluster : kClusters) {
@@ -89,7 +91,7 @@ constexpr Tile resident_tile(const Problem& problem, Kernel kernel, int64_t half
 }
 
 constexpr Tile streaming_tile(int64_t vocab) {
-  int threads = 64;
+  int threads = 32;
   while (threads < 256 && threads * 16 < vocab) threads *= 2;
   return {Kernel::kStreaming, 1, threads};
 }

@@ -40,6 +40,7 @@ static_assert(is(on_hopper(forward_kl(151936, 2)), Kernel::kRegisters, 8, 256));
 static_assert(is(on_hopper(forward_kl(256000, 2)), Kernel::kRegisters, 16, 256));
 static_assert(is(on_hopper(forward_kl(128256, 4)), Kernel::kRegisters, 16, 256));
 static_assert(is(on_hopper(forward_kl(256000, 4)), Kernel::kRegisters, 16, 512));
+static_assert(is(on_hopper(forward_kl(19, 2)), Kernel::kRegisters, 1, 32));
 static_assert(is(on_hopper(forward_kl(1000, 2)), Kernel::kRegisters, 1, 64));
 static_assert(on_hopper(forward_kl(1 << 20, 4)).kernel == Kernel::kStreaming);
 

@@ -66,8 +66,8 @@ def choose(vocab: int, pair_bytes: int, plain: bool, many: bool, device: Device)
     if device == INTERPRETER:  # NumPy is fast on few large blocks; two still test the loops
         return Schedule(max(512, _power_of_two(vocab // 2)), 1)
     short = vocab <= 1024
-    if short:
-        threads = 128
+    if short:  # a row's fixed cost is each warp's
+        threads = min(128, max(device.warp_size, _power_of_two(vocab // 8)))
     else:
         # The later sweeps find a row pair in the cache if those of all running programs fit there:
         # where two programs of 512 threads on each multiprocessor are too many, one of 1024.
