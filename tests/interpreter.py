@@ -68,23 +68,25 @@ def _remember_types(interpreter) -> None:
 
 
 def _bring_to_one_type_at_once(interpreter) -> None:
-    """The interpreter takes half of an operation's time to see that floats need nothing for it."""
-    from triton.language.core import tensor
+    """To see that float32 needs nothing for it takes half of an operation's time."""
+    from triton.language.core import float32, float64, tensor
     from triton.language.semantic import TritonSemantic
 
     original = TritonSemantic.binary_op_type_checking_impl
+
+    def is_float(x):  # bfloat16 is integers in NumPy
+        return isinstance(x, tensor) and x.dtype in (float32, float64)
 
     def like(number, other):  # NumPy repeats it as often as needed
         data = np.full(1, number, interpreter._get_np_dtype(other.dtype))
         return tensor(interpreter.TensorHandle(data, other.dtype), other.type)
 
     def to_one_type(semantic, lhs, rhs, *args, **kwargs):
-        of_left, of_right = isinstance(lhs, tensor), isinstance(rhs, tensor)
-        if of_left and of_right and lhs.dtype.is_floating() and lhs.type == rhs.type:
+        if is_float(lhs) and is_float(rhs) and lhs.type == rhs.type:
             return lhs, rhs
-        if of_left and type(rhs) is float and lhs.dtype.is_floating():
+        if is_float(lhs) and type(rhs) is float:
             return lhs, like(rhs, lhs)
-        if of_right and type(lhs) is float and rhs.dtype.is_floating():
+        if is_float(rhs) and type(lhs) is float:
             return like(lhs, rhs), rhs
         return original(semantic, lhs, rhs, *args, **kwargs)
 
