@@ -158,7 +158,8 @@ def compile_scale(kernel: Kernel):
     grad_output = torch.empty((), device="meta") if per_row is None else per_row
     chosen = launch.schedule_of_scaling(gradient, device_of(kernel.target))
     arguments = launch.arguments_of_scaling(gradient, grad_output, per_row)
-    return launch.scale_kernel.warmup(*arguments, grid=(1,), **launch.options_of(chosen))
+    options = launch.options_of(chosen)
+    return launch.scale_kernel.warmup(*arguments, chosen.block, grid=(1,), **options)
 
 
 def compile_tails(kernel: Kernel):
@@ -180,13 +181,13 @@ def compile_tails(kernel: Kernel):
         between, function = (kept if kernel.options else None, numbers), launch.tails_kernel
     chosen = launch.schedule_of_tails(student, o, device_of(kernel.target))
     arguments = launch.arguments_of_tails(student, listed, between, o)
-    return function.warmup(*arguments, grid=(kernel.rows,), **launch.options_of(chosen))
+    options = launch.options_of(chosen)
+    return function.warmup(*arguments, chosen.block, grid=(kernel.rows,), **options)
 
 
 def compile_shard(kernel: Kernel, call: launch.ShardCall):
     """The kernel of one phase of a shard."""
-    options = launch.options_of(launch.schedule_of(call, device_of(kernel.target)))
-    arguments = launch.arguments_of_shard(call)
+    arguments, options = launch.arguments_of_shard(call, device_of(kernel.target))
     return launch.shard_kernel.warmup(*arguments, grid=(kernel.rows,), **options)
 
 
@@ -254,9 +255,8 @@ def compile_kernel(kernel: Kernel):
         torch.empty(len(METRICS), kernel.rows, device="meta") if kernel.options else None,
         options,
     )
-    arguments = launch.arguments_of(call)
-    chosen = launch.schedule_of(call, device_of(kernel.target))
-    return launch.loss_kernel.warmup(*arguments, grid=(kernel.rows,), **launch.options_of(chosen))
+    arguments, compiled_as = launch.arguments_of(call, device_of(kernel.target))
+    return launch.loss_kernel.warmup(*arguments, grid=(kernel.rows,), **compiled_as)
 
 
 def nvidia_resources(cubin: bytes, *, count: bool) -> dict[str, int]:

@@ -23,6 +23,7 @@ from .sweeps import (
     row_of,
     store_gradient,
     term,
+    this_row,
     transformed,
 )
 
@@ -77,8 +78,8 @@ def is_far(kl, far):
 @triton.jit
 def entropies(pair, of):
     """The entropies of student and teacher, which metrics ask for."""
-    s_row = row_of(pair.student.rows, pair.row)
-    t_row = row_of(pair.teacher.rows, pair.row)
+    s_row = row_of(pair.student.rows, this_row())
+    t_row = row_of(pair.teacher.rows, this_row())
     s_entropy = no_sum(pair)
     t_entropy = no_sum(pair)
     for start in range(0, pair.vocab, pair.BLOCK):
@@ -94,9 +95,9 @@ def entropies(pair, of):
 @triton.jit
 def kl_gradient(pair, state, mean_gap, of, scales):
     """forward (q - p) + reverse q (log q - log p - KL(q || p))."""
-    s_row = row_of(pair.student.rows, pair.row)
-    t_row = row_of(pair.teacher.rows, pair.row)
-    g_row = row_of(pair.gradient, pair.row)
+    s_row = row_of(pair.student.rows, this_row())
+    t_row = row_of(pair.teacher.rows, this_row())
+    g_row = row_of(pair.gradient, this_row())
     s_scale = scales.kd / state.s_sum
     of_p = scales.kd / state.t_sum * pair.divergence.far.forward
     of_q = s_scale * pair.divergence.far.forward
@@ -123,8 +124,8 @@ def kl_gradient(pair, state, mean_gap, of, scales):
 @triton.jit
 def far_values(pair, of):
     """The divergence and the sum of its slopes, in bits."""
-    s_row = row_of(pair.student.rows, pair.row)
-    t_row = row_of(pair.teacher.rows, pair.row)
+    s_row = row_of(pair.student.rows, this_row())
+    t_row = row_of(pair.teacher.rows, this_row())
     value = no_sum(pair)
     slope = no_sum(pair)
     for start in range(0, pair.vocab, pair.BLOCK):

@@ -26,6 +26,7 @@ from .sweeps import (
     Far,
     Logits,
     PerRow,
+    RowPair,
     Rows,
     Wanted,
     Weights,
@@ -41,17 +42,13 @@ def _rows(tensor: Tensor) -> Rows:
     return Rows(tensor, tensor.shape[-1], inner_size, outer, inner)
 
 
-def aligned(*tensors: Tensor | None) -> bool:
-    """Whether Triton sees that all rows begin at multiples of 16, in entries and in bytes.
+def aligned(rows: Rows) -> bool:
+    """Whether Triton sees that rows begin at multiples of 16, in entries and in bytes.
 
     It gives a thread columns side by side then, and otherwise columns that lie apart.
     """
-    for tensor in tensors:
-        if tensor is not None:
-            rows = _rows(tensor)
-            if tensor.data_ptr() % 16 or rows.outer_stride % 16 or rows.inner_stride % 16:
-                return False
-    return True
+    begins = rows.pointer.data_ptr(), rows.outer_stride, rows.inner_stride
+    return all(begin % 16 == 0 for begin in begins)
 
 
 def _logits(tensor: Tensor, scale: float, softcap: float) -> Logits:
@@ -103,12 +100,7 @@ def _divergence(o: LogitsOptions, *, of_shard: bool = False) -> Divergence:
 def options_of(chosen: schedule.Schedule) -> dict[str, Any]:
     """How a kernel is compiled."""
     limit = {"maxnreg": chosen.registers} if chosen.registers else {}
-    return {
-        "BLOCK": chosen.block,
-        "num_warps": chosen.num_warps,
-        "enable_fp_fusion": True,
-        **limit,
-    }
+    return {"num_warps": chosen.num_warps, "enable_fp_fusion": True, **limit}
 
 
 def _on(tensor: Tensor) -> AbstractContextManager:
@@ -171,7 +163,9 @@ def _wanted(call: Call | ShardCall, *, metrics: bool, gradient: bool) -> Wanted:
     )
 
 
-def schedule_of(call: Call | ShardCall, device: schedule.Device) -> schedule.Schedule:
+def schedule_of(
+    call: Call | ShardCall, side_by_side: bool, device: schedule.Device
+) -> schedule.Schedule:
     """How the programs of a call walk its rows."""
     o = call.options
     pair_bytes = o.vocab * (call.student.element_size() + call.teacher.element_size())
@@ -180,20 +174,47 @@ def schedule_of(call: Call | ShardCall, device: schedule.Device) -> schedule.Sch
     cross_entropy = call.labels is not None and o.ce_weight != 0
     rare = o.metrics or o.student_softcap or o.teacher_softcap or (cross_entropy and not lean)
     plain = functions is not None and not functions.feels_shift and not rare
-    many = plain and lean and aligned(call.student, call.teacher, call.gradient)
-    return schedule.of_call(o.vocab, pair_bytes, plain, many, device)
+    return schedule.of_call(o.vocab, pair_bytes, plain, plain and lean and side_by_side, device)
 
 
-def arguments_of(call: Call) -> tuple[Any, ...]:
-    """What ``loss_kernel`` takes before its options."""
+def _row_pair(
+    call: Call | ShardCall,
+    per_row: PerRow,
+    weights: Weights,
+    divergence: Divergence,
+    wanted: Wanted,
+    device: schedule.Device,
+) -> tuple[RowPair, dict[str, Any]]:
+    """A row pair as the kernels take it, and their options."""
+    o = call.options
+    student = _logits(call.student, o.student_scale, o.student_softcap)
+    teacher = _logits(call.teacher, o.teacher_scale, o.teacher_softcap)
+    gradient = None if call.gradient is None else _rows(call.gradient)
+    side_by_side = all(map(aligned, filter(None, (student.rows, teacher.rows, gradient))))
+    chosen = schedule_of(call, side_by_side, device)
+    pair = RowPair(
+        student,
+        teacher,
+        gradient,
+        per_row,
+        o.vocab,
+        weights,
+        divergence,
+        wanted,
+        tl.constexpr(side_by_side),
+        tl.constexpr(chosen.block),
+    )
+    return pair, options_of(chosen)
+
+
+def arguments_of(call: Call, device: schedule.Device) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What ``loss_kernel`` takes, and its options."""
     o = call.options
     rows = call.row_loss.numel()
     plan = row_plan(call.labels, call.token_weight, call.normalizer, o, rows)
     gradient_factor = 1.0 if call.row_scale is None else gradient_scale(o)
-    return (
-        _logits(call.student, o.student_scale, o.student_softcap),
-        _logits(call.teacher, o.teacher_scale, o.teacher_softcap),
-        None if call.gradient is None else _rows(call.gradient),
+    pair, options = _row_pair(
+        call,
         PerRow(
             call.labels,
             plan.weight,
@@ -202,13 +223,12 @@ def arguments_of(call: Call) -> tuple[Any, ...]:
             call.row_scale,
             call.metrics,
         ),
-        rows,
-        o.vocab,
         Weights(o.temperature, o.kd_weight, o.ce_weight, plan.divisor, gradient_factor),
         _divergence(o),
         _wanted(call, metrics=o.metrics, gradient=call.gradient is not None),
-        aligned(call.student, call.teacher, call.gradient),
+        device,
     )
+    return (pair, rows), options
 
 
 def loss(call: Call) -> None:
@@ -216,45 +236,44 @@ def loss(call: Call) -> None:
     rows = call.row_loss.numel()
     if rows == 0:
         return
-    chosen = schedule_of(call, schedule.device_of(call.student.device))
+    arguments, options = arguments_of(call, schedule.device_of(call.student.device))
     with _on(call.student):
-        loss_kernel[(rows,)](*arguments_of(call), **options_of(chosen))
+        loss_kernel[(rows,)](*arguments, **options)
 
 
-def arguments_of_shard(call: ShardCall) -> tuple[Any, ...]:
-    """What ``shard_kernel`` takes before its options."""
+def arguments_of_shard(
+    call: ShardCall, device: schedule.Device
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What ``shard_kernel`` takes, and its options."""
     o = call.options
     metrics = o.metrics and call.phase == "sums"
     gradient = call.gradient is not None and call.phase != "states"
     gradient_factor = 1.0 if call.row_scale is None else gradient_scale(o)
-    return (
-        _logits(call.student, o.student_scale, o.student_softcap),
-        _logits(call.teacher, o.teacher_scale, o.teacher_softcap),
-        None if call.gradient is None else _rows(call.gradient),
+    pair, options = _row_pair(
+        call,
         PerRow(call.labels, call.weight, None, None, call.row_scale, None),
-        Records(call.states, call.sums),
-        o.vocab,
         Weights(o.temperature, o.kd_weight, o.ce_weight, 1.0, gradient_factor),
         _divergence(o, of_shard=True),
         _wanted(call, metrics=metrics, gradient=gradient),
-        SHARD_PHASES.index(call.phase),
-        call.writes_gradient,
-        aligned(call.student, call.teacher, call.gradient),
+        device,
     )
+    records = Records(call.states, call.sums)
+    return (pair, records, SHARD_PHASES.index(call.phase), call.writes_gradient), options
 
 
 def shard(call: ShardCall) -> bool:
     """One phase of a shard; whether it wrote the gradient."""
-    chosen = schedule_of(call, schedule.device_of(call.student.device))
+    arguments, options = arguments_of_shard(call, schedule.device_of(call.student.device))
     with _on(call.student):
-        shard_kernel[(call.weight.numel(),)](*arguments_of_shard(call), **options_of(chosen))
+        shard_kernel[(call.weight.numel(),)](*arguments, **options)
     return call.writes_gradient
 
 
 def schedule_of_scaling(gradient: Tensor, device: schedule.Device) -> schedule.Schedule:
     """How programs walk the rows of a gradient."""
     width = gradient.shape[-1]
-    return schedule.choose(width, width * gradient.element_size(), True, aligned(gradient), device)
+    many = aligned(_rows(gradient))
+    return schedule.choose(width, width * gradient.element_size(), True, many, device)
 
 
 def arguments_of_scaling(
@@ -274,7 +293,9 @@ def scale(gradient: Tensor, grad_output: Tensor, row_scale: Tensor | None) -> No
     chosen = schedule_of_scaling(gradient, schedule.device_of(gradient.device))
     with _on(gradient):
         scale_kernel[(min(rows, schedule.SCALING_PROGRAMS),)](
-            *arguments_of_scaling(gradient, grad_output, row_scale), **options_of(chosen)
+            *arguments_of_scaling(gradient, grad_output, row_scale),
+            chosen.block,
+            **options_of(chosen),
         )
 
 
@@ -283,7 +304,7 @@ def schedule_of_tails(
 ) -> schedule.Schedule:
     """How programs walk the rows of a sparse teacher's student."""
     row_bytes = o.vocab * student.element_size()
-    return schedule.choose(o.vocab, row_bytes, True, aligned(student), device)
+    return schedule.choose(o.vocab, row_bytes, True, aligned(_rows(student)), device)
 
 
 def arguments_of_tails(
@@ -312,7 +333,8 @@ def _launch_of_tails(
         return
     chosen = schedule_of_tails(student, o, schedule.device_of(student.device))
     with _on(student):
-        kernel[(rows,)](*arguments_of_tails(student, listed, between, o), **options_of(chosen))
+        arguments = arguments_of_tails(student, listed, between, o)
+        kernel[(rows,)](*arguments, chosen.block, **options_of(chosen))
 
 
 def tails(

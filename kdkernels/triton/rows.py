@@ -10,13 +10,13 @@ from .math import LARGEST_FLOAT, NATS_PER_BIT, log
 from .states import states, valid
 from .sweeps import (
     SOFTCAPPED,
-    RowPair,
     Scales,
     Sums,
     fill,
     row_of,
     slopes,
     softmaxes,
+    this_row,
     transformed,
     values,
 )
@@ -27,7 +27,7 @@ def weight_of(pair):
     """The weight of a row."""
     weight = tl.full((), 1.0, tl.float32)
     if pair.per_row.weight is not None:
-        weight = tl.load(pair.per_row.weight + pair.row)
+        weight = tl.load(pair.per_row.weight + this_row())
     return weight
 
 
@@ -46,9 +46,9 @@ def label_of(pair):
     label = tl.zeros((), tl.int64)
     logit = tl.zeros((), tl.float32)
     if pair.per_row.labels is not None:
-        label = tl.load(pair.per_row.labels + pair.row)
+        label = tl.load(pair.per_row.labels + this_row())
         inside = (label >= 0) & (label < pair.vocab)
-        at = row_of(pair.student.rows, pair.row) + tl.where(inside, label, 0)
+        at = row_of(pair.student.rows, this_row()) + tl.where(inside, label, 0)
         raw = tl.load(at).to(tl.float32)
         logit = tl.where(inside, transformed(raw, pair.student), float("nan"))
     return label, logit
@@ -119,12 +119,12 @@ def write_loss(pair, rows, share, state, sums, label_logit):
         cross_entropy = (state.s_base - label_logit) + log(state.s_sum_at_1)
         cross_entropy = tl.where(valid(state.s_sum_at_1), cross_entropy, float("nan"))
         loss += tl.where(pair.weights.ce != 0.0, pair.weights.ce * cross_entropy, 0.0)
-    tl.store(pair.per_row.loss + pair.row, share * loss)
+    tl.store(pair.per_row.loss + this_row(), share * loss)
     if pair.wanted.METRICS:
         nan = float("nan")
         defined = valid(state.s_sum) & valid(state.t_sum)
         agreement = (state.s_token == state.t_token).to(tl.float32)
-        out = pair.per_row.metrics + pair.row
+        out = pair.per_row.metrics + this_row()
         tl.store(out, distance)
         tl.store(out + rows, cross_entropy)
         tl.store(out + 2 * rows, tl.where(valid(state.t_sum), sums.t_entropy, nan))
@@ -135,18 +135,18 @@ def write_loss(pair, rows, share, state, sums, label_logit):
 @triton.jit
 def finish_gradient(pair, begin, row_scale):
     """Zeros in the columns from ``begin`` on, and the row scale."""
-    fill(pair.gradient, pair.row, begin, pair.gradient.width, pair.BLOCK)
+    fill(pair.gradient, this_row(), begin, pair.gradient.width, pair.BLOCK)
     if pair.wanted.ROW_SCALE:
-        tl.store(pair.per_row.row_scale + pair.row, row_scale)
+        tl.store(pair.per_row.row_scale + this_row(), row_scale)
 
 
 @triton.jit
 def write_masked_row(pair, rows):
     """A row of weight 0: exact zeros, whatever the logits hold."""
-    tl.store(pair.per_row.loss + pair.row, 0.0)
+    tl.store(pair.per_row.loss + this_row(), 0.0)
     if pair.wanted.METRICS:
         for metric in tl.static_range(5):
-            tl.store(pair.per_row.metrics + metric * rows + pair.row, 0.0)
+            tl.store(pair.per_row.metrics + metric * rows + this_row(), 0.0)
     if pair.wanted.GRADIENT:
         finish_gradient(pair, 0, 0.0)
 
@@ -216,47 +216,13 @@ def write_kept_row(pair, rows):
     write_loss(pair, rows, share, state, sums, label_logit)
 
 
-@triton.jit
-def write_row(pair, rows):
-    """All that is wanted of a row pair."""
+@triton.jit(do_not_specialize=["rows"])  # which change with every batch
+def loss_kernel(pair, rows: tl.int64):
+    """One program per row; see the structs of sweeps.py."""
     if weight_of(pair) == 0.0:
         write_masked_row(pair, rows)
     else:
         write_kept_row(pair, rows)
-
-
-@triton.jit(do_not_specialize=["rows"])  # which change with every batch
-def loss_kernel(
-    student,
-    teacher,
-    gradient,
-    per_row,
-    rows: tl.int64,
-    vocab,
-    weights,
-    divergence,
-    wanted,
-    ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One program per row; see the structs of sweeps.py."""
-    row = tl.program_id(0).to(tl.int64)
-    write_row(
-        RowPair(
-            student,
-            teacher,
-            gradient,
-            per_row,
-            row,
-            vocab,
-            weights,
-            divergence,
-            wanted,
-            ALIGNED,
-            BLOCK,
-        ),
-        rows,
-    )
 
 
 @triton.jit(do_not_specialize=["rows"])  # which change with every batch

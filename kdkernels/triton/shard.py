@@ -18,7 +18,7 @@ from ..options import SHARD_PHASES, SHARD_STATES, SHARD_SUMS
 from .far import entropies, kl_gradient
 from .rows import finish_gradient, scales_for, scales_of, share_of, weight_of
 from .states import States, states, valid
-from .sweeps import RowPair, Sums, per_unit_of, slopes, softmaxes, values
+from .sweeps import Sums, per_unit_of, slopes, softmaxes, this_row, values
 
 #: Phases: places in SHARD_PHASES.
 STATES = tl.constexpr(SHARD_PHASES.index("states"))
@@ -86,7 +86,7 @@ def write_states(pair, records):
         gaps.entropy * per_unit,
         state.s_sum_at_1,
     )
-    write_record(records.states + pair.row * N_STATES, record, N_STATES)
+    write_record(records.states + this_row() * N_STATES, record, N_STATES)
 
 
 @triton.jit
@@ -139,9 +139,9 @@ def write_far_sums(pair, records, state, of, scales):
     if pair.wanted.METRICS:  # before the gradient, which may overwrite the student
         s_entropy, t_entropy = entropies(pair, of)
     sums = Sums(nothing, nothing, nothing, nothing, s_entropy, t_entropy)
-    write_record(records.sums + pair.row * N_SUMS, sums, N_SUMS)
+    write_record(records.sums + this_row() * N_SUMS, sums, N_SUMS)
     if pair.wanted.KD_GRADIENT:
-        reverse = tl.load(records.states + pair.row * N_STATES + REVERSE)
+        reverse = tl.load(records.states + this_row() * N_STATES + REVERSE)
         if pair.divergence.far.REVERSE:
             size = (reverse * pair.divergence.far.reverse).to(tl.float32)
             scales = scales_for(size, size, scales, pair.wanted)
@@ -153,7 +153,7 @@ def write_far_sums(pair, records, state, of, scales):
 @triton.jit
 def write_near_terms(pair, records, state, of, scales, PHASE: tl.constexpr, WRITES: tl.constexpr):
     """Phase 2 or 3 of a row that is not far."""
-    record = records.sums + pair.row * N_SUMS
+    record = records.sums + this_row() * N_SUMS
     if PHASE == SUMS:
         sums = values(pair, of, scales)
         write_sums(record, state, sums)
@@ -171,13 +171,13 @@ def write_near_terms(pair, records, state, of, scales, PHASE: tl.constexpr, WRIT
 @triton.jit
 def write_terms(pair, records, PHASE: tl.constexpr, WRITES: tl.constexpr):
     """Phase 2, sums over the terms of a shard, or 3, its gradient."""
-    record = records.states + pair.row * N_STATES
+    record = records.states + this_row() * N_STATES
     state = whole_states(record)
     of = softmaxes(state, pair.weights.temperature)
     label = tl.zeros((), tl.int64)
     if pair.per_row.labels is not None:
         # In no column of a shard that does not have it.
-        label = tl.load(pair.per_row.labels + pair.row)
+        label = tl.load(pair.per_row.labels + this_row())
     good = tl.zeros((), tl.float32)  # in the place of the label's logit
     scales = scales_of(pair, share_of(pair), state, label, good)
     far = False
@@ -194,16 +194,16 @@ def write_terms(pair, records, PHASE: tl.constexpr, WRITES: tl.constexpr):
 def write_masked(pair, records, PHASE: tl.constexpr, WRITES: tl.constexpr):
     """A row of weight 0: exact zeros, whatever the logits hold."""
     if PHASE == STATES:
-        write_zeros(records.states + pair.row * N_STATES, N_STATES)
+        write_zeros(records.states + this_row() * N_STATES, N_STATES)
     if PHASE == SUMS:
-        write_zeros(records.sums + pair.row * N_SUMS, N_SUMS)
+        write_zeros(records.sums + this_row() * N_SUMS, N_SUMS)
     if WRITES:
         finish_gradient(pair, 0, 0.0)
 
 
 @triton.jit
-def write_phase(pair, records, PHASE: tl.constexpr, WRITES: tl.constexpr):
-    """One phase of a row pair."""
+def shard_kernel(pair, records, PHASE: tl.constexpr, WRITES: tl.constexpr):
+    """One phase, one program per row; WRITES: it is the phase that writes the gradient."""
     if weight_of(pair) == 0.0:
         write_masked(pair, records, PHASE, WRITES)
     else:
@@ -211,41 +211,3 @@ def write_phase(pair, records, PHASE: tl.constexpr, WRITES: tl.constexpr):
             write_states(pair, records)
         else:
             write_terms(pair, records, PHASE, WRITES)
-
-
-@triton.jit
-def shard_kernel(
-    student,
-    teacher,
-    gradient,
-    per_row,
-    records,
-    vocab,
-    weights,
-    divergence,
-    wanted,
-    PHASE: tl.constexpr,
-    WRITES: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One phase, one program per row; WRITES: it is the phase that writes the gradient."""
-    row = tl.program_id(0).to(tl.int64)
-    write_phase(
-        RowPair(
-            student,
-            teacher,
-            gradient,
-            per_row,
-            row,
-            vocab,
-            weights,
-            divergence,
-            wanted,
-            ALIGNED,
-            BLOCK,
-        ),
-        records,
-        PHASE,
-        WRITES,
-    )

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .math import LARGEST_FLOAT, LOG2E, LOWEST, exp
-from .sweeps import folded, load_raw, no_sum, row_of, transformed
+from .sweeps import folded, load_raw, no_sum, row_of, this_row, transformed
 
 #: How far a logit may lie above the base of a sum, in powers of two: its distance is rounded.
 HEADROOM = tl.constexpr(8.0)
@@ -74,8 +74,8 @@ def first_top(tops, tokens):
 def states(pair):
     """Sweep 1: the states, and what tells far rows."""
     c = LOG2E / pair.weights.temperature
-    s_row = row_of(pair.student.rows, pair.row)
-    t_row = row_of(pair.teacher.rows, pair.row)
+    s_row = row_of(pair.student.rows, this_row())
+    t_row = row_of(pair.teacher.rows, this_row())
     s_base = tl.full((), LOWEST, tl.float32)
     t_base = s_base
     s_top = tl.full((pair.BLOCK,), -float("inf"), tl.float32)

@@ -126,9 +126,8 @@ class RowPair(NamedTuple):
 
     student: Logits
     teacher: Logits
-    gradient: Rows  # out, may be the student's; or None
+    gradient: Rows | None  # out, may be the student's
     per_row: PerRow
-    row: tl.tensor
     vocab: tl.tensor
     weights: Weights
     divergence: Divergence
@@ -177,6 +176,12 @@ class Scales(NamedTuple):
     ce_over_sum: tl.tensor
     label: tl.tensor
     row_scale: tl.tensor  # what a float16 gradient has yet to be multiplied by
+
+
+@triton.jit
+def this_row():
+    """The row of this program."""
+    return tl.program_id(0).to(tl.int64)
 
 
 @triton.jit
@@ -304,10 +309,10 @@ def term(function, divergence, of):
 @triton.jit
 def values(pair, of, scales):
     """Sweep 2: the sums over the row pair, and the gradient where it needs none of them."""
-    s_row = row_of(pair.student.rows, pair.row)
-    t_row = row_of(pair.teacher.rows, pair.row)
+    s_row = row_of(pair.student.rows, this_row())
+    t_row = row_of(pair.teacher.rows, this_row())
     if pair.wanted.GRADIENT:
-        g_row = row_of(pair.gradient, pair.row)
+        g_row = row_of(pair.gradient, this_row())
     value = no_sum(pair)
     slope = no_sum(pair)
     shift = no_sum(pair)
@@ -351,9 +356,9 @@ def slopes(pair, of, scales, slope_sum, FAR: tl.constexpr):
 
     Slopes of a far row are in bits.
     """
-    s_row = row_of(pair.student.rows, pair.row)
-    t_row = row_of(pair.teacher.rows, pair.row)
-    g_row = row_of(pair.gradient, pair.row)
+    s_row = row_of(pair.student.rows, this_row())
+    t_row = row_of(pair.teacher.rows, this_row())
+    g_row = row_of(pair.gradient, this_row())
     for start in range(0, pair.vocab, pair.BLOCK):
         columns = start + tl.arange(0, pair.BLOCK)
         raw = load_raw(s_row, columns, pair.vocab)
