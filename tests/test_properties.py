@@ -10,7 +10,7 @@ pytest.importorskip("hypothesis")
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdkernels import JSD
+from kdkernels import JSD, SkewForwardKL, SkewReverseKL
 
 from . import tolerances
 from .cases import ALL, DTYPES, ONE_OF_EACH, correlated_pair, labels_for, normal
@@ -127,11 +127,12 @@ def test_loss_without_gradient_has_the_same_bits(kernel, divergence, seed, vocab
 
 
 @pytest.mark.parametrize("close", [False, True], ids=["apart", "close"])
-def test_jsd_has_the_same_bits_without_gradient_in_many_rows(kernel, close):
-    # Its slopes enter its value: one that is stored is rounded, one only added may be fused.
+@pytest.mark.parametrize("divergence", [JSD(), SkewForwardKL(), SkewReverseKL()], ids=str)
+def test_mixtures_have_the_same_bits_without_gradient_in_many_rows(kernel, divergence, close):
+    # JSD's slopes enter its value: one that is stored is rounded, one only added may be fused.
     rows = 5 if kernel.interpreted else 300
     student, teacher = correlated_pair(rows, 37)
     student = teacher + 0.05 * student if close else student
-    options = {"divergence": JSD(), "reduction": "none"}
+    options = {"divergence": divergence, "reduction": "none"}
     with_gradient = run(kernel, student, teacher, **options)
     assert torch.equal(with_gradient.loss, loss_of(kernel, student, teacher, **options).cpu())

@@ -198,6 +198,19 @@ def test_float16_gradient_is_rounded_once(kernel):
     check(kernel, student.half(), *top(teacher, 9), **options)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [65536, 65537], ids=["aligned", "few"])
+def test_gradient_too_large_for_caches(kernel, vocab, dtype):
+    """On a CPU it is stored past them, listed columns after, and in place never: the same bits."""
+    if kernel.backend != "cpu":
+        pytest.skip("only the CPU backend stores large gradients another way")
+    student, teacher = correlated_pair(2**24 // (vocab * dtype.itemsize) + 1, vocab)
+    indices, logprobs = top(teacher, 9)
+    fresh = run(kernel, student.to(dtype), indices, logprobs)
+    in_place = run(kernel, student.to(dtype), indices, logprobs, inplace_grad=True)
+    assert_same_bits(in_place, fresh)
+
+
 def test_threads_do_not_change_bits(threads):
     student, teacher = correlated_pair(37, 3000)
     indices, logprobs = top(teacher, 9)

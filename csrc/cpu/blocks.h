@@ -309,32 +309,40 @@ class Reader {
   Transform transform_;
 };
 
-// One row of the gradient, written as blocks of floats.
+// One row of the gradient, written as blocks of floats. One that streams and does not begin at a
+// vector is computed in a buffer, block by block, and copied past the caches.
 class Writer {
  public:
   Writer(const Rows& rows, int64_t row, bool streams = false)
       : data_(rows.row(row)),
         dtype_(rows.dtype),
         width_(rows.width),
-        streams_(streams && (uintptr_t)data_ % sizeof(Vec) == 0) {}
+        streams_(streams),
+        copies_(streams && (uintptr_t)data_ % sizeof(Vec) != 0) {}
 
   // Where a float32 block of n can be written without passing through a buffer, else null.
   float* direct(int64_t begin, int n) const {
-    return dtype_ == DType::kFloat32 && n % kPair == 0 ? (float*)data_ + begin : nullptr;
+    const bool is_direct = dtype_ == DType::kFloat32 && n % kPair == 0 && !copies_;
+    return is_direct ? (float*)data_ + begin : nullptr;
   }
 
-  View<DType::kBFloat16> plain(int64_t begin) const { return {(uint16_t*)data_ + begin, streams_}; }
+  // A block of bfloat16, or the buffer that flush() copies to it.
+  View<DType::kBFloat16> plain(int64_t begin, float* buffer) const {
+    if (copies_) return {(uint16_t*)buffer};
+    return {(uint16_t*)data_ + begin, streams_};
+  }
+
+  void flush(int64_t begin, int n, const float* buffer) const {
+    if (copies_) stream_bytes(data_ + begin * 2, buffer, n * 2);
+  }
 
   void write(int64_t begin, int n, const float* from) const {
     char* to = data_ + begin * item_size(dtype_);
-    switch (dtype_) {
-      case DType::kFloat32:
-        return write_block<DType::kFloat32>(from, n, to);
-      case DType::kBFloat16:
-        return write_block<DType::kBFloat16>(from, n, to);
-      case DType::kFloat16:
-        return write_block<DType::kFloat16>(from, n, to);
-    }
+    if (!streams_) return convert(from, n, to);
+    if (dtype_ == DType::kFloat32) return stream_bytes(to, from, n * sizeof(float));
+    alignas(64) char converted[kBlock * sizeof(uint16_t)];
+    convert(from, n, converted);
+    stream_bytes(to, converted, n * sizeof(uint16_t));
   }
 
   // values[i] goes to columns[i].
@@ -370,10 +378,22 @@ class Writer {
   bool streams() const { return streams_; }
 
  private:
+  void convert(const float* from, int n, char* to) const {
+    switch (dtype_) {
+      case DType::kFloat32:
+        return write_block<DType::kFloat32>(from, n, to);
+      case DType::kBFloat16:
+        return write_block<DType::kBFloat16>(from, n, to);
+      case DType::kFloat16:
+        return write_block<DType::kFloat16>(from, n, to);
+    }
+  }
+
   char* data_;
   DType dtype_;
   int64_t width_;
   bool streams_;
+  bool copies_;
 };
 
 }  // namespace kd::KD_NAMESPACE

@@ -89,7 +89,8 @@ double normalizer_of(const LogitsParams& params, const std::vector<float>& weigh
 
 // Caches keep less than this until a backward reads it; then a gradient need not pass through them.
 // One in place is there already.
-bool streams_past_caches(const LogitsParams& params) {
+template <class Params>
+bool streams_past_caches(const Params& params) {
   constexpr int64_t kPastCaches = int64_t{16} << 20;
   const Rows& gradient = params.gradient;
   return gradient.data && gradient.data != params.student.data &&
@@ -190,8 +191,9 @@ bool shard(const ShardParams& params, int threads) {
 
 void tail(const TailParams& params, int threads) {
   const TailFunction rows = active().tail;
+  const bool streams = streams_past_caches(params);
   for_rows(params.rows, params.vocab, 0, threads,
-           [&](int64_t begin, int64_t end, int64_t, float*) { rows(params, begin, end); });
+           [&](int64_t begin, int64_t end, int64_t, float*) { rows(params, begin, end, streams); });
 }
 
 void scale(const ScaleParams& params, int threads) {

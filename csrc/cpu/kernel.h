@@ -21,7 +21,7 @@ using RowsFunction = void (*)(const LogitsParams&, const RowPlan&, int64_t begin
                               int64_t next, float* scratch);
 using ShardFunction = void (*)(const ShardParams&, const RowPlan&, int64_t begin, int64_t end,
                                int64_t next, float* scratch);
-using TailFunction = void (*)(const TailParams&, int64_t begin, int64_t end);
+using TailFunction = void (*)(const TailParams&, int64_t begin, int64_t end, bool streams);
 using ScaleFunction = void (*)(const ScaleParams&, int64_t begin, int64_t end);
 
 KD_INLINE constexpr int64_t scratch_row(int64_t vocab) { return (vocab + 31) / 32 * 32; }

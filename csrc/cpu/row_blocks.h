@@ -1,5 +1,5 @@
 // A row pair and its gradient, block by block, with what its call asks for beside the divergence:
-// weights, the hard-label term, softcaps.
+// weights, the hard-label term, softcaps, metrics.
 #pragma once
 
 #include <cmath>
@@ -75,8 +75,11 @@ class RowBlocks {
   // and finishes the gradient where there is one.
   template <bool kGradient, bool kLogits = true, class Use>
   void view_pair(int64_t begin, int n, Use use) {
-    if (is_plain(n))
-      return use(student_.plain(begin), teacher_.plain(begin), gradient_.plain(begin));
+    if (is_plain(n)) {
+      use(student_.plain(begin), teacher_.plain(begin), gradient_.plain(begin, gradient_block_));
+      if (kGradient) gradient_.flush(begin, n, gradient_block_);
+      return;
+    }
     const bool reads_student = kLogits || reads_student_for_gradient();
     const float* s = reads_student ? student_.block(begin, n, student_block_) : nullptr;
     const float* t = kLogits ? teacher_.block(begin, n, teacher_block_) : nullptr;
@@ -106,6 +109,41 @@ class RowBlocks {
     });
   }
 
+  bool uses_divergence() const { return params_.kd_weight != 0 || params_.metrics; }
+  bool uses_cross_entropy() const {
+    return params_.labels && (params_.ce_weight != 0 || params_.metrics);
+  }
+
+  double cross_entropy() const {
+    if (!softmax_at_1_.valid()) return NAN;
+    return not_negative(softmax_at_1_.log_sum_exp(1) - student_.at(label()));
+  }
+
+  // All but the divergence, which the sweeps give.
+  void write_metrics(double cross_entropy, bool both_valid) {
+    metric(kCrossEntropy) = (float)cross_entropy;
+    metric(kTeacherEntropy) = entropy(teacher_, teacher_softmax_, teacher_block_);
+    metric(kStudentEntropy) = entropy(student_, student_softmax_, student_block_);
+    const bool agree = top_token(student_, params_.vocab, student_block_) ==
+                       top_token(teacher_, params_.vocab, teacher_block_);
+    metric(kAgreement) = both_valid ? agree : NAN;
+  }
+
+  float& metric(Metric which) { return params_.metrics[which * params_.rows + row_]; }
+
+  float entropy(const Reader& reader, const Softmax& softmax, float* buffer) const {
+    if (!softmax.valid()) return NAN;
+    const LogProbability log_p(softmax.log_sum_exp(params_.temperature), params_.temperature);
+    double total = 0;
+    for_blocks(params_.vocab, [&](int64_t begin, int n) {
+      total += entropy_block(reader.block(begin, n, buffer), n, log_p);
+    });
+    return (float)not_negative(total);
+  }
+
+  // Of a row that is certain, rounding of its exponentials may leave less than 0.
+  static double not_negative(double x) { return x < 0 ? 0 : x; }
+
   const LogitsParams& params_;
   const int64_t row_;
   const double weight_;
@@ -113,6 +151,7 @@ class RowBlocks {
   const Writer gradient_;
   float kd_scale_, ce_scale_;  // what a term's gradient is multiplied by
   bool plain_;
+  Softmax student_softmax_, teacher_softmax_;
   Softmax softmax_at_1_;  // of the hard-label term
   alignas(64) float student_block_[kBlock];
   alignas(64) float teacher_block_[kBlock];

@@ -60,11 +60,6 @@ class RowPair : protected RowBlocks {
   }
 
  protected:
-  bool uses_divergence() const { return params_.kd_weight != 0 || params_.metrics; }
-  bool uses_cross_entropy() const {
-    return params_.labels && (params_.ce_weight != 0 || params_.metrics);
-  }
-
   void read_softmaxes() {
     const int64_t vocab = params_.vocab;
     if (!read_softmaxes(sample_of(vocab))) read_softmaxes(vocab);
@@ -106,11 +101,6 @@ class RowPair : protected RowBlocks {
       });
     });
     return fits;
-  }
-
-  double cross_entropy() const {
-    if (!softmax_at_1_.valid()) return NAN;
-    return not_negative(softmax_at_1_.log_sum_exp(1) - student_.at(label()));
   }
 
   bool may_be_far() const {
@@ -239,7 +229,9 @@ class RowPair : protected RowBlocks {
           else
             near_terms(divergence, v, term);
           for (int k = 0; k < 2; ++k) {
-            values += term[k].value;
+            // Not fused, since what is stored or comes from a branch is not: the same bits with a
+            // gradient and without.
+            values += kFar ? term[k].value : rounded(term[k].value);
             slopes += kGradient ? term[k].slope : rounded(term[k].slope);
             if constexpr (kSizes) sizes = max(sizes, abs(term[k].slope));
             if constexpr (kFeelsShift) {
@@ -292,16 +284,19 @@ class RowPair : protected RowBlocks {
   // kOverflows: a gap may, times its factor, where q is 0 and a logit the lowest float.
   template <bool kFetches, bool kOverflows>
   void write_kl_gradient(const KLFactors& factors) {
-    const Gap gap(student_softmax_, teacher_softmax_);
+    const Gap gaps(student_softmax_, teacher_softmax_);
     const Upcoming next_student(params_.student, next_), next_teacher(params_.teacher, next_);
     for_blocks(params_.vocab, [&](int64_t begin, int n) {
       view_pair<true, Divergence::kReverse>(begin, n, [&](auto s, auto t, auto g) {
-        const KLFactors of = factors;  // in registers
+        // In registers.
+        const Gap gap = gaps;
+        const KLFactors of = factors;
+        const Upcoming student = next_student, teacher = next_teacher;
         const float* s_kept = student_kept_ + begin;
         const float* t_kept = teacher_kept_ + begin;
         for (int i = 0; i < n; i += kPair) {
-          if constexpr (kFetches) next_student.fetch<2>(begin + i, kPair);
-          next_teacher.fetch<2>(begin + i, kPair);
+          if constexpr (kFetches) student.fetch<2>(begin + i, kPair);
+          teacher.fetch<2>(begin + i, kPair);
           Vec result[2];
           Pair x, y;
           if constexpr (Divergence::kReverse) x = s.pair(i), y = t.pair(i);
@@ -348,31 +343,6 @@ class RowPair : protected RowBlocks {
     });
   }
 
-  // All but the divergence, which the sweeps give.
-  void write_metrics(double cross_entropy, bool both_valid) {
-    metric(kCrossEntropy) = (float)cross_entropy;
-    metric(kTeacherEntropy) = entropy(teacher_, teacher_softmax_, teacher_block_);
-    metric(kStudentEntropy) = entropy(student_, student_softmax_, student_block_);
-    const bool agree = top_token(student_, params_.vocab, student_block_) ==
-                       top_token(teacher_, params_.vocab, teacher_block_);
-    metric(kAgreement) = both_valid ? agree : NAN;
-  }
-
-  float& metric(Metric which) { return params_.metrics[which * params_.rows + row_]; }
-
-  float entropy(const Reader& reader, const Softmax& softmax, float* buffer) const {
-    if (!softmax.valid()) return NAN;
-    const LogProbability log_p(softmax.log_sum_exp(params_.temperature), params_.temperature);
-    double total = 0;
-    for_blocks(params_.vocab, [&](int64_t begin, int n) {
-      total += entropy_block(reader.block(begin, n, buffer), n, log_p);
-    });
-    return (float)not_negative(total);
-  }
-
-  // Of a row that is certain, rounding of its exponentials may leave less than 0.
-  static double not_negative(double x) { return x < 0 ? 0 : x; }
-
   const Divergence& divergence_;
   const int64_t next_;
   float* const student_kept_;  // (vocab,), exponentials
@@ -380,7 +350,6 @@ class RowPair : protected RowBlocks {
   const float c_ = (float)(kBitsPerNat / params_.temperature);
   // The one that c_ stands for: what a far row adds up has to belong to its exponentials.
   const double exact_temperature_ = kBitsPerNat / c_;
-  Softmax student_softmax_, teacher_softmax_;
   KL kl_;
 };
 

@@ -13,11 +13,12 @@ namespace kd::KD_NAMESPACE {
 
 class TailRow {
  public:
-  TailRow(const TailParams& params, int64_t row)
+  TailRow(const TailParams& params, int64_t row, bool streams)
       : params_(params),
         row_(row),
         logits_(params.student, row, params.transform),
         upcoming_(params.student, row),
+        gradient_(params.gradient, row, streams),
         listed_(params.listed + row * params.listed_size) {
     while (first_ < params.listed_size && listed_[first_] < 0) ++first_;
   }
@@ -35,25 +36,28 @@ class TailRow {
   void write_gradient() {
     start(result(0));
     const float factors[2] = {factor(0), params_.at_1 ? factor(1) : 0};
-    const Writer gradient(params_.gradient, row_);
     const float both = factors[0] + factors[1];
     if (both != both || (factors[0] == 0 && factors[1] == 0))
-      gradient.fill(0, params_.vocab, both);
+      gradient_.fill(0, params_.vocab, both);
     else
       for_blocks(params_.vocab, [&](int64_t begin, int n) {
-        if (logits_.is_plain_bfloat16() && n % kPair == 0)
-          return write_exponentials(logits_.plain(begin), n, factors, gradient.plain(begin));
+        if (logits_.is_plain_bfloat16() && n % kPair == 0) {
+          const auto g = gradient_.plain(begin, gradient_block_);
+          write_exponentials(logits_.plain(begin), begin, n, factors, g);
+          return gradient_.flush(begin, n, gradient_block_);
+        }
         const View<DType::kFloat32> x{const_cast<float*>(logits_.block(begin, n, block_))};
-        float* const direct = logits_.has_softcap() ? nullptr : gradient.direct(begin, n);
+        float* const direct = logits_.has_softcap() ? nullptr : gradient_.direct(begin, n);
         float* const g = direct ? direct : gradient_block_;
-        write_exponentials(x, n, factors, View<DType::kFloat32>{g});
+        write_exponentials(x, begin, n, factors,
+                           View<DType::kFloat32>{g, direct && gradient_.streams()});
         if (logits_.has_softcap()) logits_.chain_softcap(begin, n, block_, g);
-        if (!direct) gradient.write(begin, n, g);
+        if (!direct) gradient_.write(begin, n, g);
       });
     // Over what their exponentials, however large, have given.
-    gradient.scatter(listed_ + first_, params_.grad_listed + row_ * params_.listed_size + first_,
-                     params_.listed_size - first_);
-    gradient.fill(params_.vocab, gradient.width(), 0);
+    gradient_.scatter(listed_ + first_, params_.grad_listed + row_ * params_.listed_size + first_,
+                      params_.listed_size - first_);
+    gradient_.fill(params_.vocab, gradient_.width(), 0);
   }
 
  private:
@@ -110,8 +114,8 @@ class TailRow {
   }
 
   template <class From, class To>
-  void write_exponentials(From x, int n, const float (&factors)[2], To gradient) {
-    for (int i = 0; i < temperatures(); ++i) tails_[i].push(x, n, kept_[i], upcoming_, 0);
+  void write_exponentials(From x, int64_t begin, int n, const float (&factors)[2], To gradient) {
+    for (int i = 0; i < temperatures(); ++i) tails_[i].push(x, n, kept_[i], upcoming_, begin + n);
     const bool at_1 = params_.at_1;
     for (int i = 0; i < n; i += kPair) {
       Vec g[2];
@@ -149,6 +153,7 @@ class TailRow {
   const int64_t row_;
   const Reader logits_;
   const Upcoming upcoming_;
+  const Writer gradient_;
   const int64_t* const listed_;  // (listed_size,), ascending
   int64_t first_ = 0;            // of those that are a column
   Softmax tails_[2];
@@ -157,14 +162,15 @@ class TailRow {
   alignas(64) float gradient_block_[kBlock];
 };
 
-inline void tail_rows(const TailParams& params, int64_t begin, int64_t end) {
+inline void tail_rows(const TailParams& params, int64_t begin, int64_t end, bool streams) {
   for (int64_t row = begin; row < end; ++row) {
-    TailRow tail(params, row);
+    TailRow tail(params, row, streams);
     if (params.gradient.data)
       tail.write_gradient();
     else
       tail.write_tails();
   }
+  if (streams) fence();
 }
 
 }  // namespace kd::KD_NAMESPACE

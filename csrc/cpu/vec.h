@@ -56,6 +56,21 @@ KD_INLINE void stream(void* to, Vec x) {
 #endif
 }
 
+// n bytes to any address, past the caches but for parts of vectors at their ends.
+inline void stream_bytes(char* to, const void* from, int64_t n) {
+  constexpr int64_t kStep = sizeof(Vec);
+  const char* const bytes = (const char*)from;
+  const int64_t head = -(uintptr_t)to % kStep;
+  int64_t i = head < n ? head : n;
+  std::memcpy(to, bytes, i);
+  for (; i + kStep <= n; i += kStep) {
+    Vec x;
+    std::memcpy(&x, bytes + i, sizeof x);
+    stream(to + i, x);
+  }
+  std::memcpy(to + i, bytes + i, n - i);
+}
+
 KD_INLINE void fence() {
 #if defined(KD_X86_64)
   _mm_sfence();
