@@ -46,6 +46,15 @@ def test_largest_logits_come_late(backend, divergence, dtype):
         assert_close(actual.metrics[name], value, tolerance, name)
 
 
+def test_a_temperature_that_float32_rounds(backend):
+    # Far from what exponentials are relative to, 1 / T and its rounding differ by digits.
+    student, teacher = correlated_pair(4, 2503)
+    for logits in (student, teacher):
+        logits[:, 2000] += 18
+    options = {"temperature": 1.3, "reduction": "none", "return_metrics": True}
+    assert_as_oracle(run(backend, student, teacher, **options), student, teacher, **options)
+
+
 @pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=str)
 def test_huge_logits(backend, divergence):
     student, teacher = correlated_pair(6, 37)

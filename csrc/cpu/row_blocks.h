@@ -116,7 +116,7 @@ class RowBlocks {
 
   double cross_entropy() const {
     if (!softmax_at_1_.valid()) return NAN;
-    return not_negative(softmax_at_1_.log_sum_exp(1) - student_.at(label()));
+    return not_negative(softmax_at_1_.log_sum_exp() - student_.at(label()));
   }
 
   // All but the divergence, which the sweeps give.
@@ -133,7 +133,7 @@ class RowBlocks {
 
   float entropy(const Reader& reader, const Softmax& softmax, float* buffer) const {
     if (!softmax.valid()) return NAN;
-    const LogProbability log_p(softmax.log_sum_exp(params_.temperature), params_.temperature);
+    const LogProbability log_p(softmax);
     double total = 0;
     for_blocks(params_.vocab, [&](int64_t begin, int n) {
       total += entropy_block(reader.block(begin, n, buffer), n, log_p);

@@ -72,7 +72,7 @@ class RowPair : protected RowBlocks {
     const bool apart = uses_cross_entropy() && params_.temperature != 1;
     KLSums kl;
     const bool fits = push_logits(apart, uses_divergence(), may_be_far() ? &kl : nullptr);
-    if (may_be_far() && fits) kl_ = KL(kl, student_softmax_, teacher_softmax_, exact_temperature_);
+    if (may_be_far() && fits) kl_ = KL(kl, student_softmax_, teacher_softmax_);
     if (!apart) softmax_at_1_ = student_softmax_;
     return fits;
   }
@@ -201,8 +201,7 @@ class RowPair : protected RowBlocks {
     constexpr bool kStoresGradient = kGradient && Divergence::kSlopeSumsToZero;
     constexpr bool kFeelsShift = Divergence::kFeelsShift && !kFar;
     constexpr bool kSizes = kGradient && Divergence::kSlopesCancel;
-    const Points<kFar> points(student_softmax_, teacher_softmax_,
-                              kFar ? exact_temperature_ : params_.temperature);
+    const Points<kFar> points(student_softmax_, teacher_softmax_);
     double value_sum = 0, slope_sum = 0, shift_sum = 0;
     Vec sizes = {};
     const Upcoming next_student(params_.student, next_), next_teacher(params_.teacher, next_);
@@ -271,7 +270,7 @@ class RowPair : protected RowBlocks {
         (float)(scale * teacher_softmax_.scale() * forward),
         (float)(s_scale *
                 (Divergence::kReverse ? forward + reverse * (kl_.offset - kl_.reverse) : forward)),
-        (float)(s_scale * reverse / exact_temperature_)};
+        (float)(s_scale * reverse / student_softmax_.temperature())};
     if constexpr (Divergence::kReverse)
       if (!(::fabsf(of.gap) <= 1)) return write_kl_gradient<kFetches, true>(of);
     write_kl_gradient<kFetches, false>(of);
@@ -348,8 +347,6 @@ class RowPair : protected RowBlocks {
   float* const student_kept_;  // (vocab,), exponentials
   float* const teacher_kept_;  // (vocab,), exponentials, then slopes
   const float c_ = (float)(kBitsPerNat / params_.temperature);
-  // The one that c_ stands for: what a far row adds up has to belong to its exponentials.
-  const double exact_temperature_ = kBitsPerNat / c_;
   KL kl_;
 };
 

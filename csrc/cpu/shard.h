@@ -33,8 +33,10 @@ class ShardOfRow : RowPair<Divergence> {
     states_[kStudentSumAt1] = softmax_at_1_.total();
     states_[kTeacherBase] = teacher_softmax_.reference();
     states_[kTeacherSum] = teacher_softmax_.total();
-    const double of_student = student_softmax_.exponent().correction() / Base::exact_temperature_;
-    const double of_teacher = teacher_softmax_.exponent().correction() / Base::exact_temperature_;
+    const double of_student =
+        student_softmax_.exponent().correction() / student_softmax_.temperature();
+    const double of_teacher =
+        teacher_softmax_.exponent().correction() / teacher_softmax_.temperature();
     states_[kForwardSum] = kl.forward * of_teacher;
     states_[kReverseSum] = kl.reverse * of_student;
     states_[kEntropySum] = kl.entropy * of_teacher;

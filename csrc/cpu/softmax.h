@@ -114,10 +114,11 @@ class Softmax {
   double log_sum() const { return ::log(sum_); }
   double log2_sum() const { return ::log2(sum_); }
 
+  // The temperature that c stands for, which rounds another: sums belong to it.
+  double temperature() const { return kBitsPerNat / c_; }
+
   // T log(sum exp(x / T)).
-  double log_sum_exp(double temperature) const {
-    return (double)reference_ + temperature * log_sum();
-  }
+  double log_sum_exp() const { return (double)reference_ + temperature() * log_sum(); }
 
  private:
   float reference_;
@@ -129,21 +130,25 @@ class Softmax {
 // log p of logits x = (x - origin) / T - rest.
 class LogProbability {
  public:
-  // In nats: what is large is subtracted before it costs digits.
-  LogProbability(double log_sum_exp, double temperature)
-      : origin_((float)log_sum_exp),
-        scale_((float)(1 / temperature)),
-        rest_((float)((log_sum_exp - origin_) / temperature)) {}
+  // What is large is subtracted before it costs digits.
+  explicit LogProbability(const Softmax& softmax)
+      : origin_((float)softmax.log_sum_exp()),
+        scale_((float)(1 / softmax.temperature())),
+        rest_((float)((softmax.log_sum_exp() - origin_) / softmax.temperature())) {}
 
   // To base 2: with the exponents of kept exponentials, whose rounding cancels in terms then.
-  explicit LogProbability(const Softmax& softmax)
-      : origin_(softmax.reference()), scale_(softmax.c()), rest_((float)softmax.log2_sum()) {}
+  static LogProbability to_base_2(const Softmax& softmax) {
+    return {softmax.reference(), softmax.c(), (float)softmax.log2_sum()};
+  }
 
   KD_INLINE Vec operator()(Vec x) const { return (x - origin_) * scale_ - rest_; }
 
   float rest() const { return rest_; }
 
  private:
+  LogProbability(float origin, float scale, float rest)
+      : origin_(origin), scale_(scale), rest_(rest) {}
+
   float origin_, scale_, rest_;
 };
 
@@ -151,9 +156,17 @@ class LogProbability {
 // row keep their exponentials, and have logarithms to base 2.
 template <bool kFar>
 struct Points {
-  Points(const Softmax& student, const Softmax& teacher, double temperature)
-      : Points(student, teacher, temperature, student.log_sum_exp(temperature),
-               teacher.log_sum_exp(temperature)) {}
+  Points(const Softmax& student, const Softmax& teacher)
+      : weights{(float)teacher.scale(), (float)student.scale()},
+        s_log(log_probability(student)),
+        t_log(log_probability(teacher)),
+        inverse_temperature((float)(1 / student.temperature())) {
+    const double s_lse = student.log_sum_exp(), t_lse = teacher.log_sum_exp();
+    const bool shifted = ::fabs(s_lse - t_lse) > 4;
+    s_origin = shifted ? (float)s_lse : 0;
+    t_origin = shifted ? (float)t_lse : 0;
+    offset = (float)(((t_lse - t_origin) - (s_lse - s_origin)) / student.temperature());
+  }
 
   KD_INLINE Point<Vec> operator()(Vec s, Vec t, Vec s_exponential, Vec t_exponential) const {
     // r is NaN where both are -inf; a divergence never lets it past p = q = 0.
@@ -167,23 +180,11 @@ struct Points {
   LogProbability s_log, t_log;
   // log q - log p = ((s - s_origin) - (t - t_origin)) / T + offset. Origins of 0 keep s - t exact
   // for close logits; a large shift between the models would cost digits, so it goes first.
-  float s_origin, t_origin, inverse_temperature, offset;
+  float inverse_temperature, s_origin, t_origin, offset;
 
  private:
-  Points(const Softmax& student, const Softmax& teacher, double temperature, double s_lse,
-         double t_lse)
-      : weights{(float)teacher.scale(), (float)student.scale()},
-        s_log(log_probability(student, s_lse, temperature)),
-        t_log(log_probability(teacher, t_lse, temperature)) {
-    const bool shifted = ::fabs(s_lse - t_lse) > 4;
-    s_origin = shifted ? (float)s_lse : 0;
-    t_origin = shifted ? (float)t_lse : 0;
-    inverse_temperature = (float)(1 / temperature);
-    offset = (float)(((t_lse - t_origin) - (s_lse - s_origin)) / temperature);
-  }
-
-  static LogProbability log_probability(const Softmax& softmax, double lse, double temperature) {
-    return kFar ? LogProbability(softmax) : LogProbability(lse, temperature);
+  static LogProbability log_probability(const Softmax& softmax) {
+    return kFar ? LogProbability::to_base_2(softmax) : LogProbability(softmax);
   }
 };
 
@@ -223,15 +224,13 @@ struct KL {
   double offset = NAN;  // log q - log p = gap / T + offset
 
   KL() = default;
-  KL(const KLSums& sums, const Softmax& student, const Softmax& teacher, double temperature) {
-    const auto log_sum = [&](const Softmax& softmax) {
-      return (softmax.log_sum_exp(temperature) - softmax.reference()) / temperature;
-    };
-    const double s_factor = student.scale() / temperature, t_factor = teacher.scale() / temperature;
-    offset = log_sum(teacher) - log_sum(student);
+  KL(const KLSums& sums, const Softmax& student, const Softmax& teacher) {
+    const double s_factor = student.scale() / student.temperature();
+    const double t_factor = teacher.scale() / teacher.temperature();
+    offset = teacher.log_sum() - student.log_sum();
     forward = -(sums.forward * t_factor + offset);
     reverse = sums.reverse * s_factor + offset;
-    entropy = log_sum(teacher) - sums.entropy * t_factor;
+    entropy = teacher.log_sum() - sums.entropy * t_factor;
   }
 };
 
