@@ -52,7 +52,23 @@ def test_a_temperature_that_float32_rounds(backend):
     for logits in (student, teacher):
         logits[:, 2000] += 18
     options = {"temperature": 1.3, "reduction": "none", "return_metrics": True}
-    assert_as_oracle(run(backend, student, teacher, **options), student, teacher, **options)
+    expected = oracle(student, teacher, **options)
+    actual = run(backend, student, teacher, **options)
+    for name in ("teacher_entropy", "student_entropy"):
+        assert_close(actual.metrics[name], expected.metrics[name], tolerances.METRIC, name)
+
+
+@pytest.mark.parametrize("shift", [3.0, -40.0, 300.0])
+@pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=str)
+def test_close_models_up_to_a_constant(backend, divergence, shift):
+    # In multiples of 2**-16, so that float32 has the sum.
+    student, teacher = ((x * 2**16).round() / 2**16 for x in correlated_pair(3, 601))
+    student = teacher + ((student - teacher) * 2**6).round() / 2**16
+    options = {"divergence": divergence, "temperature": 2.0, "reduction": "none"}
+    expected = oracle(student + shift, teacher, **options)
+    actual = run(backend, student + shift, teacher, **options)
+    assert_close(actual.loss, expected.loss, (tolerances.SHIFT, 0))
+    assert_gradient(actual.gradient, expected.gradient, tolerances.CLOSE_GRADIENT)
 
 
 @pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=str)

@@ -25,6 +25,22 @@ struct Point {
   F p, q, log_p, log_q, r;
 };
 
+// What goes from logits before student and teacher are compared, from those that are larger: models
+// that agree may do so up to a constant, and then small differences are left, exact ones of close
+// logits, since whole 64ths take no digits from most.
+struct Shifts {
+  float student, teacher;
+};
+
+// Given where the models' logits lie; none for those less than `least` apart, whose differences
+// are exact as they are.
+KD_INLINE Shifts shifts_between(float student, float teacher, float least) {
+  constexpr float kGrid = 1.5f * (1 << 17);  // floats about it are spaced by 1/64
+  const float apart = student - teacher;
+  const float shift = fabsf(apart) >= least ? (apart + kGrid) - kGrid : 0;
+  return fabsf(student) > fabsf(teacher) ? Shifts{shift, 0} : Shifts{0, -shift};
+}
+
 template <class F>
 struct Term {
   F value, slope;

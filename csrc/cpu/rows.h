@@ -72,7 +72,7 @@ class RowPair : protected RowBlocks {
     const bool apart = uses_cross_entropy() && params_.temperature != 1;
     KLSums kl;
     const bool fits = push_logits(apart, uses_divergence(), may_be_far() ? &kl : nullptr);
-    if (may_be_far() && fits) kl_ = KL(kl, student_softmax_, teacher_softmax_);
+    if (may_be_far() && fits) kl_ = KL(kl, gap(), student_softmax_, teacher_softmax_);
     if (!apart) softmax_at_1_ = student_softmax_;
     return fits;
   }
@@ -103,6 +103,11 @@ class RowPair : protected RowBlocks {
     return fits;
   }
 
+  // Of the sums of KL divergences: small for top tokens, which weigh most.
+  Gap gap() const {
+    return {shifts_between(student_softmax_.reference(), teacher_softmax_.reference(), 0)};
+  }
+
   bool may_be_far() const {
     if constexpr (Divergence::kIsKL)
       return true;
@@ -115,7 +120,8 @@ class RowPair : protected RowBlocks {
   void compare(Student s, Teacher t, int64_t begin, int n, KLSums& kl) {
     pad_finitely(n);
     constexpr int kRun = 4 * kPair;
-    const Gap gap(student_softmax_, teacher_softmax_);
+    const Gap gap = this->gap();
+    const float t_reference = teacher_softmax_.reference();
     const float* s_kept = student_kept_ + begin;
     const float* t_kept = teacher_kept_ + begin;
     const Upcoming next_student(params_.student, next_);
@@ -131,7 +137,7 @@ class RowPair : protected RowBlocks {
           const Vec s_e = load(s_kept + at + k * kLanes), t_e = load(t_kept + at + k * kLanes);
           if constexpr (Divergence::kForward) of_forward += t_e * apart;
           if constexpr (Divergence::kReverse) of_reverse += s_e * apart;
-          if constexpr (Divergence::kAddsEntropy) of_entropy += t_e * (teacher - gap.t_reference);
+          if constexpr (Divergence::kAddsEntropy) of_entropy += t_e * (teacher - t_reference);
         }
       }
       if constexpr (Divergence::kForward) forward.add(of_forward);
@@ -283,7 +289,7 @@ class RowPair : protected RowBlocks {
   // kOverflows: a gap may, times its factor, where q is 0 and a logit the lowest float.
   template <bool kFetches, bool kOverflows>
   void write_kl_gradient(const KLFactors& factors) {
-    const Gap gaps(student_softmax_, teacher_softmax_);
+    const Gap gaps = this->gap();
     const Upcoming next_student(params_.student, next_), next_teacher(params_.teacher, next_);
     for_blocks(params_.vocab, [&](int64_t begin, int n) {
       view_pair<true, Divergence::kReverse>(begin, n, [&](auto s, auto t, auto g) {

@@ -91,7 +91,17 @@ class ShardOfRow : RowPair<Divergence> {
     this->start(largest_logit(student_, sample, Base::student_block_),
                 with_divergence_ ? largest_logit(teacher_, sample, Base::teacher_block_) : 0);
     const bool may_be_far = Divergence::kIsKL && params_.kd_weight != 0;
-    return this->push_logits(params_.labels, with_divergence_, may_be_far ? &kl : nullptr);
+    const bool fits =
+        this->push_logits(params_.labels, with_divergence_, may_be_far ? &kl : nullptr);
+    if (may_be_far) {
+      // States hold gaps between logits above their bases.
+      const Shifts shifts = this->gap().shifts;
+      const double left = ((double)shifts.student - student_softmax_.reference()) -
+                          ((double)shifts.teacher - teacher_softmax_.reference());
+      kl.forward += left / teacher_softmax_.scale();
+      kl.reverse += left / student_softmax_.scale();
+    }
+    return fits;
   }
 
   // The softmaxes of the whole vocabulary, and this shard's exponentials if they are needed.
@@ -105,7 +115,7 @@ class ShardOfRow : RowPair<Divergence> {
 
   void write_far_gradient() {
     kl_.reverse = states_[kReverseKL];
-    kl_.offset = teacher_softmax_.log_sum() - student_softmax_.log_sum();
+    kl_.offset = Base::gap().offset(student_softmax_, teacher_softmax_);
     const Divergence& divergence = Base::divergence_;
     if (has_hard_label())
       Base::template kl_gradient<true>(divergence.forward(), divergence.reverse());

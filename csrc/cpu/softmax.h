@@ -152,6 +152,21 @@ class LogProbability {
   float origin_, scale_, rest_;
 };
 
+// log q - log p = gap / T + offset.
+struct Gap {
+  Shifts shifts;
+
+  KD_INLINE Vec operator()(Vec s, Vec t) const {
+    return (s - shifts.student) - (t - shifts.teacher);
+  }
+
+  double offset(const Softmax& student, const Softmax& teacher) const {
+    const double t_apart = (double)teacher.reference() - shifts.teacher;
+    const double s_apart = (double)student.reference() - shifts.student;
+    return teacher.log_sum() - student.log_sum() + (t_apart - s_apart) / student.temperature();
+  }
+};
+
 // What a sweep needs to turn a pair of logits and their exponentials into a point: those of a far
 // row keep their exponentials, and have logarithms to base 2.
 template <bool kFar>
@@ -160,27 +175,22 @@ struct Points {
       : weights{(float)teacher.scale(), (float)student.scale()},
         s_log(log_probability(student)),
         t_log(log_probability(teacher)),
-        inverse_temperature((float)(1 / student.temperature())) {
-    const double s_lse = student.log_sum_exp(), t_lse = teacher.log_sum_exp();
-    const bool shifted = ::fabs(s_lse - t_lse) > 4;
-    s_origin = shifted ? (float)s_lse : 0;
-    t_origin = shifted ? (float)t_lse : 0;
-    offset = (float)(((t_lse - t_origin) - (s_lse - s_origin)) / student.temperature());
-  }
+        gap{shifts_between((float)student.log_sum_exp(), (float)teacher.log_sum_exp(), 2)},
+        inverse_temperature((float)(1 / student.temperature())),
+        offset((float)gap.offset(student, teacher)) {}
 
   KD_INLINE Point<Vec> operator()(Vec s, Vec t, Vec s_exponential, Vec t_exponential) const {
     // r is NaN where both are -inf; a divergence never lets it past p = q = 0.
-    const Vec apart = (s - s_origin) - (t - t_origin);
+    const Vec r = gap(s, t) * inverse_temperature + offset;
     const Vec p = kFar ? t_exponential : t_exponential * weights.p;
     const Vec q = kFar ? s_exponential : s_exponential * weights.q;
-    return {p, q, t_log(t), s_log(s), apart * inverse_temperature + offset};
+    return {p, q, t_log(t), s_log(s), r};
   }
 
   Weights weights;  // of exponentials
   LogProbability s_log, t_log;
-  // log q - log p = ((s - s_origin) - (t - t_origin)) / T + offset. Origins of 0 keep s - t exact
-  // for close logits; a large shift between the models would cost digits, so it goes first.
-  float inverse_temperature, s_origin, t_origin, offset;
+  Gap gap;
+  float inverse_temperature, offset;
 
  private:
   static LogProbability log_probability(const Softmax& softmax) {
@@ -197,16 +207,6 @@ inline Rounding rounding_of(const Points<true>& points, const Softmax& student,
           (float)(points.weights.q / student.scale() - 1)};
 }
 
-// How much further a student's logit lies above its reference than the teacher's above its own.
-struct Gap {
-  float s_reference, t_reference;
-
-  Gap(const Softmax& student, const Softmax& teacher)
-      : s_reference(student.reference()), t_reference(teacher.reference()) {}
-
-  KD_INLINE Vec operator()(Vec s, Vec t) const { return (s - s_reference) - (t - t_reference); }
-};
-
 // Sums over a row, by kept exponentials e.
 struct KLSums {
   double forward = 0, reverse = 0;  // e_t gap, e_s gap
@@ -221,13 +221,13 @@ constexpr double kMostCancelled = 32;
 // some, they are infinite or NaN.
 struct KL {
   double forward = NAN, reverse = NAN, entropy = NAN;
-  double offset = NAN;  // log q - log p = gap / T + offset
+  double offset = NAN;
 
   KL() = default;
-  KL(const KLSums& sums, const Softmax& student, const Softmax& teacher) {
+  KL(const KLSums& sums, Gap gap, const Softmax& student, const Softmax& teacher) {
     const double s_factor = student.scale() / student.temperature();
     const double t_factor = teacher.scale() / teacher.temperature();
-    offset = teacher.log_sum() - student.log_sum();
+    offset = gap.offset(student, teacher);
     forward = -(sums.forward * t_factor + offset);
     reverse = sums.reverse * s_factor + offset;
     entropy = teacher.log_sum() - sums.entropy * t_factor;

@@ -5,11 +5,12 @@
 
 namespace kd::cuda {
 
-// From a pair of logits to probabilities; see csrc/cpu/softmax.h for the origins.
+// From a pair of logits to probabilities.
 struct Probabilities {
   float c, inverse_temperature;
   float s_shift, t_shift, s_inverse, t_inverse;
-  float s_origin, t_origin, offset;
+  float offset;
+  Shifts shifts;
   float s_max, t_max, s_log_sum, t_log_sum;
 
   KD_DEVICE Probabilities(float c, float inverse_temperature, const State& student,
@@ -24,9 +25,8 @@ struct Probabilities {
         t_max(teacher.max),
         s_log_sum(student.log_sum(c)),
         t_log_sum(teacher.log_sum(c)) {
-    const bool shifted = abs(s_max - t_max) * inverse_temperature > 4;
-    s_origin = shifted ? s_max : 0, t_origin = shifted ? t_max : 0;
-    const double apart = ((double)t_max - t_origin) - ((double)s_max - s_origin);
+    shifts = shifts_between(s_max, t_max, 2);
+    const double apart = ((double)t_max - shifts.teacher) - ((double)s_max - shifts.student);
     const double excess = student.excess(c) - teacher.excess(c);
     offset = (float)(apart * inverse_temperature + kNatsPerBit * excess +
                      log_ratio(teacher.corrected_sum(c), student.corrected_sum(c)));
@@ -39,7 +39,7 @@ struct Probabilities {
     x.log_p = log_p(t);
     x.log_q = log_q(s);
     // NaN where both are -inf; a divergence never lets r past p = q = 0.
-    x.r = fmaf((s - s_origin) - (t - t_origin), inverse_temperature, offset);
+    x.r = fmaf((s - shifts.student) - (t - shifts.teacher), inverse_temperature, offset);
     return x;
   }
 
@@ -53,7 +53,7 @@ struct Probabilities {
     x.c = opaque(c), x.inverse_temperature = opaque(inverse_temperature);
     x.s_shift = opaque(s_shift), x.t_shift = opaque(t_shift);
     x.s_inverse = opaque(s_inverse), x.t_inverse = opaque(t_inverse);
-    x.s_origin = opaque(s_origin), x.t_origin = opaque(t_origin), x.offset = opaque(offset);
+    x.shifts = {opaque(shifts.student), opaque(shifts.teacher)}, x.offset = opaque(offset);
     x.s_max = opaque(s_max), x.t_max = opaque(t_max);
     x.s_log_sum = opaque(s_log_sum), x.t_log_sum = opaque(t_log_sum);
     return x;

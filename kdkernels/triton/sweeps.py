@@ -35,6 +35,9 @@ SOFTCAPPED = tl.constexpr(2)
 #: How many columns a thread adds up before it adds them to a sum: it has few registers for sums.
 FOLD = tl.constexpr(4)
 
+#: Floats about this are spaced by 1/64.
+GRID = tl.constexpr(1.5 * 2.0**17)
+
 
 class Rows(NamedTuple):
     """(rows, width) at two strides, as in csrc/core/params.h: row = outer * inner_size + inner."""
@@ -163,9 +166,9 @@ class Softmaxes(NamedTuple):
     s_rest: tl.tensor
     t_lse: tl.tensor
     t_rest: tl.tensor
-    s_origin: tl.tensor
-    t_origin: tl.tensor
-    offset: tl.tensor  # log q - log p = ((s - s_origin) - (t - t_origin)) / T + offset
+    s_shift: tl.tensor
+    t_shift: tl.tensor
+    offset: tl.tensor  # log q - log p = ((s - s_shift) - (t - t_shift)) / T + offset
 
 
 class Scales(NamedTuple):
@@ -252,9 +255,10 @@ def softmaxes(state, temperature):
     t_lse = state.t_base + t_log.to(tl.float32) * temperature
     s_up = s_lse.to(tl.float64) - s_base
     t_up = t_lse.to(tl.float64) - t_base
-    # Origins of 0 keep s - t exact for close logits; a large shift, which would cost digits, first.
-    shifted = tl.abs(s_lse - t_lse) > 4.0
-    apart = tl.where(shifted, s_up - t_up, t_base - s_base) + (t_log - s_log) * inverse64(per_unit)
+    # As shifts_between of csrc/core/point.h.
+    shift = tl.where(tl.abs(s_lse - t_lse) >= 2.0, (s_lse - t_lse + GRID) - GRID, 0.0)
+    of_student = tl.abs(s_lse) > tl.abs(t_lse)
+    apart = t_base - s_base + shift.to(tl.float64) + (t_log - s_log) * inverse64(per_unit)
     return Softmaxes(
         c,
         inverse_temperature,
@@ -269,8 +273,8 @@ def softmaxes(state, temperature):
         (s_log - s_up * per_unit).to(tl.float32),
         t_lse,
         (t_log - t_up * per_unit).to(tl.float32),
-        tl.where(shifted, s_lse, 0.0),
-        tl.where(shifted, t_lse, 0.0),
+        tl.where(of_student, shift, 0.0),
+        tl.where(of_student, 0.0, -shift),
         (apart * inverse_temperature.to(tl.float64)).to(tl.float32),
     )
 
@@ -278,7 +282,7 @@ def softmaxes(state, temperature):
 @triton.jit
 def log_ratio(x, y, of):
     """r = log q - log p of transformed logits."""
-    return ((x - of.s_origin) - (y - of.t_origin)) * of.inverse_temperature + of.offset
+    return ((x - of.s_shift) - (y - of.t_shift)) * of.inverse_temperature + of.offset
 
 
 @triton.jit
