@@ -91,7 +91,11 @@ double normalizer_of(const LogitsParams& params, const std::vector<float>& weigh
 // One in place is there already.
 template <class Params>
 bool streams_past_caches(const Params& params) {
+#if defined(KD_X86_64)
   constexpr int64_t kPastCaches = int64_t{16} << 20;
+#else
+  constexpr int64_t kPastCaches = INT64_MAX;  // there are no such stores
+#endif
   const Rows& gradient = params.gradient;
   return gradient.data && gradient.data != params.student.data &&
          params.rows * gradient.width * item_size(gradient.dtype) >= kPastCaches;
