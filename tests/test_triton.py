@@ -208,10 +208,17 @@ def test_a_threads_columns(divergence, vocab, dtype, rows):
     assert_as_oracle(actual, student, teacher, close=close, **options)
 
 
-@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
-def test_hostile_rows_of_many_blocks(divergence):
+@pytest.fixture
+def many_blocks(monkeypatch):
+    """Rows of 517 columns are five blocks."""
     from kdkernels.triton import schedule
 
+    monkeypatch.setattr(schedule, "choose", lambda *_: schedule.Schedule(128, 1))
+
+
+@pytest.mark.usefixtures("many_blocks")
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+def test_hostile_rows_of_many_blocks(divergence):
     student, teacher = correlated_pair(7, 517)
     student[0, :300] = teacher[0, :300] = -math.inf  # whole blocks
     student[1, 5] = math.nan
@@ -228,8 +235,7 @@ def test_hostile_rows_of_many_blocks(divergence):
     }
     for inplace in (False, True):
         expected = oracle(student, teacher, **options)
-        with schedule.forced(schedule.Schedule(128, 1)):
-            actual = run(TRITON, student, teacher, inplace_grad=inplace, **options)
+        actual = run(TRITON, student, teacher, inplace_grad=inplace, **options)
         assert_metrics(actual.metrics, expected.metrics, divergence)
         assert_close(actual.loss, expected.loss, tolerances.loss_tolerance(divergence))
         # Row 3 is certain of the same token in both: its gradient is rounding.
@@ -267,11 +273,9 @@ def test_far_rows_take_the_textbook_formulas(divergence, dtype):
     assert_close(loss.cpu(), expected.loss, tolerances.loss_tolerance(divergence.name))
 
 
-@pytest.mark.usefixtures("no_near_rows")
+@pytest.mark.usefixtures("no_near_rows", "many_blocks")
 @pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=str)
 def test_far_rows_whose_largest_logits_come_late(divergence):
-    from kdkernels.triton import schedule
-
     student, teacher = correlated_pair(3, 517)
     # What exponentials are relative to moves with these.
     steps = 30.0 * (torch.arange(517) // 128).clamp(max=3)
@@ -280,8 +284,7 @@ def test_far_rows_whose_largest_logits_come_late(divergence):
     student[1] -= 1000
     student[2] *= torch.linspace(1, 1.2, 517)
     options = {"divergence": divergence, "temperature": 0.75, "reduction": "none"}
-    with schedule.forced(schedule.Schedule(128, 1)):
-        actual = run(TRITON, student, teacher, **options)
+    actual = run(TRITON, student, teacher, **options)
     assert_as_oracle(actual, student, teacher, **options)
 
 
@@ -332,11 +335,9 @@ def test_a_rare_token_makes_kl_large_and_nothing_else(divergence):
     assert_as_oracle(actual, student, teacher, **options, close=True)
 
 
-@pytest.mark.usefixtures("no_near_rows")
+@pytest.mark.usefixtures("no_near_rows", "many_blocks")
 @pytest.mark.parametrize("case", ["close", "drowned"])
 def test_near_rows_do_not_take_them(case):
-    from kdkernels.triton import schedule
-
     student, teacher = close_pair(2, 512)
     if case == "drowned":
         # Two terms of its divergence are 50 times as large: the sums are relative to a token of the
@@ -345,7 +346,7 @@ def test_near_rows_do_not_take_them(case):
         teacher[:, :128] -= 40
         student, rest = teacher.clone(), teacher[:, 128:].logsumexp(-1)
         student[:, 0], teacher[:, 0] = rest - 3, rest - 5.3
-    with schedule.forced(schedule.Schedule(128, 1)), pytest.raises(Exception, match="a near row"):
+    with pytest.raises(Exception, match="a near row"):
         run(TRITON, student, teacher)
 
 

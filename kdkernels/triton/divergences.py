@@ -184,14 +184,6 @@ def _alpha_beta_far_from(a: float, b: float) -> float:
     return 4 * FAR_FROM * max(1.0, 1 / (min(a, b) * (a + b)))
 
 
-class KL(NamedTuple):
-    """What the first sweep adds up."""
-
-    forward: bool = True
-    reverse: bool = False
-    entropy: bool = False  # the teacher's entropy is added besides
-
-
 class Functions(NamedTuple):
     """A divergence as the kernels take it."""
 
@@ -202,8 +194,8 @@ class Functions(NamedTuple):
     feels_shift: bool = False  # a rounding error common to all log q has to be taken back
     slopes_cancel: bool = False  # of either sign and without bound: their sum tells nothing of size
     lean: bool = False  # takes so few registers that a thread can hold schedule.MANY entries
-    kl: KL | None = None  # None: no row is far
-    far_value: triton.JITFunction | None = None  # of log2 p and log2 q; None: a KL divergence
+    # For far rows, of log2 p and log2 q; None for a KL divergence, whose value one sweep adds up.
+    far_value: triton.JITFunction | None = None
     far_slope: triton.JITFunction | None = None
     far_from: Callable[[float, float], float] = _always_far  # in nats, of the parameters
     # KL(p || q) of a row with that divergence, about; None: the same number.
@@ -216,7 +208,6 @@ def _mixture_functions(*functions: triton.JITFunction, kl_from) -> Functions:
         value,
         slope,
         parameters=True,
-        kl=KL(),
         far_value=far_value,
         far_slope=far_slope,
         far_from=_mixture_far_from,
@@ -230,13 +221,11 @@ FUNCTIONS: dict[str, Functions] = {
         forward_kl_slope,
         slope_sums_to_zero=True,
         lean=True,
-        kl=KL(),
     ),
     "reverse_kl": Functions(
         reverse_kl_value,
         reverse_kl_slope,
         lean=True,
-        kl=KL(forward=False, reverse=True),
     ),
     "jsd": _mixture_functions(
         jsd_value,
@@ -264,13 +253,11 @@ FUNCTIONS: dict[str, Functions] = {
         symmetric_kl_slope,
         parameters=True,
         lean=True,
-        kl=KL(reverse=True),
     ),
     "tvd": Functions(
         tvd_value,
         tvd_slope,
         lean=True,
-        kl=KL(),
         far_value=tvd_far_value,
         far_slope=tvd_far_slope,
         kl_from=lambda a, b: 2 * FAR_FROM**2,  # at least: Pinsker's inequality
@@ -281,7 +268,6 @@ FUNCTIONS: dict[str, Functions] = {
         parameters=True,
         feels_shift=True,
         slopes_cancel=True,
-        kl=KL(),
         far_value=alpha_beta_far_value,
         far_slope=alpha_beta_far_slope,
         far_from=_alpha_beta_far_from,
@@ -291,6 +277,5 @@ FUNCTIONS: dict[str, Functions] = {
         forward_kl_slope,
         slope_sums_to_zero=True,
         lean=True,
-        kl=KL(entropy=True),
     ),
 }

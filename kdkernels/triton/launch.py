@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..backends.device import row_plan
 from ..backends.rows import gradient_scale, row_strides
-from ..divergences import REGISTERED, kl_weights
+from ..divergences import REGISTERED, SoftCrossEntropy, kl_weights
 from ..options import SHARD_PHASES, LogitsOptions, TailOptions
 from . import schedule
 from .divergences import FUNCTIONS, Functions
@@ -59,20 +59,22 @@ def _logits(tensor: Tensor, scale: float, softcap: float) -> Logits:
 def _far(functions: Functions, o: LogitsOptions, *, of_shard: bool) -> Far | None:
     """None where no row can be far."""
     threshold = functions.far_from(o.parameter_0, o.parameter_1)
-    if functions.kl is None or o.kd_weight == 0 or math.isinf(threshold):
+    weights = kl_weights(o.divergence, o.parameter_0)
+    if o.kd_weight == 0 or math.isinf(threshold):
         return None
-    if of_shard and functions.far_value is not None:
+    if weights is None and (functions.far_value is None or of_shard):
         return None
-    kl = functions.kl
+    forward, reverse = weights or (1.0, 0.0)
     kl_from = functions.kl_from or functions.far_from
     return Far(
         threshold,
         kl_from(o.parameter_0, o.parameter_1),
-        *(kl_weights(o.divergence, o.parameter_0) or (1.0, 0.0)),
-        tl.constexpr(kl.forward),
-        tl.constexpr(kl.reverse),
-        tl.constexpr(kl.entropy),
-        tl.constexpr(functions.far_value is None),
+        forward,
+        reverse,
+        tl.constexpr(forward != 0),
+        tl.constexpr(reverse != 0),
+        tl.constexpr(o.divergence == SoftCrossEntropy.name),
+        tl.constexpr(weights is not None),
         # No None: Triton up to 3.6 could not compare the whole with None then.
         functions.far_value or functions.value,
         functions.far_slope or functions.slope,
@@ -174,7 +176,7 @@ def schedule_of(
     cross_entropy = call.labels is not None and o.ce_weight != 0
     rare = o.metrics or o.student_softcap or o.teacher_softcap or (cross_entropy and not lean)
     plain = functions is not None and not functions.feels_shift and not rare
-    return schedule.of_call(o.vocab, pair_bytes, plain, plain and lean and side_by_side, device)
+    return schedule.choose(o.vocab, pair_bytes, plain, plain and lean and side_by_side, device)
 
 
 def _row_pair(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -79,25 +77,6 @@ def choose(vocab: int, pair_bytes: int, plain: bool, many: bool, device: Device)
     registers = device.registers // (1024 if plain and not short else 512)
     entries = MANY if many and threads * MANY <= vocab else FEW
     return Schedule(threads * entries, threads // device.warp_size, registers)
-
-
-_forced: Schedule | None = None
-
-
-@contextlib.contextmanager
-def forced(schedule: Schedule) -> Iterator[None]:
-    """Every call takes this schedule meanwhile: for benchmarks and tests."""
-    global _forced
-    before, _forced = _forced, schedule
-    try:
-        yield
-    finally:
-        _forced = before
-
-
-def of_call(vocab: int, pair_bytes: int, plain: bool, many: bool, device: Device) -> Schedule:
-    """The forced schedule, or the chosen one."""
-    return _forced or choose(vocab, pair_bytes, plain, many, device)
 
 
 def _power_of_two(n: int) -> int:
