@@ -119,14 +119,15 @@ class LinearLoss(torch.autograd.Function):
     """Loss and metrics of hidden states and heads; saves the gradients of the student's tensors."""
 
     @staticmethod
-    def forward(ctx, count, linear, options, *tensors):
+    def forward(ctx, count, needs_grad, linear, options, *tensors):
         student = tensors[: 2 * count + 1]  # hidden states, weights and bias
-        loss, metrics, gradients = _linear_loss(count, linear, options, tensors)
+        loss, metrics, gradients = _linear_loss(count, tensors, needs_grad, linear, options)
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(metrics)
         ctx.set_materialize_grads(False)
         ctx.dtypes = [None if x is None else x.dtype for x in student]
-        ctx.linear, ctx.rest = linear, len(tensors) - len(student)
+        ctx.needs_grad, ctx.backend = needs_grad, linear.backend
+        ctx.rest = len(tensors) - len(student)
         ctx.consumed = False
         return loss, metrics
 
@@ -134,17 +135,17 @@ class LinearLoss(torch.autograd.Function):
     def backward(ctx, grad_output, _):
         check_backward(ctx, "linear_kd_loss")
         if grad_output is None:
-            return (None,) * (3 + len(ctx.dtypes) + ctx.rest)
+            return (None,) * (4 + len(ctx.dtypes) + ctx.rest)
         scale = _as_scale(grad_output)
         results = []
         for gradient, dtype, needed in zip(
-            ctx.saved_tensors, ctx.dtypes, ctx.linear.needs_grad, strict=True
+            ctx.saved_tensors, ctx.dtypes, ctx.needs_grad, strict=True
         ):
             if needed:
                 gradient = gradient.detach()
-                ops.scale_gradient(gradient, scale, None, ctx.linear.backend)
+                ops.scale_gradient(gradient, scale, None, ctx.backend)
             results.append(gradient.to(dtype) if needed else None)
-        return None, None, None, *results, *(None,) * ctx.rest
+        return None, None, None, None, *results, *(None,) * ctx.rest
 
 
 class LinearLossPerToken(torch.autograd.Function):
@@ -155,38 +156,37 @@ class LinearLossPerToken(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, count, linear, options, *tensors):
-        no_gradient = replaced(linear, needs_grad=[False] * len(linear.needs_grad))
-        loss, metrics, _ = _linear_loss(count, no_gradient, options, tensors)
+    def forward(ctx, count, needs_grad, linear, options, *tensors):
+        loss, metrics, _ = _linear_loss(count, tensors, [False] * len(needs_grad), linear, options)
         ctx.unsaved = ()
         if not torch.compiler.is_compiling():
             tensors, ctx.unsaved = _without_inference_tensors(tensors)
         ctx.save_for_backward(*tensors)
         ctx.mark_non_differentiable(metrics)
         ctx.set_materialize_grads(False)
-        ctx.arguments = count, linear, options
+        ctx.arguments = count, needs_grad, linear, options
         return loss, metrics
 
     @staticmethod
     def backward(ctx, grad_output, _):
-        count, linear, options = ctx.arguments
+        count, needs_grad, linear, options = ctx.arguments
         tensors = list(ctx.saved_tensors)
         for i, tensor in ctx.unsaved:
             tensors[i] = tensor
         check_backward(ctx, "linear_kd_loss", consumes=False)
         results = [None] * len(tensors)
         if grad_output is None:
-            return None, None, None, *results
+            return None, None, None, None, *results
         token_weight = grad_output.to(torch.float32)
         position = 2 * count + 1 + _TOKEN_WEIGHT
         if tensors[position] is not None:
             token_weight = token_weight * tensors[position]
         tensors[position] = token_weight
         weighted = replaced(options, reduction="sum", metrics=False)
-        gradients = _linear_loss(count, linear, weighted, tensors)[2]
-        for i, (gradient, needed) in enumerate(zip(gradients, linear.needs_grad, strict=True)):
+        gradients = _linear_loss(count, tensors, needs_grad, linear, weighted)[2]
+        for i, (gradient, needed) in enumerate(zip(gradients, needs_grad, strict=True)):
             results[i] = gradient.to(tensors[i].dtype) if needed else None
-        return None, None, None, *results
+        return None, None, None, None, *results
 
 
 def _without_inference_tensors(tensors):
@@ -202,9 +202,10 @@ def _without_inference_tensors(tensors):
 _TOKEN_WEIGHT = 5
 
 
-def _linear_loss(count, linear, options, tensors):
+def _linear_loss(count, tensors, needs_grad, linear, options):
     hidden, weight, rest = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
-    return _ops.linear_loss.default(list(hidden), list(weight), *rest, *linear, *options)
+    head = list(hidden), list(weight)
+    return _ops.linear_loss.default(*head, *rest, needs_grad, *linear, *options)
 
 
 def linear_loss(
@@ -222,12 +223,11 @@ def linear_loss(
     student = (*student_hidden, *student_weight, student_bias)
     grad = torch.is_grad_enabled()
     needs_grad = [grad and x is not None and x.requires_grad for x in student]
-    linear = replaced(linear, needs_grad=needs_grad)
     tensors = (*student, *teacher, *per_token, normalizer, row_index)
-    arguments = (len(student_hidden), linear, options)
-    if not any(linear.needs_grad):
+    count = len(student_hidden)
+    if not any(needs_grad):
         _check_no_tangent("linear_kd_loss", *student, *teacher)
-        return _linear_loss(*arguments, tensors)[:2]
+        return _linear_loss(count, tensors, needs_grad, linear, options)[:2]
     check_no_transform("linear_kd_loss")
     function = LinearLossPerToken if options.reduction == "none" else LinearLoss
-    return function.apply(*arguments, *tensors)
+    return function.apply(count, needs_grad, linear, options, *tensors)

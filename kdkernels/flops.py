@@ -29,7 +29,7 @@ _ops = torch.ops.kdkernels
 
 
 def _product(rows: int, weight: Shape) -> int:
-    """A multiply-add is two."""
+    """FLOPs of a matrix product; a multiply-add counts as two."""
     return 2 * rows * prod(weight)
 
 
@@ -41,9 +41,22 @@ def _of_student(rows: int, weight: list[Shape], needs_grad: list[bool]) -> int:
 
 
 @register_flop_formula(_ops.linear_loss)
-def _linear_loss(hidden: list[Shape], weight: list[Shape], *rest: Any, **_: Any) -> int:
-    teacher_hidden, teacher_weight = rest[1:3]  # after the student's bias
-    row_index, needs_grad = rest[8:10]
+def _linear_loss(
+    hidden: list[Shape],
+    weight: list[Shape],
+    bias: Shape | None,
+    teacher_hidden: Shape | None,
+    teacher_weight: Shape,
+    teacher_bias: Shape | None,
+    teacher_logits: Shape | None,
+    labels: Shape | None,
+    token_weight: Shape | None,
+    normalizer: Shape | None,
+    row_index: Shape | None,
+    needs_grad: list[bool],
+    *_: Any,
+    **__: Any,
+) -> int:
     rows = prod(hidden[0][:-1] if row_index is None else row_index)
     of_teacher = 0 if teacher_hidden is None else _product(rows, teacher_weight)
     return of_teacher + _of_student(rows, weight, needs_grad)
@@ -55,6 +68,17 @@ def _linear_tails(hidden: list[Shape], weight: list[Shape], *_: Any, **__: Any) 
 
 
 @register_flop_formula(_ops.linear_tails_gradient)
-def _linear_tails_gradient(hidden: list[Shape], weight: list[Shape], *rest: Any, **_: Any) -> int:
-    needs_grad = rest[6]  # after a bias and five tensors of rows
+def _linear_tails_gradient(
+    hidden: list[Shape],
+    weight: list[Shape],
+    bias: Shape | None,
+    listed: Shape,
+    kept: Shape,
+    tails: Shape,
+    grad_tails: Shape,
+    grad_listed: Shape,
+    needs_grad: list[bool],
+    *_: Any,
+    **__: Any,
+) -> int:
     return _of_student(prod(hidden[0][:-1]), weight, needs_grad)

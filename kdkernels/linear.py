@@ -216,7 +216,7 @@ def linear_kd_loss(
         )
     else:
         wide = logits_dtype is not None
-        linear = LinearOptions([], student_dtype, teacher_dtype, wide, chunk_bytes, call.backend)
+        linear = LinearOptions(student_dtype, teacher_dtype, wide, chunk_bytes, call.backend)
         loss, stacked = autograd.linear_loss(
             hidden,
             weight,

@@ -161,7 +161,7 @@ def gradient_dtypes(
     return product, [w.dtype for w in weight]
 
 
-class Student:
+class StudentHead:
     """The student's logits, a chunk of rows at a time, and what their gradient turns into.
 
     The logits are a sum of products, one for a plain head; a low-rank adapter adds another.
@@ -174,6 +174,7 @@ class Student:
         bias: Tensor | None,
         rows: SomeRows,
         options: LinearOptions,
+        needs_grad: list[bool] | None = None,  # of each hidden, each weight and the bias
     ):
         self.dtype = options.student_dtype
         self.logits_dtype = torch.float32 if options.float32_logits else self.dtype
@@ -181,7 +182,7 @@ class Student:
         self.weight = [w.to(self.dtype) for w in weight]  # (vocab, hidden)
         self.bias = None if bias is None else bias.to(self.dtype)
         self.rows, self.vocab = self.hidden[0].shape[0], weight[0].shape[0]
-        needs = options.needs_grad
+        needs = needs_grad or [False] * (len(hidden) + len(weight) + 1)
         self.needs_hidden, self.needs_weight = needs[: len(hidden)], needs[len(hidden) : -1]
         self.needs_bias = needs[-1]
         self.half = self.dtype == torch.float16

@@ -12,35 +12,30 @@ import functools
 import torch
 from torch import Tensor
 
-from .linear_models import Rows, Student, TeacherHead, TeacherLogits, gradient_dtypes
-from .ops import SCALARS, fake_outputs, library
-from .options import METRICS, LinearOptions, LogitsOptions, Options
+from .linear_models import Rows, StudentHead, TeacherHead, TeacherLogits, gradient_dtypes
+from .ops import fake_outputs, library
+from .options import METRICS, LinearOptions, LogitsOptions, Options, schema_of
 
 _ops = torch.ops.kdkernels
-
-LINEAR_SCALARS = (
-    "bool[] needs_grad, ScalarType student_dtype, ScalarType teacher_dtype, bool float32_logits, "
-    "SymInt chunk_bytes, str backend"
-)
 
 library.define(
     "linear_loss(Tensor[] student_hidden, Tensor[] student_weight, Tensor? student_bias, "
     "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
     "Tensor? teacher_logits, Tensor? labels, Tensor? token_weight, Tensor? normalizer, "
-    f"Tensor? row_index, {LINEAR_SCALARS}, {SCALARS}) "
-    "-> (Tensor loss, Tensor metrics, Tensor[] gradients)"
+    f"Tensor? row_index, bool[] needs_grad, {schema_of(LinearOptions)}, {schema_of(LogitsOptions)})"
+    " -> (Tensor loss, Tensor metrics, Tensor[] gradients)"
 )
 
 
 def _run(
-    student: Student,
+    student: StudentHead,
     teacher: TeacherHead | TeacherLogits,
     rows: Rows,
+    with_gradient: bool,
     linear: LinearOptions,
     o: LogitsOptions,
 ) -> tuple[Tensor, Tensor]:
     """Loss and metrics of the rows that take part; gradients stay with the student."""
-    with_gradient = any(linear.needs_grad)
     device = student.hidden[0].device
     split = student.plan(teacher, linear.chunk_bytes, o)
     student.allocate(split.chunk)
@@ -85,6 +80,7 @@ def _linear_loss(
     token_weight,
     normalizer,
     row_index,
+    needs_grad,
     *scalars,
 ):
     linear, o = split_options(scalars, LogitsOptions)
@@ -98,14 +94,16 @@ def _linear_loss(
     lead, device = student_hidden[0].shape[:-1], student_hidden[0].device
     with torch.autocast(device.type, enabled=False):
         rows = Rows(lead, device, labels, token_weight, normalizer, row_index, o)
-        student = Student(student_hidden, student_weight, student_bias, rows, linear)
+        student = StudentHead(
+            student_hidden, student_weight, student_bias, rows, linear, needs_grad
+        )
         teacher = (
             TeacherLogits(teacher_logits, rows, device)
             if teacher_logits is not None
             else TeacherHead(teacher_hidden, teacher_weight, teacher_bias, rows, linear)
         )
-        loss, metrics = _run(student, teacher, rows, linear, o)
-        gradients = student.gradients(rows, o.group) if any(linear.needs_grad) else []
+        loss, metrics = _run(student, teacher, rows, any(needs_grad), linear, o)
+        gradients = student.gradients(rows, o.group) if any(needs_grad) else []
         loss = rows.everywhere(loss) if o.reduction == "none" else loss
         return loss, rows.everywhere(metrics) if o.metrics else metrics, gradients
 
@@ -130,22 +128,41 @@ def split_options(scalars: tuple, kind: type[Options]) -> tuple[LinearOptions, O
 
 
 @torch.library.register_fake("kdkernels::linear_loss", lib=library)
-def _(hidden, weight, bias, *rest):
-    linear, o = split_options(rest[8:], LogitsOptions)
-    return *fake_outputs(hidden[0], o), fake_gradients(hidden, weight, bias, linear)
+def _(
+    hidden,
+    weight,
+    bias,
+    teacher_hidden,
+    teacher_weight,
+    teacher_bias,
+    teacher_logits,
+    labels,
+    token_weight,
+    normalizer,
+    row_index,
+    needs_grad,
+    *scalars,
+):
+    linear, o = split_options(scalars, LogitsOptions)
+    gradients = fake_gradients(hidden, weight, bias, needs_grad, linear.student_dtype)
+    return *fake_outputs(hidden[0], o), gradients
 
 
 def fake_gradients(
-    hidden: list[Tensor], weight: list[Tensor], bias: Tensor | None, linear: LinearOptions
+    hidden: list[Tensor],
+    weight: list[Tensor],
+    bias: Tensor | None,
+    needs_grad: list[bool],
+    product_dtype: torch.dtype,
 ) -> list[Tensor]:
-    """Tensors like those of :meth:`Student.gradients`."""
-    if not any(linear.needs_grad):
+    """Tensors like those of :meth:`StudentHead.gradients`."""
+    if not any(needs_grad):
         return []
-    of_hidden, of_weights = gradient_dtypes(linear.student_dtype, weight)
+    of_hidden, of_weights = gradient_dtypes(product_dtype, weight)
     dtypes = [*(of_hidden for _ in hidden), *of_weights]
     gradients = [
         x.new_empty(x.shape if needed else 0, dtype=dtype)
-        for x, needed, dtype in zip((*hidden, *weight), linear.needs_grad, dtypes, strict=False)
+        for x, needed, dtype in zip((*hidden, *weight), needs_grad, dtypes, strict=False)
     ]
-    shape = bias.shape if bias is not None and linear.needs_grad[-1] else 0
+    shape = bias.shape if bias is not None and needs_grad[-1] else 0
     return [*gradients, hidden[0].new_empty(shape, dtype=torch.float32)]

@@ -11,11 +11,11 @@ from torch import Tensor
 from . import checks, collectives, linear, linear_checks, scalars
 from .divergences import Divergence, as_divergence
 from .functional import Metrics
-from .linear_tail import Head
+from .linear_tail import HeadStudent
 from .options import LinearOptions
 from .sparse import loss_of
 from .sparse_entries import check_entries, check_tail
-from .tail import Student
+from .tail import LogitsStudent, Student
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -179,12 +179,12 @@ def linear_sparse_kd_loss(
         vocab_start=vocab_start,
     )
     hidden = [collectives.summed_in_backward(h, call.options) for h in hidden]
-    student: Student | Head
+    student: Student
     if call.backend == "reference":
         logits = linear.logits_of(hidden, weight, student_bias, logits_dtype)
-        student = Student(logits, False, "reference")
+        student = LogitsStudent(logits, False, "reference")
     else:
         wide = logits_dtype is not None
-        options = LinearOptions([], dtype, dtype, wide, chunk_bytes, call.backend)
-        student = Head(hidden, weight, student_bias, options)
+        options = LinearOptions(dtype, dtype, wide, chunk_bytes, call.backend)
+        student = HeadStudent(hidden, weight, student_bias, options)
     return loss_of(student, teacher_indices, teacher_logprobs, labels, call, tail)

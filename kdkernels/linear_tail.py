@@ -14,22 +14,23 @@ from torch import Tensor
 
 from .autograd import check_backward, check_no_transform
 from .backends import IMPLEMENTATIONS
-from .linear_models import SomeRows, Student
-from .linear_ops import LINEAR_SCALARS, check_memory, fake_gradients, split_options
+from .linear_models import SomeRows, StudentHead
+from .linear_ops import check_memory, fake_gradients, split_options
 from .ops import library
-from .options import LinearOptions, TailOptions, replaced
-from .tail import SCALARS, log_sum_exps
+from .options import LinearOptions, TailOptions, schema_of
+from .tail import log_sum_exps
 from .top import Top
 
 _HEAD = "Tensor[] hidden, Tensor[] weight, Tensor? bias, Tensor listed, Tensor kept"
+_SCALARS = f"{schema_of(LinearOptions)}, {schema_of(TailOptions)}"
 
 library.define(
-    f"linear_tails({_HEAD}, bool with_top, {LINEAR_SCALARS}, {SCALARS})"
+    f"linear_tails({_HEAD}, bool with_top, {_SCALARS})"
     " -> (Tensor listed_logits, Tensor tails, Tensor top_logit, Tensor top)"
 )
 library.define(
     f"linear_tails_gradient({_HEAD}, Tensor tails, Tensor grad_tails, Tensor grad_listed, "
-    f"{LINEAR_SCALARS}, {SCALARS}) -> Tensor[]"
+    f"bool[] needs_grad, {_SCALARS}) -> Tensor[]"
 )
 
 
@@ -56,7 +57,7 @@ def _linear_tails(hidden, weight, bias, listed, kept, with_top, *scalars):
     run = IMPLEMENTATIONS[linear.backend].tails
     rows, width = _rows(kept), listed.shape[-1]
     with torch.autocast(listed.device.type, enabled=False):
-        student = Student(hidden, weight, bias, rows, linear)
+        student = StudentHead(hidden, weight, bias, rows, linear)
         listed = _pick(rows, listed, width)
         split = student.plan(None, linear.chunk_bytes)
         student.allocate(split.block)
@@ -76,14 +77,14 @@ def _linear_tails(hidden, weight, bias, listed, kept, with_top, *scalars):
 
 
 def _linear_tails_gradient(
-    hidden, weight, bias, listed, kept, tails, grad_tails, grad_listed, *scalars
+    hidden, weight, bias, listed, kept, tails, grad_tails, grad_listed, needs_grad, *scalars
 ):
     linear, o = split_options(scalars, TailOptions)
     _check_memory(hidden, weight)
     run = IMPLEMENTATIONS[linear.backend].tails_gradient
     rows, width = _rows(kept), listed.shape[-1]
     with torch.autocast(listed.device.type, enabled=False):
-        student = Student(hidden, weight, bias, rows, linear)
+        student = StudentHead(hidden, weight, bias, rows, linear, needs_grad)
         listed, grad_listed = (_pick(rows, x, width) for x in (listed, grad_listed))
         tails, grad_tails = (_pick(rows, x) for x in (tails, grad_tails))
         row_scale = None
@@ -130,8 +131,9 @@ def _(hidden, weight, bias, listed, kept, with_top, *scalars):
 
 
 @torch.library.register_fake("kdkernels::linear_tails_gradient", lib=library)
-def _(hidden, weight, bias, listed, kept, tails, grad_tails, grad_listed, *scalars):
-    return fake_gradients(hidden, weight, bias, split_options(scalars, TailOptions)[0])
+def _(hidden, weight, bias, listed, kept, tails, grad_tails, grad_listed, needs_grad, *scalars):
+    linear, _ = split_options(scalars, TailOptions)
+    return fake_gradients(hidden, weight, bias, needs_grad, linear.student_dtype)
 
 
 _ops = torch.ops.kdkernels
@@ -165,7 +167,8 @@ class _LinearListedAndTails(torch.autograd.Function):
             tails,
             grad_tails.to(torch.float32),
             grad_listed.to(torch.float32),
-            *replaced(linear, needs_grad=needs),
+            needs,
+            *linear,
             *options,
         )
         results = [
@@ -176,7 +179,7 @@ class _LinearListedAndTails(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class Head:
+class HeadStudent:
     """A student of hidden states and heads, whose logits are the sum of their products."""
 
     hidden: list[Tensor]  # each (..., hidden)
@@ -186,7 +189,7 @@ class Head:
 
     @property
     def like(self) -> Tensor:
-        """Of the same leading shape, device and precision."""
+        """See :attr:`kdkernels.tail.Student.like`."""
         return self.hidden[0]
 
     def listed_and_tails(
@@ -201,7 +204,6 @@ class Head:
         """See :meth:`kdkernels.tail.Student.listed_and_tails`."""
         check_no_transform("linear_sparse_kd_loss")
         student = *self.hidden, *self.weight, self.bias
-        no_gradient = replaced(self.linear, needs_grad=[False] * len(student))
-        arguments = len(self.hidden), no_gradient, options, with_top, listed, kept
+        arguments = len(self.hidden), self.linear, options, with_top, listed, kept
         listed_logits, tails, *top = _LinearListedAndTails.apply(*arguments, *student)
         return listed_logits, tails, Top(*top) if with_top else None

@@ -13,27 +13,22 @@ from torch import Tensor
 from . import memory, sharded
 from .backends import IMPLEMENTATIONS
 from .backends.rows import check_in_place, gradient_like, has_row_scale, in_rows
-from .options import METRICS, LogitsOptions
+from .options import METRICS, LogitsOptions, schema_of
 from .watchers import goes_straight
 
 _TENSORS = "Tensor teacher, Tensor? labels, Tensor? token_weight, Tensor? normalizer, str backend"
-SCALARS = (
-    "str divergence, float parameter_0, float parameter_1, float temperature, float kd_weight, "
-    "float ce_weight, int ignore_index, str reduction, SymInt vocab, float student_scale, "
-    "float student_softcap, float teacher_scale, float teacher_softcap, bool metrics, str group, "
-    "int rank, int processes, SymInt vocab_start, SymInt vocab_size"
-)
+_SCALARS = schema_of(LogitsOptions)
 
 library = torch.library.Library("kdkernels", "DEF")
 library.define(
-    f"logits_loss(Tensor student, {_TENSORS}, {SCALARS}) -> (Tensor loss, Tensor metrics)"
+    f"logits_loss(Tensor student, {_TENSORS}, {_SCALARS}) -> (Tensor loss, Tensor metrics)"
 )
 library.define(
-    f"logits_loss_and_grad(Tensor student, {_TENSORS}, {SCALARS})"
+    f"logits_loss_and_grad(Tensor student, {_TENSORS}, {_SCALARS})"
     " -> (Tensor loss, Tensor metrics, Tensor row_scale, Tensor gradient)"
 )
 library.define(
-    f"logits_loss_and_grad_(Tensor(a!) student, {_TENSORS}, {SCALARS})"
+    f"logits_loss_and_grad_(Tensor(a!) student, {_TENSORS}, {_SCALARS})"
     " -> (Tensor loss, Tensor metrics, Tensor row_scale)"
 )
 library.define(

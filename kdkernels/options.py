@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypedDict, TypeVar
+from typing import Annotated, Any, NamedTuple, TypedDict, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
 
 Options = TypeVar("Options", bound=tuple)
+
+#: An int that depends on shapes, which torch.compile may leave symbolic.
+Size = Annotated[int, "SymInt"]
 
 
 class Metrics(TypedDict):
@@ -42,8 +45,24 @@ def replaced(options: Options, **changes: Any) -> Options:
     return kind(*[changes.get(n, x) for n, x in zip(kind._fields, options, strict=True)])
 
 
+_SCHEMA_TYPES: dict[Any, str] = {
+    str: "str",
+    bool: "bool",
+    int: "int",
+    float: "float",
+    Size: "SymInt",
+    torch.dtype: "ScalarType",
+}
+
+
+def schema_of(kind: type[tuple]) -> str:
+    """The fields of options as the parameters of an operator."""
+    fields = get_type_hints(kind, include_extras=True).items()
+    return ", ".join(f"{_SCHEMA_TYPES[annotation]} {name}" for name, annotation in fields)
+
+
 class LogitsOptions(NamedTuple):
-    """Scalars of the logits level; the fields are the tail of every operator's schema."""
+    """Scalars of the logits level."""
 
     divergence: str  # the compiled divergence, "" for one only the reference can evaluate
     parameter_0: float
@@ -53,7 +72,7 @@ class LogitsOptions(NamedTuple):
     ce_weight: float
     ignore_index: int
     reduction: str
-    vocab: int  # columns that take part here
+    vocab: Size  # columns that take part here
     student_scale: float
     student_softcap: float  # 0: none
     teacher_scale: float
@@ -62,29 +81,28 @@ class LogitsOptions(NamedTuple):
     group: str  # of processes that share the vocabulary, "" for none
     rank: int  # of this one
     processes: int
-    vocab_start: int  # of this process's columns
-    vocab_size: int  # of all of them
+    vocab_start: Size  # of this process's columns
+    vocab_size: Size  # of all of them
 
 
 class LinearOptions(NamedTuple):
-    """What the fused-linear level adds, in the order of its operator's schema."""
+    """What the fused-linear level adds."""
 
-    needs_grad: list[bool]  # of every student_hidden, every student_weight, and student_bias
     student_dtype: torch.dtype  # of the products
     teacher_dtype: torch.dtype
     float32_logits: bool  # wider than the products' operands
-    chunk_bytes: int  # 0: the default
+    chunk_bytes: Size  # 0: the default
     backend: str
 
 
 class TailOptions(NamedTuple):
-    """Scalars of the operators behind a sparse teacher, in the order of their schemas."""
+    """Scalars of the operators behind a sparse teacher."""
 
     temperature: float
     at_1: bool  # log-sum-exps also at temperature 1
     scale: float
     softcap: float  # 0: none
-    vocab: int
+    vocab: Size
 
     def temperatures(self) -> tuple[float, ...]:
         return (self.temperature, 1.0) if self.at_1 else (self.temperature,)

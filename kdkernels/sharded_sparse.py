@@ -14,7 +14,7 @@ from torch import Tensor
 from . import collectives, reference, watchers
 from .divergences import Divergence
 from .options import LogitsOptions, TailOptions
-from .tail import AnyStudent
+from .tail import Student
 from .top import Top
 
 
@@ -22,14 +22,14 @@ from .top import Top
 class ShardedStudent:
     """A student of which this process has some columns."""
 
-    shard: AnyStudent
+    shard: Student
     o: LogitsOptions
-    alike: Tensor  # (..., n), what else all processes hold of a row
-    also: tuple[Divergence, str]  # and pass
+    same_everywhere: Tensor  # (..., n), what all processes must hold of a row besides its list
+    arguments: tuple[Divergence, str]  # which all processes must pass
 
     @property
     def like(self) -> Tensor:
-        """Of the same leading shape, device and precision."""
+        """See :attr:`kdkernels.tail.Student.like`."""
         return self.shard.like
 
     def listed_and_tails(
@@ -50,7 +50,9 @@ class ShardedStudent:
             ascending, kept, options, with_tails=with_tails, with_top=with_top
         )
         stored = torch.zeros_like(stored).scatter(-1, order, stored)
-        numbers = torch.cat([listed.double(), self.alike.double().nan_to_num(0.0, 1e4, -1e4)], -1)
+        numbers = torch.cat(
+            [listed.double(), self.same_everywhere.double().nan_to_num(0.0, 1e4, -1e4)], -1
+        )
         slot = torch.arange(1, numbers.shape[-1] + 1, device=listed.device)
         checksum = (numbers * slot).sum(-1, keepdim=True)
         told = [torch.where(here, stored, 0.0), tails.movedim(0, -1), checksum]
@@ -58,7 +60,7 @@ class ShardedStudent:
             told += [top.logit.unsqueeze(-1), (top.token + o.vocab_start).unsqueeze(-1)]
         rows = kept.numel()
         message = torch.cat([x.double().reshape(rows, x.shape[-1]) for x in told], -1)
-        header = collectives.header_of(message, o, *self.also)
+        header = collectives.header_of(message, o, *self.arguments)
         everyone = collectives.gathered(torch.cat([message.flatten(), header]), o)
         everyone, headers = everyone.tensor_split([message.numel()], -1)
         apart = collectives.do_not_fit(headers.detach(), o)

@@ -21,7 +21,7 @@ from .options import LogitsOptions, TailOptions
 from .sharded_sparse import ShardedStudent
 from .sparse_entries import MOST_PROBABILITY, check_entries, check_tail, entries, listed_twice
 from .sparse_terms import few_tokens, values_of
-from .tail import AnyStudent, Student
+from .tail import LogitsStudent, Student
 from .top import Top
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ def sparse_kd_loss(
         group=where.group,
         vocab_start=where.vocab_start,
     )
-    student = Student(student_logits, inplace_grad, call.backend)
+    student = LogitsStudent(student_logits, inplace_grad, call.backend)
     result = loss_of(student, teacher_indices, teacher_logprobs, labels, call, tail)
     if inplace_grad and given is not student_logits:
         overwritten(given)
@@ -216,7 +216,7 @@ def sparse_kd_loss(
 
 
 def loss_of(
-    student: AnyStudent,
+    student: Student,
     indices: Tensor,  # (..., k)
     logprobs: Tensor,  # (..., k)
     labels: Tensor | None,  # (...)
@@ -230,7 +230,7 @@ def loss_of(
 
 
 def _loss(
-    student: AnyStudent,
+    student: Student,
     indices: Tensor,
     logprobs: Tensor,
     labels: Tensor | None,
@@ -247,8 +247,8 @@ def _loss(
     if o.group:
         share = rows.weight / reference.normalizer_of(rows, call.normalizer, o)
         label = torch.zeros_like(share) if labels is None else torch.where(rows.kept, labels, 0)
-        alike = torch.cat([log_p, share.unsqueeze(-1), label.unsqueeze(-1)], -1)
-        student = ShardedStudent(student, o, alike, (call.divergence, tail))
+        same_everywhere = torch.cat([log_p, share.unsqueeze(-1), label.unsqueeze(-1)], -1)
+        student = ShardedStudent(student, o, same_everywhere, (call.divergence, tail))
     logits = _Logits(
         student,
         indices,
@@ -289,7 +289,7 @@ class _Logits:
 
     def __init__(
         self,
-        student: AnyStudent,
+        student: Student,
         indices: Tensor,  # (..., k), -1: none
         labels: Tensor | None,  # (...), -1: none
         kept: Tensor,  # (...)

@@ -17,20 +17,21 @@ from .autograd import check_backward, check_no_transform
 from .backends import IMPLEMENTATIONS
 from .backends.rows import check_in_place, gradient_like, in_rows
 from .ops import library
-from .options import TailOptions
+from .options import TailOptions, schema_of
 from .top import Top
 
-SCALARS = "float temperature, bool at_1, float scale, float softcap, SymInt vocab"
+_SCALARS = schema_of(TailOptions)
 _GRADIENTS = "Tensor tails, Tensor grad_tails, Tensor grad_listed"
 
 library.define(
-    f"tails(Tensor student, Tensor listed, Tensor? kept, {SCALARS}, str backend) -> Tensor"
+    f"tails(Tensor student, Tensor listed, Tensor? kept, {_SCALARS}, str backend) -> Tensor"
 )
 library.define(
-    f"tails_gradient(Tensor student, Tensor listed, {_GRADIENTS}, {SCALARS}, str backend) -> Tensor"
+    f"tails_gradient(Tensor student, Tensor listed, {_GRADIENTS}, {_SCALARS}, str backend)"
+    " -> Tensor"
 )
 library.define(
-    f"tails_gradient_(Tensor(a!) student, Tensor listed, {_GRADIENTS}, {SCALARS}, str backend)"
+    f"tails_gradient_(Tensor(a!) student, Tensor listed, {_GRADIENTS}, {_SCALARS}, str backend)"
     " -> ()"
 )
 
@@ -126,35 +127,13 @@ def log_sum_exps(tails: Tensor, options: TailOptions) -> Tensor:
     )
 
 
-class AnyStudent(Protocol):
-    """Logits, or hidden states and a head; see :class:`kdkernels.tail.Student`."""
-
-    @property
-    def like(self) -> Tensor: ...
-
-    def listed_and_tails(
-        self,
-        listed: Tensor,
-        kept: Tensor,
-        options: TailOptions,
-        *,
-        with_tails: bool,
-        with_top: bool,
-    ) -> tuple[Tensor, Tensor, Top | None]: ...
-
-
-@dataclass(frozen=True)
-class Student:
-    """A student of logits ``(..., vocab)``."""
-
-    logits: Tensor
-    inplace: bool
-    backend: str
+class Student(Protocol):
+    """Logits, or hidden states and a head, or a shard of either."""
 
     @property
     def like(self) -> Tensor:
-        """Of the same leading shape, device and precision."""
-        return self.logits
+        """A tensor of the same leading shape, device and precision."""
+        ...
 
     def listed_and_tails(
         self,
@@ -179,6 +158,32 @@ class Student:
             ``(1 + at_1, ...)`` of all other transformed logits at ``options.temperatures()``, and
             anything where ``kept`` is False; both float64 and differentiable. And the top token.
         """
+        ...
+
+
+@dataclass(frozen=True)
+class LogitsStudent:
+    """A student of logits ``(..., vocab)``."""
+
+    logits: Tensor
+    inplace: bool
+    backend: str
+
+    @property
+    def like(self) -> Tensor:
+        """See :attr:`Student.like`."""
+        return self.logits
+
+    def listed_and_tails(
+        self,
+        listed: Tensor,
+        kept: Tensor,
+        options: TailOptions,
+        *,
+        with_tails: bool,
+        with_top: bool,
+    ) -> tuple[Tensor, Tensor, Top | None]:
+        """See :meth:`Student.listed_and_tails`."""
         student, backend = self.logits, self.backend
         top = Top.of(student, options.vocab) if with_top else None
         if student.shape[-1] == 0:  # as a shard may have it

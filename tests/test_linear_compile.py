@@ -53,7 +53,7 @@ def test_opcheck(dtype):
     case = make_case(dtype)
     labels, weight, count = some_labels(), normal(*LEAD).abs(), torch.tensor(3.0)
     for needs in ([True, True, True], [False, True, False], [False, False, False]):
-        linear = LinearOptions(needs, dtype, dtype, False, 0, "cpu")
+        linear = LinearOptions(dtype, dtype, False, 0, "cpu")
         for choice in (options(), options("forward_kl", "none", metrics=False)):
             torch.library.opcheck(
                 torch.ops.kdkernels.linear_loss.default,
@@ -63,6 +63,7 @@ def test_opcheck(dtype):
                     case.student_bias,
                     *(case.teacher_hidden, case.teacher_weight, case.teacher_bias, None),
                     *(labels, weight, count, None),
+                    needs,
                     *linear,
                     *choice._replace(vocab=VOCAB, vocab_size=VOCAB),
                 ),

@@ -234,9 +234,9 @@ def test_opcheck(dtype):
     linear = dtype, dtype, False, 0, "cpu"
     head = [hidden], [weight], bias, listed, kept
     for with_top in (False, True):
-        arguments = *head, with_top, [False] * 3, *linear, *options
+        arguments = *head, with_top, *linear, *options
         torch.library.opcheck(ops.linear_tails.default, arguments)
-    tails = ops.linear_tails(*head, False, [False] * 3, *linear, *options)[1]
+    tails = ops.linear_tails(*head, False, *linear, *options)[1]
     gradients = torch.ones(2, 5), torch.ones(5, K)
     for needs in ([True, True, True], [True, False, False], [False, True, False]):
         arguments = *head, tails, *gradients, needs, *linear, *options
