@@ -16,7 +16,7 @@ _ops = torch.ops.kdkernels
 
 
 def check_backward(ctx: Any, name: str, consumes: bool = True) -> None:
-    """Raises where a gradient that was computed once would be wrong."""
+    """Raises where the one gradient that the forward computed would be wrong."""
     if torch.compiler.is_compiling():
         return
     if torch.is_grad_enabled():
@@ -33,8 +33,8 @@ def check_backward(ctx: Any, name: str, consumes: bool = True) -> None:
 
 
 def _check_no_tangent(name: str, *tensors: Tensor | None) -> None:
-    """Raises where a forward-mode derivative would be lost; Functions do so by themselves."""
-    if torch.compiler.is_compiling():  # which sees no tangents
+    """Raises for a forward-mode derivative; PyTorch itself raises where a Function is applied."""
+    if torch.compiler.is_compiling():  # tangents cannot be seen then
         check_no_transform(name)
         return
     for tensor in tensors:
@@ -45,7 +45,7 @@ def _check_no_tangent(name: str, *tensors: Tensor | None) -> None:
 
 
 def check_no_transform(name: str) -> None:
-    """Raises where torch.func would ask a Function for what it does not have."""
+    """Raises under a torch.func transform, which the Functions here do not support."""
     if transforms_active():
         raise RuntimeError(f"{name}: torch.func cannot transform it; use backend='reference'")
 
@@ -61,7 +61,7 @@ class LogitsLoss(torch.autograd.Function):
             tensors, backend, options, inplace, straight
         )
         if inplace:
-            gradient = gradient.detach()  # of a Function's view, as to_local() is, none is saved
+            gradient = gradient.detach()  # a Function's view, such as to_local(), cannot be saved
         ctx.save_for_backward(gradient, row_scale)
         ctx.set_materialize_grads(False)
         ctx.backend = backend
@@ -82,12 +82,12 @@ class LogitsLoss(torch.autograd.Function):
         return gradient, None
 
 
-# What Function.apply comes to where no transform is active, sooner.
+# What Function.apply calls where no transform is active, without its checks.
 _apply_logits_loss = super(torch.autograd.Function, LogitsLoss).apply
 
 
 def _as_scale(grad_output: Tensor) -> Tensor:
-    """grad_output as kernels read it; from sum() it comes expanded."""
+    """grad_output as kernels read it: float32 and contiguous, where sum() gives an expanded one."""
     if grad_output.dtype != torch.float32:
         grad_output = grad_output.to(torch.float32)
     return grad_output.contiguous()
@@ -100,7 +100,7 @@ def logits_loss(
     inplace: bool,
     options: LogitsOptions,
 ) -> tuple[Tensor, Tensor | None]:
-    """Loss, and the stacked metrics where asked for, through a compiled backend."""
+    """The loss and, if asked for, the stacked metrics, by a compiled backend."""
     straight = goes_straight(student, *constants)
     if student.requires_grad and torch.is_grad_enabled():
         if not straight:
@@ -110,7 +110,7 @@ def logits_loss(
         return outputs if options.metrics else (outputs, None)
     _check_no_tangent("kd_loss", student, constants[0])
     if not straight and torch.is_grad_enabled() and hides_gradient(student):
-        check_no_transform("kd_loss")  # vmap itself would work
+        check_no_transform("kd_loss")  # grad around vmap; vmap alone works
     loss, metrics = ops.loss((student, *constants), backend, options, straight)
     return loss, metrics if options.metrics else None
 
@@ -149,10 +149,10 @@ class LinearLoss(torch.autograd.Function):
 
 
 class LinearLossPerToken(torch.autograd.Function):
-    """The same with a loss per token, whose weights are known in the backward only.
+    """The same with one loss per token.
 
-    A weight gradient sums over the tokens and cannot be weighted afterwards, so the backward
-    computes the loss again, as the sum weighted by grad_output.
+    grad_output then weights the tokens, and a weight gradient, which sums over them, cannot be
+    weighted afterwards: the backward computes the loss again, as the sum weighted by grad_output.
     """
 
     @staticmethod
@@ -190,7 +190,7 @@ class LinearLossPerToken(torch.autograd.Function):
 
 
 def _without_inference_tensors(tensors):
-    """Tensors that can be saved; and the others, such as a teacher's, with their positions."""
+    """The tensors that autograd can save, and (position, tensor) of those that it cannot."""
     others = [(i, x) for i, x in enumerate(tensors) if x is not None and x.is_inference()]
     tensors = list(tensors)
     for i, _ in others:

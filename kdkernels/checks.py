@@ -70,11 +70,11 @@ def call(
         total = _normalizer_tensor(normalizer, student) if reduction == "mean" else None
         normalizer = None
     elif torch.compiler.is_compiling() and normalizer is not None and reduction == "mean":
-        # An option, each number would be compiled anew.
+        # As an option, each number would be compiled anew.
         number = scalars.number("normalizer", normalizer, positive=True)
         total = torch.full((), number, dtype=torch.float32, device=student.device)
         normalizer = None
-    # Without a teacher's logits any backend will do: no kernel has to know the divergence.
+    # Without a teacher's logits no kernel has to know the divergence, so any backend will do.
     known = ForwardKL() if teacher is None else divergence
     teacher = student if teacher is None else teacher
     chosen = backends.choose(backend, student, teacher, known, inplace_grad)
@@ -191,14 +191,14 @@ def _not_a_tensor(name: str, value: Any) -> TypeError:
 
 
 def strided(name: str, tensor: Tensor) -> None:
-    """Refuses sparse and nested tensors, which have no memory that kernels could read."""
+    """Raises for sparse and nested tensors, whose memory kernels cannot read."""
     if tensor.is_nested or tensor.layout != torch.strided:
         kind = "a nested tensor" if tensor.is_nested else tensor.layout
         raise TypeError(f"{name} is {kind}, expected a plain tensor, of layout torch.strided")
 
 
 def float_tensor(name: str, tensor: Tensor) -> None:
-    """A tensor of a dtype that losses take."""
+    """Raises for what is no tensor of a dtype that losses take."""
     if not isinstance(tensor, Tensor):
         raise _not_a_tensor(name, tensor)
     if tensor.dtype not in DTYPES:
@@ -213,7 +213,7 @@ def float_tensor(name: str, tensor: Tensor) -> None:
 
 
 def logits_tensor(name: str, logits: Tensor, *, least: int = 1) -> None:
-    """(..., vocab) of a ``least`` vocabulary, whose last dimension is contiguous."""
+    """Raises unless it is ``(..., vocab)`` with vocab >= least, contiguous within rows."""
     float_tensor(name, logits)
     if logits.dim() == 0:
         raise ValueError(f"{name} has shape (), expected (..., vocab)")
@@ -251,7 +251,7 @@ def logits(student: Tensor, teacher: Tensor, *, shards: bool) -> torch.Size:
 
 
 def inplace_grad(value: bool, student: Tensor) -> None:
-    """Refuses to overwrite what is not only the call's; of a DTensor both itself and its shard."""
+    """Raises where logits are used elsewhere and so must not be overwritten; also for a DTensor."""
     if not scalars.option("inplace_grad", value):
         return
     if not student.requires_grad or not torch.is_grad_enabled():
@@ -270,7 +270,7 @@ def _no_view_of_a_leaf(student: Tensor) -> None:
         raise ValueError("inplace_grad: student_logits is a view of a leaf that requires grad")
 
 
-# An operator where compiled: written out, a graph would ask a tensor that has lost its base.
+# Under torch.compile by an operator: tensors of a graph do not know their base.
 library.define("no_view_of_a_leaf(Tensor student) -> ()")
 library.impl("no_view_of_a_leaf", _no_view_of_a_leaf, "CompositeImplicitAutograd")
 
@@ -315,12 +315,12 @@ def _normalizer_tensor(normalizer: Tensor, student: Tensor) -> Tensor:
     _constant("normalizer", normalizer)
     total = normalizer.to(torch.float32)
     if total.device != student.device and type(total) is Tensor and watchers.may_look(total):
-        # Filled in: a copy of it would wait for the device.
+        # Filled in on the device: copying it there would wait.
         return torch.full((), float(total), dtype=torch.float32, device=student.device)
     return total.to(student.device)
 
 
 def _constant(name: str, tensor: Tensor) -> None:
-    """Refuses a tensor whose gradient would be missing."""
+    """Raises for a tensor that requires grad, as it would get none."""
     if tensor.requires_grad:
         raise ValueError(f"{name} requires grad, expected a constant: pass {name}.detach()")

@@ -1,4 +1,4 @@
-"""What processes tell each other that share a vocabulary; each holds a shard of its columns."""
+"""Communication between processes that share a vocabulary, each holding a shard of its columns."""
 
 from __future__ import annotations
 
@@ -41,20 +41,22 @@ def all_sum(x: Tensor, group: str) -> Tensor:
     return total.to(x.dtype)
 
 
-#: Of values per row.
+#: The error where values per row differ.
 ROWS_DIFFER = "labels, token_weight or normalizer: they differ between the group's processes"
 
 
 def header_of(like: Tensor, o: LogitsOptions, *others: Divergence | str) -> Tensor:
-    """(4,): where columns start here and in the next process, each beside what all agree on.
+    """Four numbers by which processes check each other: [start, checksum, end, checksum].
 
-    The last one's next is the first. ``others`` are a divergence and strings that are no options.
+    ``start`` and ``end`` say which columns this process holds; the last one's end is written as the
+    first one's start. The checksum is of all that processes have to agree on: the options, and
+    ``others``.
     """
     agreed = 0
     if not torch.compiler.is_compiling():
         options = o._replace(vocab=0, vocab_start=0, rank=0, group="")
         agreed = zlib.crc32(repr((options, *map(_as_text, others))).encode())
-    # Filled one by one: a tensor made of them would have to be copied to the device.
+    # Filled one by one: a tensor made of a list would be copied to the device.
     header = like.new_full((4,), agreed)
     header[0].fill_(o.vocab_start)
     header[2].fill_(o.vocab_start + o.vocab - (o.vocab_size if o.rank == o.processes - 1 else 0))
@@ -62,7 +64,7 @@ def header_of(like: Tensor, o: LogitsOptions, *others: Divergence | str) -> Tens
 
 
 def _as_text(value: Divergence | str) -> str:
-    """Alike in all processes: other fields of a custom divergence may say where they lie."""
+    """Text that is the same in all processes, as other fields than numbers might not be."""
     if isinstance(value, str):
         return value
     fields = [float(x) for x in vars(value).values() if isinstance(x, numbers.Real)]
@@ -70,9 +72,9 @@ def _as_text(value: Divergence | str) -> str:
 
 
 def do_not_fit(headers: Tensor, o: LogitsOptions) -> Tensor:
-    """Whether shards do not lie end to end, or are not of one call, (); on a CPU raises then."""
+    """(), whether the shards have gaps or belong to different calls; on a CPU raises instead."""
     here, following = headers.tensor_split(2, -1)
-    differ = here != following.roll(1, 0)  # from what the one before says
+    differ = here != following.roll(1, 0)  # from what the process before says
     bad = differ.any()
     if watchers.may_look(headers) and bad:
         if not differ[:, 0].any():
@@ -88,9 +90,9 @@ def do_not_fit(headers: Tensor, o: LogitsOptions) -> Tensor:
 
 
 def columns_of_all(per_row: list[Tensor], o: LogitsOptions, divergence: Divergence) -> list[int]:
-    """How many columns each process has, for the reference: waits for a GPU.
+    """How many columns each process has, for the reference backend; waits for a GPU.
 
-    Raises where processes do not pass the same, among it values ``(...)`` per row.
+    Raises where processes pass different options or values ``(...)`` per row.
     """
     message = torch.cat([x.double().nan_to_num().flatten() for x in per_row])
     header = header_of(message, o, divergence)
@@ -104,12 +106,12 @@ def columns_of_all(per_row: list[Tensor], o: LogitsOptions, divergence: Divergen
 
 
 def whole_logits(shard: Tensor, columns: list[int], o: LogitsOptions) -> Tensor:
-    """(..., vocab_size) of every process's ``(..., width)``, for the reference."""
+    """(..., vocab_size) logits from every process's ``(..., width)``, for the reference backend."""
     return _Whole.apply(shard, columns, o)
 
 
 class _Whole(torch.autograd.Function):
-    """The loss of the whole is computed by every process; a shard's gradient is its part of it."""
+    """Every process computes the whole loss, so a shard's gradient is a part of its own, no sum."""
 
     @staticmethod
     def forward(ctx, shard, columns, o):
@@ -129,7 +131,7 @@ class _Whole(torch.autograd.Function):
         return torch.nn.functional.pad(mine, (0, ctx.width - o.vocab)), None, None
 
 
-# Opaque to torch.compile, which sees shapes only.
+# As operators, so that torch.compile sees shapes only.
 library = torch.library.Library("kdkernels", "FRAGMENT")
 library.define("all_gather(Tensor x, str group, int processes) -> Tensor")
 library.define("all_sum(Tensor x, str group) -> Tensor")
@@ -165,7 +167,7 @@ class _Gathered(torch.autograd.Function):
 
 
 def summed_in_backward(x: Tensor, o: LogitsOptions) -> Tensor:
-    """The tensor, which all processes hold; its gradient is the sum of what each gives."""
+    """The tensor, equal in all processes; its gradient is the sum over the processes."""
     return _SummedInBackward.apply(x, o.group) if o.group else x
 
 

@@ -9,7 +9,7 @@ from .scalars import Processes
 
 
 class Columns(NamedTuple):
-    """The columns of the vocabulary that a process has: fields of LogitsOptions."""
+    """The columns of the vocabulary that a process holds; fields of LogitsOptions."""
 
     vocab: int
     group: str
@@ -26,7 +26,7 @@ def columns_of(
     student: int,
     teacher: int,
 ) -> Columns:
-    """The columns that take part, of a student and a teacher of these widths."""
+    """The columns that take part, for a student and a teacher of these widths."""
     if vocab_start is not None:
         vocab_start = scalars.option("vocab_start", vocab_start)
         if processes is None:

@@ -40,7 +40,7 @@ def _log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
 
 
 def check_number(name: str, value: float) -> None:
-    """Refuses what is no real number; torch.compile knows a symbolic int as an int only."""
+    """Raises for what is no real number."""
     if isinstance(value, bool) or not isinstance(value, (int, numbers.Real)):
         raise TypeError(f"{name} is a {type(value).__name__}, expected a number")
 
@@ -73,7 +73,7 @@ class Divergence:
 
 
 def _weighted(divergence: Divergence, weight: float) -> tuple[str, float, float]:
-    """Both weights as parameters: of one rounded to float32, the other would keep few digits."""
+    """Both weights as parameters: 1 - weight in float32 would have few digits near 1."""
     return divergence.name, float(weight), 1 - float(weight)  # Triton takes no other numbers
 
 
@@ -275,13 +275,13 @@ DIVERGENCES: dict[str, type[Divergence]] = {
 #: csrc/core/point.h.
 FAR_FROM = 1 / 32
 
-#: A KL divergence is the sum of two numbers. One that is larger by more than this leaves it too few
-#: digits to be the value of a far row; as in csrc/cpu/softmax.h.
+#: A KL divergence is computed as a sum of two numbers. Where one is larger than the result by more
+#: than this factor, too few digits are left and the row counts as near; as in csrc/cpu/softmax.h.
 MOST_CANCELLED = 32.0
 
 
 def kl_weights(kernel: str, parameter: float) -> tuple[float, float] | None:
-    """Of KL(p || q) and KL(q || p) in the compiled divergences that consist of them."""
+    """Weights of KL(p || q) and KL(q || p) in a divergence made of them; None for any other."""
     weights = {
         "forward_kl": (1.0, 0.0),
         "reverse_kl": (0.0, 1.0),

@@ -1,7 +1,7 @@
-"""DTensors whose vocabulary is sharded, as plain tensors and where their shards lie.
+"""DTensors sharded along the vocabulary: their local tensors and which columns these hold.
 
-For logits only: a head's weight that is sharded over its first dimension may be FSDP's, whose
-processes have rows of their own.
+For logits only. A head's weight that is sharded along the vocabulary may be FSDP's, whose processes
+have different rows, so that its shards must not be taken for those of one call.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class Where(NamedTuple):
-    """Which shard of the vocabulary a process holds: arguments of the losses."""
+    """Which shard of the vocabulary a process holds; three arguments of the losses."""
 
     group: Any
     vocab_start: int | None
@@ -32,13 +32,12 @@ def is_distributed(x: Any) -> bool:
 def local_tensors(
     tensors: Sequence[tuple[str, Any, int | None]], where: Where
 ) -> tuple[list[Any], Where]:
-    """Plain tensors, and where their shards lie.
+    """Local tensors, and which columns they hold.
 
     Args:
-        tensors: names, tensors or None, and the dimensions along which the vocabulary lies, None
-            where it doesn't. Those along which it lies are DTensors, sharded there and alike;
-            others are replicated or plain.
-        where: what the caller was given.
+        tensors: (name, tensor or None, dimension of the vocabulary or None). Tensors with such a
+            dimension must be DTensors with the same sharding of it, others replicated or plain.
+        where: what the caller passed.
     """
     if where.group is not None or where.vocab_start is not None:
         raise ValueError(
@@ -66,7 +65,7 @@ def local_tensors(
                 f"{name} has a vocabulary of {x.shape[dim]}, expected {size} as {first_name} has, "
                 "so that their shards lie alike"
             )
-    columns = -(-size // mesh.size(mesh_dim))  # as torch.chunk: what is missing is so at the end
+    columns = -(-size // mesh.size(mesh_dim))  # as torch.chunk: the last ones may have fewer
     start = min(mesh.get_coordinate()[mesh_dim] * columns, size)
     values = [_local(name, x, dim) for name, x, dim in tensors]
     vocab_size = size if where.vocab_size is None else where.vocab_size
@@ -74,13 +73,13 @@ def local_tensors(
 
 
 def overwritten(logits: Tensor) -> None:
-    """Tells autograd what it was told of the shard, so that another consumer's backward fails."""
+    """Marks the DTensor as modified, as its shard was, so that other uses of it fail loudly."""
     if logits.requires_grad and torch.is_grad_enabled():
         torch.autograd.graph.increment_version(logits)
 
 
 def _sharded_along(name: str, x: Any, dim: int) -> int:
-    """The one dimension of the mesh that shards ``dim``; nothing else may be sharded."""
+    """The dimension of the mesh that shards ``dim``; raises if anything else is sharded."""
     kinds = _kinds(x)
     sharded = [i for i, kind in enumerate(kinds) if kind == "Shard"]
     replicated = [kind for kind in kinds if kind == "Replicate"]
@@ -95,7 +94,7 @@ def _sharded_along(name: str, x: Any, dim: int) -> int:
 
 
 def _kinds(x: Any) -> list[str]:
-    """Of its placements, whose types Dynamo doesn't compare in every torch, as it does names."""
+    """Names of the placements' types; Dynamo cannot compare the types in every torch."""
     return [type(placement).__name__ for placement in x.placements]
 
 

@@ -1,8 +1,8 @@
-"""What the fused-linear level multiplies, for ``torch.utils.flop_counter.FlopCounterMode``.
+"""FLOPs of the fused-linear level, for ``torch.utils.flop_counter.FlopCounterMode``.
 
-Its products are within operators, where that mode does not see them. ``import kdkernels.flops``
-tells it; a module of its own, for PyTorch's counter imports Triton. Rows that labels or weights
-leave out are counted too, as only shapes are known.
+Its products run inside operators, where that mode does not see them: ``import kdkernels.flops``
+registers their counts. It is a module of its own since PyTorch's counter imports Triton. Rows that
+labels or weights leave out are counted too, as only shapes are known.
 
 Example:
     >>> import torch, kdkernels, kdkernels.flops
@@ -34,7 +34,7 @@ def _product(rows: int, weight: Shape) -> int:
 
 
 def _of_student(rows: int, weight: list[Shape], needs_grad: list[bool]) -> int:
-    """Its logits, and where needed the gradients of hidden states and heads."""
+    """FLOPs of the logits and of the needed gradients of hidden states and heads."""
     products = [_product(rows, shape) for shape in weight]
     of_gradients = zip(chain(products, products), needs_grad, strict=False)  # a bias has none
     return sum(products) + sum(product for product, needed in of_gradients if needed)

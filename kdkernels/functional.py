@@ -203,7 +203,7 @@ def kd_loss(
 def with_metrics(
     loss: Tensor, stacked: Tensor | None, labels: Tensor | None
 ) -> tuple[Tensor, Metrics]:
-    """The pair that ``return_metrics=True`` returns, from metrics stacked as kernels write them."""
+    """What ``return_metrics=True`` returns, from stacked metrics ``(5, ...)``."""
     assert stacked is not None
     metrics: Any = dict(zip(METRICS, stacked.unbind(0), strict=True))
     if labels is None:

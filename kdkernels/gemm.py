@@ -1,8 +1,8 @@
-"""The matrix products of the fused-linear level, into memory that is already there.
+"""The matrix products of the fused-linear level, written into existing memory.
 
-Where operands are 16-bit and the result is float32, or the CPU has no fast product for the dtype
-(float16), the work runs by slices of the vocabulary: in float32 on the CPU, with float32 results on
-a GPU. What a slice takes is bounded, so that the level's memory is.
+Where operands are 16-bit and the result is float32, or the dtype is float16 on a CPU, which has no
+fast product for it, products run by slices of the vocabulary: in float32 on a CPU, with float32
+results on a GPU. The size of a slice, and so the memory it takes, is bounded.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ _SLICE_BYTES = 2**22
 
 
 def _fits(out: Tensor, operand: Tensor) -> bool:
-    """Whether the device multiplies these as they are."""
+    """Whether one product of PyTorch does it, without converting."""
     return out.dtype == operand.dtype and not (
         out.device.type == "cpu" and out.dtype == torch.float16
     )
 
 
 def _slices(vocab: int, width: int) -> Iterator[slice]:
-    """Of the vocabulary, such that a float32 (slice, width) tensor takes about _SLICE_BYTES."""
+    """Slices of the vocabulary whose float32 (slice, width) tensor takes about _SLICE_BYTES."""
     step = max(16, _SLICE_BYTES // (4 * max(1, width)))
     for begin in range(0, vocab, step):
         yield slice(begin, min(vocab, begin + step))
@@ -43,12 +43,12 @@ def _accumulates_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _operand(tensor: Tensor) -> Tensor:
-    """For products with a float32 result."""
+    """The tensor as :func:`_float32_product` takes it."""
     return tensor if tensor.device.type == "cuda" else tensor.float()
 
 
 def _float32_product(a: Tensor, b: Tensor) -> Tensor:
-    """Of two operands."""
+    """a @ b in float32."""
     return torch.mm(a, b) if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
 
 
@@ -59,7 +59,7 @@ def write_logits(
     bias: Tensor | None,  # (vocab,)
     accumulate: bool,
 ) -> None:
-    """out = hidden @ weight.T + bias, or the same added to ``out``, which has no bias then."""
+    """out = hidden @ weight.T + bias; with ``accumulate`` out += hidden @ weight.T."""
     if _fits(out, hidden):
         if accumulate:
             out.addmm_(hidden, weight.t())
@@ -101,7 +101,7 @@ def add_weight_gradient(
     hidden: Tensor,  # (rows, hidden)
     accumulate: bool,
 ) -> None:
-    """out += gradient.T @ hidden, or = where not to accumulate. Sums over rows are float32."""
+    """out = gradient.T @ hidden, or out += with ``accumulate``; sums over rows are float32."""
     if _fits(out, gradient):
         if accumulate:
             out.addmm_(gradient.t(), hidden)

@@ -1,4 +1,4 @@
-"""Modules that own the student's LM head, for whatever hooks into module calls."""
+"""Losses as calls of the student's LM head, for whatever hooks into module calls."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 
 
 class _HeadModule(LossModule):
-    """A loss of hidden states inside a call of the student's head."""
+    """Base: a loss of hidden states that runs inside a call of the student's head."""
 
     def __init__(self, lm_head: nn.Module, **options: Any) -> None:
         super().__init__(**options)
@@ -42,7 +42,7 @@ class _HeadModule(LossModule):
     def _loss(
         self, function: Callable, hidden: Tensor, **arguments: Any
     ) -> Tensor | tuple[Tensor, Metrics]:
-        """``function(hidden, weight, student_bias=bias)`` of the head, with its adapters."""
+        """``function(hidden, weight, student_bias=bias)`` with the head's tensors and adapters."""
         arguments |= self.options
         head: Any = self.lm_head
         if not hasattr(head, "base_layer"):
@@ -223,7 +223,7 @@ class LinearSparseKDHead(_HeadModule):
 
 
 def _head_of(side: str, model: Any, options: Mapping[str, Any]) -> nn.Module:
-    """The head of a model, or the head itself; raises where its logits may be more than its own."""
+    """The head of a model, or the head itself; raises if the model changes logits after it."""
     if not hasattr(model, "get_output_embeddings"):
         return model
     config: Any = getattr(model, "config", None)
@@ -243,7 +243,7 @@ def _head_of(side: str, model: Any, options: Mapping[str, Any]) -> nn.Module:
 
 
 def _call(module: nn.Module, forward: Callable, *inputs: Tensor) -> Any:
-    """``module(*inputs)`` with another forward, which its hooks run around."""
+    """Calls ``module(*inputs)``, hooks included, with ``forward`` in place of its own."""
     if not any(getattr(module, hooks) for hooks in _HOOKS):
         return forward(*inputs)
     before = vars(module).get("forward")
@@ -257,7 +257,7 @@ def _call(module: nn.Module, forward: Callable, *inputs: Tensor) -> Any:
 
 
 def _call_all(modules: list[nn.Module], inputs: list[Tensor], forward: Callable) -> Any:
-    """``forward(*inputs)`` inside calls of all the modules, each with an input of its own."""
+    """Calls ``forward(*inputs)`` inside nested calls of all modules, one input for each."""
     if not modules:
         return forward(*inputs)
 
@@ -268,7 +268,7 @@ def _call_all(modules: list[nn.Module], inputs: list[Tensor], forward: Callable)
 
 
 def _without_adapters(head: Any) -> Any:
-    """The layer that LoRA's products are added to; raises for what else may surround one."""
+    """The layer below LoRA adapters; raises for any other adapter."""
     if not hasattr(head, "base_layer"):
         return head
     if not all(isinstance(getattr(head, name, None), nn.ModuleDict) for name in _LORA):

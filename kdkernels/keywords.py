@@ -61,27 +61,27 @@ class _Call(TypedDict, total=False):
 
 
 class KDOptions(_Dense, _Logits, _Module, total=False):
-    """Of :class:`kdkernels.KDLoss`."""
+    """Options of :class:`kdkernels.KDLoss`."""
 
 
 class LinearKDOptions(_Dense, _Linear, _Module, total=False):
-    """Of :class:`kdkernels.LinearKDLoss`."""
+    """Options of :class:`kdkernels.LinearKDLoss`."""
 
 
 class SparseKDOptions(_Sparse, _Logits, _Module, total=False):
-    """Of :class:`kdkernels.SparseKDLoss`."""
+    """Options of :class:`kdkernels.SparseKDLoss`."""
 
 
 class LinearSparseKDOptions(_Sparse, _Linear, _Module, total=False):
-    """Of :class:`kdkernels.LinearSparseKDLoss`."""
+    """Options of :class:`kdkernels.LinearSparseKDLoss`."""
 
 
 class KDKeywords(_Dense, _Logits, _Call, total=False):
-    """Of :func:`kdkernels.kd_loss`; ``return_metrics`` decides what that returns."""
+    """Keywords of :func:`kdkernels.kd_loss` but ``return_metrics``, which overloads part."""
 
 
 class LinearKDKeywords(_Dense, _Linear, _Call, total=False):
-    """Of :func:`kdkernels.linear_kd_loss`, likewise."""
+    """The same of :func:`kdkernels.linear_kd_loss`."""
 
     teacher_logits: Tensor | np.ndarray | None
     student_bias: Tensor | None
@@ -90,10 +90,10 @@ class LinearKDKeywords(_Dense, _Linear, _Call, total=False):
 
 
 class SparseKDKeywords(_Sparse, _Logits, _Call, total=False):
-    """Of :func:`kdkernels.sparse_kd_loss`, likewise."""
+    """The same of :func:`kdkernels.sparse_kd_loss`."""
 
 
 class LinearSparseKDKeywords(_Sparse, _Linear, _Call, total=False):
-    """Of :func:`kdkernels.linear_sparse_kd_loss`, likewise."""
+    """The same of :func:`kdkernels.linear_sparse_kd_loss`."""
 
     student_bias: Tensor | None

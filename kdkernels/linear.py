@@ -125,27 +125,11 @@ def linear_kd_loss(
             bytes for float32 sums; all of the student's logits are kept where that takes less.
         logits_dtype: ``torch.float32`` keeps the logits of 16-bit heads in float32, for a lower
             floor of the loss. Default: the dtype of the product. Not for float16.
-        divergence: this and the options below as in :func:`kdkernels.kd_loss`.
-        temperature: see there.
-        labels: see there.
-        kd_weight: see there.
-        ce_weight: see there.
-        ignore_index: see there.
-        token_weight: see there.
-        reduction: see there.
-        normalizer: see there.
-        temperature_squared: see there.
-        vocab_size: see there.
-        student_scale: see there.
-        teacher_scale: see there.
-        student_softcap: see there.
-        teacher_softcap: see there.
-        group: see there. Weights and biases hold this process's rows of the heads, and
-            ``teacher_logits`` its columns; hidden states are the same everywhere, and their
-            gradient is summed over the group.
-        vocab_start: see there.
-        return_metrics: see there.
-        backend: see there; ``"reference"`` computes all logits at once.
+        divergence, temperature, labels, ...: the other options of :func:`kdkernels.kd_loss`.
+        group: as in :func:`kdkernels.kd_loss`. Weights and biases hold this process's rows of the
+            heads, and ``teacher_logits`` its columns; hidden states are the same everywhere, and
+            their gradient is summed over the group.
+        backend: as in :func:`kdkernels.kd_loss`; ``"reference"`` computes all logits at once.
 
     Returns:
         As :func:`kdkernels.kd_loss`.

@@ -13,12 +13,12 @@ from . import checks, scalars, watchers
 
 
 def terms(value: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """One tensor or several as a list."""
+    """A tensor, or a sequence of tensors, as a list."""
     return list(value) if isinstance(value, Sequence) else [value]
 
 
 def as_tensor(name: str, value: Tensor | np.ndarray | None) -> Tensor | None:
-    """An array as the tensor that shares its memory; anything else as it is."""
+    """A NumPy array as a tensor that shares its memory; anything else unchanged."""
     if not isinstance(value, np.ndarray):
         return value
     try:
@@ -34,14 +34,14 @@ def _autocast(device: torch.device) -> bool:
 
 
 def product_dtype(weight: Tensor) -> torch.dtype:
-    """What F.linear would compute in."""
+    """The dtype in which F.linear would compute."""
     if weight.dtype != torch.float64 and _autocast(weight.device):
         return torch.get_autocast_dtype(weight.device.type)
     return weight.dtype
 
 
 def check_logits_dtype(logits_dtype: torch.dtype | None, student_dtype: torch.dtype) -> None:
-    """Checks it beside the dtype of the products."""
+    """Checks ``logits_dtype`` against the dtype of the products."""
     scalars.option("logits_dtype", logits_dtype)
     if logits_dtype is not None and student_dtype == torch.float16:
         raise ValueError(
@@ -94,7 +94,7 @@ def check_teacher(
     lead: torch.Size,
     device: torch.device,
 ) -> tuple[torch.dtype, int]:
-    """Returns the dtype of the teacher's products, or of its logits, and its vocabulary."""
+    """Checks the teacher; returns the dtype of its products or logits, and its vocabulary."""
     if (hidden is None) == (logits is None):
         both = "neither is given" if hidden is None else "both are given"
         raise ValueError(f"teacher_hidden or teacher_logits: {both}, expected one of them")
@@ -178,7 +178,7 @@ def _check_bias(name: str, bias: Tensor | None, weight: Tensor) -> None:
 
 
 def check_row_index(row_index: Tensor | None, lead: torch.Size) -> None:
-    """Positions in the flattened leading shape, increasing, on the host."""
+    """Checks that these are increasing positions in the flattened leading shape, on the host."""
     if row_index is None:
         return
     if not isinstance(row_index, Tensor) or row_index.dtype != torch.int64:

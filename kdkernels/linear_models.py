@@ -15,14 +15,14 @@ from .options import LinearOptions, LogitsOptions
 
 
 class SomeRows:
-    """Rows of a flattened leading shape: those of an index, or all."""
+    """Some rows of a flattened leading shape, by an index, or all of them."""
 
     def __init__(self, lead: torch.Size, index: Tensor | None):
         self.lead, self.index = lead, index
         self.count = lead.numel() if index is None else index.numel()
 
     def everywhere(self, values: Tensor, width: int | None = None) -> Tensor:
-        """Values of these rows, (..., rows) or (rows, width), zeros elsewhere."""
+        """Values (..., rows) or (rows, width) put in the leading shape, zeros elsewhere."""
         dim = values.dim() - 1 if width is None else 0
         if self.index is not None:
             shape = list(values.shape)
@@ -34,7 +34,7 @@ class SomeRows:
 
 
 class Rows(SomeRows):
-    """The rows that take part, their labels and weights, and what their weighted sum is over.
+    """The rows that take part, their labels and weights, and the normalizer of their sum.
 
     On a CPU, rows of weight 0 are dropped here, before any product. On a GPU finding them would
     wait for the device; there only ``row_index`` drops rows.
@@ -84,14 +84,14 @@ class Rows(SomeRows):
             )
 
     def _drop(self, kept: Tensor) -> None:
-        """All but these of the rows."""
+        """Drops all rows but these."""
         self.index = self.host_index = kept if self.index is None else self.index[kept]
         self.count = kept.numel()
         self.labels = self._pick(self.labels, kept)
         self.token_weight = self._pick(self.token_weight, kept)
 
     def index_of(self, tensor: Tensor) -> Tensor | None:
-        """The index where the tensor is."""
+        """The index on the tensor's device."""
         return self.host_index if tensor.device.type == "cpu" else self.index
 
     def per_token(self, begin: int, end: int) -> tuple[Tensor | None, Tensor | None]:
@@ -107,14 +107,14 @@ class TeacherLogits:
         self.logits, self.index, self.device = logits, rows.index_of(logits), device
 
     def row_bytes(self, width: int | None = None) -> int:
-        """Of the memory that a row of a block takes, as wide as it is or of that width."""
+        """Memory that one row of a block takes, at its own width or the one given."""
         size = (width or self.logits.shape[-1]) * self.logits.dtype.itemsize
         if self.logits.device != self.device:
             return 2 * size  # one block in use, one on its way
         return 0 if self.index is None else size
 
     def blocks(self, spans: Sequence[payload.Span], memory: Tensor | None) -> Iterator[Tensor]:
-        """(rows, vocab) logits of each span; they need no ``memory``."""
+        """(rows, vocab) logits of each span; ``memory`` is not needed."""
         return payload.blocks(self.logits, self.index, spans, self.device)
 
 
@@ -135,11 +135,11 @@ class TeacherHead:
         self.bias = None if bias is None else bias.to(self.dtype)
 
     def row_bytes(self, width: int | None = None) -> int:
-        """Of the memory that a row of a block takes, as wide as it is or of that width."""
+        """Memory that one row of a block takes, at its own width or the one given."""
         return (width or self.weight.shape[0]) * self.logits_dtype.itemsize
 
     def blocks(self, spans: Sequence[payload.Span], memory: Tensor | None) -> Iterator[Tensor]:
-        """(rows, vocab) logits of each span, in ``memory`` (bytes) where it is given."""
+        """(rows, vocab) logits of each span, written into ``memory`` (uint8) if given."""
         vocab, most = self.weight.shape[0], max((end - begin for begin, end in spans), default=0)
         if memory is None:
             buffer = empty((most, vocab), dtype=self.logits_dtype, device=self.weight.device)
@@ -155,14 +155,14 @@ class TeacherHead:
 def gradient_dtypes(
     product: torch.dtype, weight: Sequence[Tensor]
 ) -> tuple[torch.dtype, list[torch.dtype]]:
-    """Of hidden states and each weight. float16 gives float32: the backward scales, then rounds."""
+    """Dtypes of hidden and weight gradients: float32 for float16, scaled before rounded."""
     if product == torch.float16:
         return torch.float32, [torch.float32] * len(weight)
     return product, [w.dtype for w in weight]
 
 
 class StudentHead:
-    """The student's logits, a chunk of rows at a time, and what their gradient turns into.
+    """The student's logits, a chunk of rows at a time, and the gradients of what they are made of.
 
     The logits are a sum of products, one for a plain head; a low-rank adapter adds another.
     """
@@ -189,12 +189,12 @@ class StudentHead:
         self.hidden_dtype, self.weight_dtypes = gradient_dtypes(self.dtype, weight)
 
     def row_bytes(self, width: int | None = None) -> int:
-        """Of a row of the logits, and of the copy that the products take where dtypes differ."""
+        """Memory of a row of the logits, and of its copy for the products where dtypes differ."""
         copy = 0 if self.logits_dtype == self.dtype else self.dtype.itemsize
         return (width or self.vocab) * (self.logits_dtype.itemsize + copy)
 
     def weight_gradient_bytes(self) -> tuple[int, int]:
-        """Of the largest in its dtype, and of all that several chunks sum up in float32."""
+        """Bytes of the largest one, and of the float32 sums that several chunks need."""
         needed = [
             (weight.numel(), dtype)
             for weight, dtype, needed in zip(
@@ -211,13 +211,13 @@ class StudentHead:
         chunk_bytes: int,
         o: LogitsOptions | None = None,
     ) -> Plan:
-        """How the rows are split beside a teacher whose logits are there a block at a time."""
+        """How the rows are split; the teacher's logits exist for one block at a time."""
         # A gradient that is copied to another dtype exists for a block, not for a longer chunk.
         apart = self.logits_dtype != self.dtype
         largest, sums = (0, 0) if apart else self.weight_gradient_bytes()
         width = None
         if o is not None and o.group:
-            # Alike in all processes, whatever each of them holds: they meet in every block.
+            # The same in all processes, which communicate in every block.
             width = -(-o.vocab_size // o.processes)
             largest = sums = 0
         teacher_row = 0 if teacher is None else teacher.row_bytes(width)
@@ -250,13 +250,13 @@ class StudentHead:
         self.bias_gradient = torch.zeros(
             self.vocab if self.needs_bias else 0, dtype=torch.float32, device=device
         )
-        # float16: weight gradients are held as multiples of this, which grows with the rows'.
+        # float16: weight gradients are stored as multiples of this unit, which only grows.
         self.unit = torch.full(
             (), torch.finfo(torch.float32).tiny, dtype=torch.float32, device=device
         )
 
     def memory_of_a_weight_gradient(self) -> Tensor:
-        """The bytes of the largest one, free until the chunk's end."""
+        """The bytes of the largest one, unused until the end of the chunk."""
         gradients = [gradient for gradient in self.weight_gradients if gradient is not None]
         return max(gradients, key=lambda g: g.nbytes).view(-1).view(torch.uint8)
 
@@ -266,9 +266,9 @@ class StudentHead:
             gemm.write_logits(out, hidden[begin:end], weight, bias, accumulate=i > 0)
 
     def take(self, split: Plan, begin: int, end: int, row_scale: Tensor | None) -> None:
-        """Gradients of a block of rows, from that of its logits, which stands in their place.
+        """Adds up the gradients of a block of rows, whose logits were overwritten by theirs.
 
-        ``row_scale`` is what rows of a float16 gradient have yet to be multiplied by.
+        Rows of a float16 gradient are yet to be multiplied by ``row_scale``.
         """
         offset = begin % split.chunk
         logits = self.logits[offset : offset + end - begin]
@@ -287,7 +287,7 @@ class StudentHead:
         self.row_scales = []
 
     def _take_block(self, gradient: Tensor, row_scale: Tensor | None, begin: int, end: int) -> None:
-        """Hidden and bias gradients of a block of rows, from that of its logits."""
+        """Hidden and bias gradients of a block of rows."""
         for out, weight in zip(self.hidden_gradients, self.weight, strict=True):
             if out is not None:
                 gemm.write_hidden_gradient(out[begin:end], gradient, weight)
@@ -299,8 +299,8 @@ class StudentHead:
     def _take_chunk(self, gradient: Tensor, row_scale: Tensor | None, begin: int, end: int) -> None:
         """Weight gradients of a chunk of rows.
 
-        Rows of a float16 gradient have scales of their own, which must be equal before the product
-        sums over rows: their ratios to the largest so far go into the hidden states.
+        The product sums over rows, so the row scales of a float16 gradient go into the hidden
+        states, relative to the largest scale so far.
         """
         before = self.unit
         if row_scale is not None:
@@ -317,7 +317,10 @@ class StudentHead:
             gemm.add_weight_gradient(out, gradient, part, accumulate=begin > 0)
 
     def gradients(self, rows: SomeRows, group: str = "") -> list[Tensor]:
-        """In the order of needs_grad, empty where not needed; of hidden states the group's sum."""
+        """In the order of needs_grad, empty where not needed.
+
+        Those of hidden states are summed over the group.
+        """
         hidden = [
             self.logits.new_empty(0, dtype=self.hidden_dtype)
             if g is None

@@ -1,8 +1,9 @@
 """The operator of the fused-linear level: hidden states and heads in, loss and gradients out.
 
-By blocks of rows: both models' logits by matrix products into buffers, the logits operator in place
-over the student's, the hidden gradient from it. By chunks of one or more blocks: the weight
-gradient. It carries no autograd formula; :mod:`kdkernels.autograd` wraps it.
+For each block of rows, matrix products write both models' logits into buffers, the logits operator
+overwrites the student's by their gradient, and another product makes the hidden gradient of it. For
+each chunk of one or more blocks one more product adds to the weight gradient. The operator carries
+no autograd formula; :mod:`kdkernels.autograd` wraps it.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def _run(
     spans = split.spans(rows.count)
     lent = student.memory_of_a_weight_gradient() if split.lend else None
 
-    # Whatever torch.set_default_dtype says.
+    # Not of torch.get_default_dtype().
     floats = functools.partial(torch.empty, dtype=torch.float32, device=device)
     losses = floats(rows.count if o.reduction == "none" else 0)
     total = torch.zeros((), dtype=torch.float64, device=device)
@@ -109,7 +110,7 @@ def _linear_loss(
 
 
 def check_memory(name: str, in_a_backward: str, *tensors: Tensor | None) -> None:
-    """Raises where an input has none left."""
+    """Raises if an input's memory was released."""
     for tensor in tensors:
         if tensor is not None and tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0:
             raise RuntimeError(
@@ -122,7 +123,7 @@ library.impl("linear_loss", _linear_loss, "CompositeExplicitAutograd")
 
 
 def split_options(scalars: tuple, kind: type[Options]) -> tuple[LinearOptions, Options]:
-    """The options of an operator and, of that kind, those of the one it runs."""
+    """The options of a fused-linear operator, and those of the operator it runs."""
     count = len(LinearOptions._fields)
     return LinearOptions(*scalars[:count]), kind(*scalars[count:])
 

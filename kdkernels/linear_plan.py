@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-#: Fewer rows than this make matrix products slow: the whole weight is read for them.
+#: With fewer rows matrix products are slow, as each reads the whole weight.
 _ROWS_WORTH_A_PRODUCT = 128
 
 #: The default of ``chunk_bytes`` on a GPU, and its limit on a CPU.
@@ -19,7 +19,7 @@ class Plan(NamedTuple):
     lend: bool  # the teacher's logits lie in the weight gradient, which is not there yet
 
     def spans(self, rows: int) -> list[tuple[int, int]]:
-        """First row of each block and the one after its last."""
+        """(first row, last row + 1) of each block."""
         step = max(1, self.block)
         return [(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
 
@@ -63,7 +63,7 @@ def plan(
 
 
 def _even(rows: int, most: int) -> int:
-    """The size of the fewest parts of at most ``most`` rows, all about as large."""
+    """The size of parts of about equal size, as few as possible, of at most ``most`` rows."""
     size = -(-rows // -(-rows // most))
     rounded = -(-size // 64) * 64
     return min(rows, rounded if rounded <= most else size)

@@ -103,30 +103,15 @@ def linear_sparse_kd_loss(
             reads it again. A head that is sharded outside its module's call is reached through
             :class:`kdkernels.LinearSparseKDHead`.
         teacher_indices: ``(..., k)``, see :func:`kdkernels.sparse_kd_loss`.
-        teacher_logprobs: ``(..., k)``, see there.
+        teacher_logprobs: ``(..., k)``, likewise.
         student_bias: ``(vocab,)``.
-        chunk_bytes: see :func:`kdkernels.linear_kd_loss`.
-        logits_dtype: see there.
-        tail: this and the options below as in :func:`kdkernels.sparse_kd_loss`.
-        divergence: see there.
-        temperature: see there.
-        labels: see there.
-        kd_weight: see there.
-        ce_weight: see there.
-        ignore_index: see there.
-        token_weight: see there. On a CPU rows of weight 0 and ignored ones cost nothing; on a GPU
+        chunk_bytes, logits_dtype: see :func:`kdkernels.linear_kd_loss`.
+        tail, divergence, labels, ...: the other options of :func:`kdkernels.sparse_kd_loss`.
+        token_weight: likewise. On a CPU rows of weight 0 and ignored ones cost nothing; on a GPU
             finding them would wait for the device: there, do not pass such rows.
-        reduction: see there.
-        normalizer: see there.
-        temperature_squared: see there.
-        vocab_size: see there.
-        student_scale: see there.
-        student_softcap: see there.
-        group: see there. Weights and bias hold this process's rows of the head; hidden states are
+        group: likewise. Weights and bias hold this process's rows of the head; hidden states are
             the same everywhere, and their gradient is summed over the group.
-        vocab_start: see there.
-        return_metrics: see there.
-        backend: see there; ``"reference"`` computes all logits at once.
+        backend: likewise; ``"reference"`` computes all logits at once.
 
     Returns:
         As :func:`kdkernels.sparse_kd_loss`.

@@ -1,8 +1,8 @@
 """A student of hidden states and a head beside a sparse teacher.
 
-Logits exist by blocks of rows only: in the forward until their log-sum-exps are known, and again in
-the backward, in place of which their gradient is written. What is between is as small as the
-teacher's lists.
+Logits exist for a block of rows at a time: in the forward until their log-sum-exps are known, and
+again in the backward, where their gradient overwrites them. What is kept in between is as small as
+the teacher's lists.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ library.define(
 
 
 def _rows(kept: Tensor) -> SomeRows:
-    """On a CPU those that are kept; on a GPU finding them would wait for it."""
+    """The kept rows; on a GPU all rows, as finding those kept would wait for the device."""
     index = None
     if kept.device.type == "cpu" and not bool(kept.all()):
         index = kept.reshape(-1).nonzero().squeeze(1)
@@ -43,11 +43,11 @@ def _rows(kept: Tensor) -> SomeRows:
 
 
 def _pick(rows: SomeRows, values: Tensor, width: int | None = None) -> Tensor:
-    """(rows, width) or (n, rows) of values of all rows, contiguous."""
+    """Values of these rows, contiguous: (rows, width), or (n, rows) without ``width``."""
     if width is not None:
         values = values.reshape(-1, width)
         return values.contiguous() if rows.index is None else values[rows.index]
-    values = values.reshape(values.shape[0], -1)  # flatten(1) takes no (n,), of a single row
+    values = values.reshape(values.shape[0], -1)  # not flatten(1), which refuses (n,)
     return values.contiguous() if rows.index is None else values[:, rows.index]
 
 
@@ -104,10 +104,10 @@ def _linear_tails_gradient(
 
 
 def _row_scale(grad_tails: Tensor, grad_listed: Tensor) -> Tensor:
-    """Powers of two ``(rows,)`` over which the largest entries of a gradient are about 2^12."""
+    """Powers of two ``(rows,)``; divided by them, a gradient's largest entries are about 2^12."""
     largest = torch.maximum(grad_tails.abs().amax(0), grad_listed.abs().amax(1))
     exponent = torch.frexp(torch.where(largest.isfinite(), largest, 0.0)).exponent
-    # Rows of zeros say nothing: a larger one would hide the hidden states of the others.
+    # Rows of zeros get a small one: scales are taken relative to the largest.
     exponent = torch.where(largest > 0, exponent - 12, -100).clamp(-100, 100)
     return torch.ldexp(torch.ones_like(largest), exponent)
 

@@ -11,35 +11,35 @@ from torch import Tensor
 
 from .extension import _C
 
-#: Bytes from which memory is kept here. malloc reuses some of its own below 32 MiB, and none above.
+#: Memory of at least this many bytes is kept. Below 32 MiB malloc may reuse its own, above never.
 LARGE = 2**22
 
 
 def empty_strided(
     shape: Sequence[int], strides: Sequence[int], *, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """As torch.empty_strided, but a large tensor on the CPU has pages that an earlier one left.
+    """torch.empty_strided, but a large tensor on the CPU reuses the memory of an earlier one.
 
-    PyTorch maps every large CPU tensor anew, and the system finds and zeroes its pages while a
-    kernel first writes them, which takes longer than computing what is written. The storage of such
-    a tensor cannot be resized.
+    PyTorch maps new memory for every large CPU tensor, and the system zeroes its pages when they
+    are first written, which takes longer than computing what is written. The storage of a tensor
+    made here cannot be resized.
     """
     large = math.prod(shape) * dtype.itemsize >= LARGE
     if large and device.type == "cpu" and _C is not None:
         extent = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-        with contextlib.suppress(MemoryError):  # PyTorch's own error says more
+        with contextlib.suppress(MemoryError):  # for PyTorch's own, clearer error
             block = torch.frombuffer(_C.Memory(extent * dtype.itemsize), dtype=dtype)
             return block.as_strided(shape, strides)
     return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
 
 def empty(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """As torch.empty, likewise."""
+    """torch.empty with the memory of :func:`empty_strided`."""
     return empty_strided(shape, dense_strides(shape), dtype=dtype, device=device)
 
 
 def dense_strides(shape: Sequence[int]) -> list[int]:
-    """Those of a contiguous tensor."""
+    """Strides of a contiguous tensor."""
     strides = [1] * len(shape)
     for i in reversed(range(len(shape) - 1)):
         strides[i] = strides[i + 1] * max(1, shape[i + 1])
@@ -47,7 +47,7 @@ def dense_strides(shape: Sequence[int]) -> list[int]:
 
 
 def release_memory() -> int:
-    """Gives the memory that kdkernels keeps for its next call back to the system, at once.
+    """Returns the memory that kdkernels keeps for its next call to the system, at once.
 
     Large gradients and buffers on the CPU keep their pages when they are freed, so that the next
     call need not wait for the system to find and zero others. What is kept and what is in use never

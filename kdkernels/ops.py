@@ -1,8 +1,8 @@
-"""Operators of the logits level: one schema each, a fake for tracing, backends behind a name.
+"""Operators of the logits level: a schema and a fake each; the backend is an argument.
 
 They carry no autograd formula; :mod:`kdkernels.autograd` wraps them, through :func:`loss`,
-:func:`loss_and_grad` and :func:`scale_gradient`. Mutating operators are separate and return no
-alias.
+:func:`loss_and_grad` and :func:`scale_gradient`. Operators that write
+into an argument are separate ones and do not return it.
 """
 
 from __future__ import annotations
@@ -37,9 +37,11 @@ library.define(
 
 
 def _by_kernels(tensors, backend, options, gradient):
-    """Loss, metrics and row scales, None where there are none, of tensors that kernels can read."""
+    """Loss, metrics and row scales (each None if there is none), after copies where needed."""
     student, teacher, labels, token_weight, normalizer = tensors
-    if not (student.is_contiguous() and teacher.is_contiguous()):  # in_rows takes longer
+    if not (
+        student.is_contiguous() and teacher.is_contiguous()
+    ):  # contiguous ones need no in_rows, which takes longer
         student, teacher = in_rows(student), in_rows(teacher)
     labels = None if labels is None else labels.contiguous()
     token_weight = None if token_weight is None else token_weight.contiguous()
@@ -71,7 +73,7 @@ def _logits_loss_and_grad_(student, teacher, labels, token_weight, normalizer, b
 def _scale_gradient_(gradient, grad_output, row_scale, backend):
     if gradient.numel() > 0:  # a shard may have no columns
         IMPLEMENTATIONS[backend].scale_gradient(gradient, grad_output, row_scale)
-    # Also where nothing changed: the gradient is handed out, a second backward must not reuse it.
+    # Even if nothing changed: the gradient is handed out, and a second backward must not reuse it.
     torch.autograd.graph.increment_version(gradient)
 
 
@@ -85,7 +87,7 @@ def _run(tensors, backend, options, inplace):
             raise ValueError("inplace_grad: student_logits and teacher_logits share their memory")
         gradient = student
     elif student.nbytes < memory.LARGE and student.is_contiguous():
-        gradient = torch.empty_like(student)  # what gradient_like comes to, sooner
+        gradient = torch.empty_like(student)  # the same as gradient_like, faster
     else:
         gradient = gradient_like(student, memory.empty_strided)
     outputs = _by_kernels(tensors, backend, options, gradient)
@@ -105,7 +107,7 @@ library.impl("scale_gradient_", _scale_gradient_, "CompositeExplicitAutograd")
 
 
 def fake_outputs(student: Tensor, options: LogitsOptions) -> tuple[Tensor, Tensor]:
-    """Like loss and metrics of a student's ``(..., width)`` logits or hidden states."""
+    """Empty loss and metrics for a student's ``(..., width)`` logits or hidden states."""
     lead = student.shape[:-1]
     loss = student.new_empty(lead if options.reduction == "none" else (), dtype=torch.float32)
     stacked = (len(METRICS), *lead) if options.metrics else 0

@@ -27,10 +27,10 @@ METRICS = tuple(Metrics.__annotations__)
 
 REDUCTIONS = ("none", "sum", "mean")
 
-#: What the tokens are that a sparse teacher does not list.
+#: How tokens that a sparse teacher does not list are treated.
 TAILS = ("bucket", "renormalize", "drop", "sampled")
 
-#: Of a shard of the vocabulary, as in csrc/core/params.h.
+#: Phases of a shard of the vocabulary, and numbers of a row, as in csrc/core/params.h.
 SHARD_PHASES = ("states", "sums", "gradient")
 SHARD_STATES = (
     *("student_base", "teacher_base", "student_sum", "teacher_sum"),
@@ -109,5 +109,5 @@ class TailOptions(NamedTuple):
 
     @property
     def results(self) -> int:
-        """Numbers a row: a reference, and a log-sum-exp for each temperature."""
+        """Numbers per row: a reference, and a log-sum-exp for each temperature."""
         return 1 + len(self.temperatures())

@@ -1,7 +1,7 @@
-"""Teacher tensors as they come in practice, block by block on the student's device.
+"""Blocks of rows of a teacher's tensor, on the student's device.
 
-They may lie on the device already, or in the memory or a memory-mapped file of the host: then only
-blocks of rows ever are on the device, and on a GPU a block is copied while the one before is used.
+The tensor may be there already, or on the host, also in a memory-mapped file: then only blocks of
+its rows are ever on the device, and on a GPU a block is copied while the one before is used.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Span = tuple[int, int]  # of rows, begin and end
 
 
 class _Rows:
-    """The rows of a (..., width) tensor in order, or those of an index, never copied as a whole."""
+    """Rows of a (..., width) tensor, all or those of an index, without copying it as a whole."""
 
     def __init__(self, tensor: Tensor, index: Tensor | None):
         self.lead = tensor.shape[:-1]
@@ -39,7 +39,7 @@ class _Rows:
 
 
 def _unravelled(index: Tensor, lead: Sequence[int]) -> tuple[Tensor, ...]:
-    """torch.unravel_index, which waits for a GPU: it copies the shape there."""
+    """torch.unravel_index without waiting for a GPU, to which that copies the shape."""
     places = []
     for size in reversed(lead):
         places.append(index % size)
@@ -48,7 +48,7 @@ def _unravelled(index: Tensor, lead: Sequence[int]) -> tuple[Tensor, ...]:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A small tensor of the host there, without waiting for the device."""
+    """Copies a small tensor from the host, without waiting for the device."""
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
@@ -66,7 +66,7 @@ def blocks(
     spans: Sequence[Span],
     device: torch.device,
 ) -> Iterator[Tensor]:
-    """The (rows, width) block of each span on ``device``; good until the next one is asked for."""
+    """The (rows, width) block of each span on ``device``, valid until the next one is asked for."""
     rows = _Rows(tensor, index)
     if tensor.device != device and device.type == "cuda" and spans:
         yield from _copied_ahead(rows, spans, device)
@@ -82,7 +82,7 @@ def _pinned(rows: int, like: Tensor) -> Tensor:
 def _copied_ahead(
     rows: _Rows, spans: Sequence[Span], device: torch.device, cuda: Any = torch.cuda
 ) -> Iterator[Tensor]:
-    """Through two pinned buffers and a stream of its own, one block ahead of its use."""
+    """Copies one block ahead of its use, through two pinned buffers and a stream of its own."""
     most = max(end - begin for begin, end in spans)
     current, side = cuda.current_stream(device), cuda.Stream(device)
     staged = [_pinned(most, rows.tensor) for _ in range(2)]

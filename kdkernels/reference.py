@@ -93,8 +93,8 @@ def _kd_loss(
 
 
 def sum_of_terms(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
-    """(...) of log-probabilities ``(..., n)``."""
-    # NaN reaches the whole row and its gradient, through whatever the divergence selects.
+    """The divergence ``(...)`` of log-probabilities ``(..., n)``."""
+    # A NaN makes the whole row and its gradient NaN, whatever the divergence does with it.
     bad = (log_p.isnan() | log_q.isnan()).any(-1, keepdim=True)
     terms = divergence.value(log_p, log_q * torch.where(bad, math.nan, 1.0))
     if terms.shape != log_p.shape:
@@ -106,24 +106,24 @@ def sum_of_terms(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor
 
 
 def not_negative(value: Tensor) -> Tensor:
-    """Rounding may fall below 0, a divergence does not."""
+    """Clamps at 0, below which only rounding can fall; the gradient passes."""
     return torch.where(value < 0, value - value.detach(), value)
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """The dtypes of the definition are its own."""
+    """Disables autocast: the definition chooses its own dtypes."""
     if watchers.has_autocast(device):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """float64 where the device has it."""
+    """float64, or float32 on a device without it."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 class RowsThatTakePart(NamedTuple):
-    """What labels and weights say of the rows, each ``(...)``."""
+    """Weights of the rows and which of them take part, each ``(...)``."""
 
     weight: Tensor
     kept: Tensor  # bool
@@ -161,7 +161,7 @@ def are_outside(labels: Tensor, o: LogitsOptions) -> Tensor:
 def reduced(
     loss: Tensor, rows: RowsThatTakePart, normalizer: Tensor | None, o: LogitsOptions
 ) -> Tensor:
-    """Weighted losses ``(...)``, their sum or mean."""
+    """The weighted losses ``(...)``, or their sum or mean."""
     loss = torch.where(rows.kept, loss * torch.where(rows.outside, math.nan, 1.0), 0.0)
     loss = loss * rows.weight
     if o.reduction == "none":
@@ -170,7 +170,7 @@ def reduced(
 
 
 def normalizer_of(rows: RowsThatTakePart, normalizer: Tensor | None, o: LogitsOptions) -> Tensor:
-    """What the loss is divided by, (); 1 where the reduction is no mean."""
+    """What the loss is divided by, (); 1 unless the reduction is a mean."""
     if o.reduction != "mean":
         return torch.ones_like(rows.weight.sum())
     if normalizer is None:
@@ -187,7 +187,7 @@ def stacked_metrics(values: dict[str, Tensor], kept: Tensor) -> Tensor:
 
 
 def log_sum_exp(x: Tensor) -> Tensor:
-    """(...), where all is -inf with a gradient of 0, or NaN if given NaN; PyTorch's is NaN."""
+    """torch.logsumexp over the last dimension, with a gradient of 0, not NaN, where all is -inf."""
     nothing = (x == -math.inf).all(-1)
     some = torch.where(nothing.unsqueeze(-1), 0.0, x).logsumexp(-1)
     return torch.where(nothing, x.nan_to_num(neginf=0.0).sum(-1) - math.inf, some)
@@ -200,7 +200,7 @@ def entropy(log_p: Tensor) -> Tensor:
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, kept: Tensor, outside: Tensor) -> Tensor:
-    """NaN, gradient included, for a label outside the vocabulary."""
+    """(...), NaN, gradient included, for a label outside the vocabulary."""
     index = torch.where(kept & ~outside, labels, 0).unsqueeze(-1)
     log_q = F.log_softmax(logits, dim=-1).gather(-1, index).squeeze(-1)
     return -log_q * torch.where(outside, math.nan, 1.0)

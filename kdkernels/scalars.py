@@ -1,4 +1,4 @@
-"""Checks of single options, whatever the tensors are; errors name the option and what was got."""
+"""Checks of options by themselves; errors name the option and what was got."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FLOAT32 = torch.finfo(torch.float32)  # what kernels compute in
 
 
 def number(name: str, value: float, *, positive: bool = False) -> float:
-    """The value as a float, finite, and positive where asked for, also in float32."""
+    """The value as a float; raises unless it is finite (and positive, if asked for) in float32."""
     if type(value) is not float:
         check_number(name, value)
     # Comparisons, since torch.compile cannot trace math.isfinite of a symbolic number.
@@ -32,7 +32,7 @@ def number(name: str, value: float, *, positive: bool = False) -> float:
 
 
 def integer(name: str, value: int, *, positive: bool = False) -> int:
-    """The value as an int of 64 bits, and positive where asked for."""
+    """The value as an int; raises unless it fits 64 bits (and is positive, if asked for)."""
     if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
         raise TypeError(f"{name} is a {type(value).__name__}, expected an int")
     if positive and value < 1:
@@ -52,7 +52,7 @@ class Processes(NamedTuple):
 
 
 def process_group(name: str, group: Any) -> Processes:
-    """Checks that ``group`` is one, and that this process is in it."""
+    """Checks that ``group`` is a process group with this process in it."""
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
         raise TypeError(
             f"{name} is a {type(group).__name__}, expected a torch.distributed.ProcessGroup that "
@@ -133,5 +133,5 @@ _OPTIONS: dict[str, Callable[[str, Any], Any]] = {
 
 
 def option(name: str, value: Any) -> Any:
-    """An option's value as calls use it, or what is wrong with it whatever the tensors are."""
+    """The checked value of an option; raises if it is wrong whatever the tensors are."""
     return _OPTIONS[name](name, value)

@@ -1,8 +1,8 @@
 """The logits level where processes share a vocabulary, each with a shard of its columns.
 
-The sweeps of the row kernels are launches of their own here. In between the processes tell each
-other a few numbers a row: first the softmax states of their shards, then the sums over their terms.
-Logits and gradients stay where they are.
+Each sweep of the row kernels is a launch of its own here. In between, the processes exchange a few
+numbers per row: first the softmax states of their shards, then the sums of their terms. Logits and
+gradients stay where they are.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _LARGEST_SLOPE = SHARD_SUMS.index("largest_slope")
 _BASES, _SUMS, _KLS = slice(0, 2), slice(2, 4), slice(4, 6)
 _SUMS_AND_KLS, _ENTROPY, _AT_1 = slice(2, 6), slice(6, 7), slice(7, 8)
 
-#: As in csrc/core/softmax_state.h: what an empty shard's sums are relative to.
+#: The base of an empty shard's sums, as in csrc/core/softmax_state.h.
 _LOWEST_LOGIT = -1e30
 
 
@@ -57,7 +57,7 @@ def logits_loss(
         labels = labels.flatten().masked_fill(masked, 0)
         outside = reference.are_outside(labels, o)
         if o.ce_weight == 0 and not o.metrics:
-            labels = None  # they have said which rows take part
+            labels = None  # which served to tell the rows that take part
     local = None if labels is None else _local(labels, o)
     row_scale = torch.zeros_like(weight).view(lead) if has_row_scale(gradient) else None
 
@@ -109,19 +109,19 @@ def logits_loss(
 
 
 def _weights(given: Tensor | None, divisor: float | Tensor, student: Tensor) -> Tensor:
-    """(rows,), what gradients of rows are multiplied by, 0 of those that take no part."""
+    """(rows,) factors of the rows' gradients, 0 for rows that take no part."""
     if given is None:
         return student.new_ones(student.shape[:-1].numel(), dtype=torch.float32) / divisor
     return torch.where(given == 0, given, given / divisor).to(torch.float32)  # not 0 / 0
 
 
 def _named(names: Iterable[str], numbers: Tensor) -> dict[str, Tensor]:
-    """The last dimension's numbers by their names."""
+    """The numbers of the last dimension by their names."""
     return dict(zip(names, numbers.unbind(-1), strict=True))
 
 
 class _Whole(NamedTuple):
-    """Of the whole vocabulary."""
+    """Softmax states of the whole vocabulary."""
 
     states: Tensor  # (rows, 8), for kernels
     of_far: tuple[Tensor, Tensor] | None = None  # (rows,) each: which are far, their divergence
@@ -137,9 +137,9 @@ def _of_whole(
     states: Tensor,  # (rows, 8), of this shard
     o: LogitsOptions,
 ) -> tuple[_Whole, dict[str, Tensor]]:
-    """What all shards' states make, cross-entropy and agreement ``(rows,)``.
+    """Exchanges states: those of the whole vocabulary, and cross-entropy and agreement ``(rows,)``.
 
-    NaN where processes do not pass the same, or their shards are no whole; on a CPU that raises.
+    NaN where processes pass different values or their shards do not fit; on a CPU raises instead.
     """
     told = [weight]
     if labels is not None and local is not None:
@@ -178,9 +178,9 @@ def _of_whole(
 
 
 def _merged(shards: Tensor, with_labels: bool, o: LogitsOptions) -> _Whole:
-    """Of all shards' states ``(processes, rows, 8)``, which it changes.
+    """Merges the states of all shards, ``(processes, rows, 8)``, which it overwrites.
 
-    Pairs are of student and teacher; those of sums by the exponentials of these.
+    Pairs are of student and teacher.
     """
     base = shards[..., _BASES].amax(0)
     fall = shards[..., _BASES] - base
@@ -195,7 +195,7 @@ def _merged(shards: Tensor, with_labels: bool, o: LogitsOptions) -> _Whole:
         sums = (shards[..., _SUMS] * factor).sum(0)
         return _Whole(torch.cat([base, sums, nothing.expand(-1, 3), at_1], -1))
 
-    # By differences from the bases of the whole.
+    # Gaps relative to the bases of the whole vocabulary.
     shards[..., _KLS].addcmul_(shards[..., _SUMS], fall[..., :1] - fall[..., 1:])
     sums_and_kls = shards[..., _SUMS_AND_KLS].unflatten(-1, (2, 2)) * factor.unsqueeze(-2)
     sums, pair = sums_and_kls.sum(0).unbind(-2)
@@ -215,36 +215,36 @@ def _merged(shards: Tensor, with_labels: bool, o: LogitsOptions) -> _Whole:
 
 
 def _local(labels: Tensor, o: LogitsOptions) -> Tensor:
-    """Columns of this shard; -1 where another has the label."""
+    """The labels as columns of this shard, -1 where another shard has the label."""
     column = labels - o.vocab_start
     nearest = column.clamp(0, o.vocab - 1)
     return nearest.masked_fill_(nearest != column, -1)
 
 
 def _at_labels(student: Tensor, local: Tensor, o: LogitsOptions) -> Tensor:
-    """Logits ``(rows,)`` at the labels that this shard has, 0 elsewhere."""
+    """Logits ``(rows,)`` at those labels that are in this shard, 0 elsewhere."""
     if o.vocab == 0:
         return torch.zeros_like(local)
     index = local.clamp(min=0).view(*student.shape[:-1], 1)
-    # In float32 as kernels transform them, whose log-sum-exp it is subtracted from.
+    # In float32, as in the kernels, since it is subtracted from their log-sum-exp.
     logits = student.gather(-1, index).flatten().float()
     logits = reference.transform(logits, o.student_scale, o.student_softcap)
     return logits.masked_fill_(local < 0, 0.0)
 
 
 def _divergence(sums: Tensor, o: LogitsOptions) -> Tensor:
-    """(rows,) from the sums over the whole vocabulary."""
+    """The divergence ``(rows,)`` from the sums over the whole vocabulary."""
     named = _named(SHARD_SUMS, sums)
     value = named["value"]
     if o.divergence == AlphaBeta.name:
-        # sum q - p is 0; what it comes to is how far rounding of the softmax sums moved all log q.
+        # sum (q - p) should be 0: what it is instead tells how far rounding moved all log q.
         slope = named["slope"].nan_to_num(0.0, 0.0, 0.0)
         value = torch.addcmul(value, named["shift"], slope, value=-1)
-    return value.clamp(min=0)  # rounding of what nearly cancels; NaN stays
+    return value.clamp(min=0)  # rounding may fall below; NaN stays
 
 
 def _cross_entropy(states: Tensor, label_logit: Tensor) -> Tensor:
-    """(rows,), NaN where a row has no softmax, whose sum is 0, infinite or NaN."""
+    """(rows,); NaN where a row has no softmax: its sum is 0, infinite or NaN."""
     named = _named(SHARD_STATES, states)
     log_sum = named["student_sum_at_1"].log().nan_to_num(math.nan, math.nan, math.nan)
     return (named["student_base"] + log_sum - label_logit).clamp(min=0)

@@ -1,7 +1,7 @@
 """The student's side of a sparse teacher where processes share the student's vocabulary.
 
-Each has the log-sum-exp of its own columns and some of the listed logits; what a sparse loss needs
-of the whole is their log-sum-exp and all of the listed ones.
+Each process has the log-sum-exp of its own columns and some of the listed logits. The loss needs
+the log-sum-exp of all columns and all listed logits, so these are exchanged.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class ShardedStudent:
         apart = collectives.do_not_fit(headers.detach(), o)
         everyone = everyone.reshape(o.processes, *kept.shape, message.shape[-1])
 
-        # Apart again, with the processes first.
+        # Split again; the first dimension is that of the processes.
         stored, tails, checksum, *tops = everyone.split([x.shape[-1] for x in told], -1)
         checksum = checksum.detach().squeeze(-1)
         bad = apart | (checksum != checksum[0]).any(0)

@@ -1,8 +1,8 @@
 """Distillation from a sparse teacher: a few tokens and their log-probabilities per row.
 
-Only log-sum-exps of the student need the whole vocabulary (:mod:`kdkernels.tail`). The rest is a
-function of as many numbers as the teacher lists: the divergence is that of rows as short as that
-(:mod:`kdkernels.sparse_terms`), what is around it plain PyTorch in float64.
+Only log-sum-exps of the student need the whole vocabulary (:mod:`kdkernels.tail`). The rest depends
+on the listed tokens alone: the divergence is that of rows as short as the lists
+(:mod:`kdkernels.sparse_terms`), everything around it plain PyTorch in float64.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def sparse_kd_loss(
         student_softcap: cap of ``cap * tanh(x / cap)`` on the scaled logits, None for none.
         group: a process group over which the vocabulary is sharded, see :func:`kdkernels.kd_loss`;
             tokens are numbered in the whole vocabulary, and the same everywhere.
-        vocab_start: see there.
+        vocab_start: see :func:`kdkernels.kd_loss`.
         inplace_grad: the backward overwrites ``student_logits`` with its gradient. Not for leaves.
         return_metrics: also return per-token metrics as :func:`kdkernels.kd_loss` does: divergence
             and entropies of what ``tail`` compares; ``agreement`` is 1.0 where the student's top
@@ -223,7 +223,7 @@ def loss_of(
     call: checks.Call,
     tail: str,
 ) -> Tensor | tuple[Tensor, Metrics]:
-    """What :func:`sparse_kd_loss` returns."""
+    """The result of :func:`sparse_kd_loss`, for any kind of student."""
     with reference.without_autocast(student.like.device):
         loss, stacked = _loss(student, indices, logprobs, labels, call, tail)
     return with_metrics(loss, stacked, labels) if call.options.metrics else loss
@@ -243,7 +243,7 @@ def _loss(
     indices, log_p, bad = entries(indices, logprobs, rows.kept, tail, o.vocab_size)
     with_divergence = o.kd_weight != 0 or o.metrics
     if o.ce_weight == 0 and not o.metrics:
-        labels = None  # they have said which rows take part
+        labels = None  # which served to tell the rows that take part
     if o.group:
         share = rows.weight / reference.normalizer_of(rows, call.normalizer, o)
         label = torch.zeros_like(share) if labels is None else torch.where(rows.kept, labels, 0)
@@ -285,7 +285,7 @@ def _loss(
 
 
 class _Logits:
-    """The student's logits at the teacher's tokens and at the labels, and their normalizers."""
+    """The student's logits at the listed tokens and labels, and log-sum-exps of the others."""
 
     def __init__(
         self,
@@ -299,7 +299,7 @@ class _Logits:
     ) -> None:
         o = options
         listed = indices
-        if labels is not None:  # in a slot of its own unless the teacher lists it
+        if labels is not None:  # a label gets a slot of its own unless the teacher lists it
             self._is_label = indices == labels.unsqueeze(-1)
             apart = labels.masked_fill(self._is_label.any(-1), -1)
             listed = torch.cat([indices, apart.unsqueeze(-1)], -1)
@@ -314,7 +314,7 @@ class _Logits:
             with_top=o.metrics,
         )
         stored = torch.zeros_like(stored).scatter(-1, order, stored)
-        # Masked before all else: 0 * NaN in a backward would be NaN.
+        # Masked first: 0 * NaN in a backward would be NaN.
         stored = stored.masked_fill(~kept.unsqueeze(-1), 0.0)
         logits = reference.transform(stored, o.student_scale, o.student_softcap)
         self._logits = logits.masked_fill(listed < 0, -math.inf)  # (..., k) or (..., k + 1)
@@ -323,23 +323,23 @@ class _Logits:
         self._temperature = o.temperature
 
     def no_loss(self) -> Tensor:
-        """Zeros ``(...)`` with a gradient of zeros, for a loss without terms."""
+        """Zeros ``(...)`` whose gradient is zeros, for a loss without terms."""
         nothing = torch.ones_like(self._logits, dtype=torch.bool)
         return self._logits.masked_fill(nothing, 0.0).sum(-1)
 
     def listed(self) -> Tensor:
-        """(..., k) over temperature, -inf in empty slots."""
+        """Logits ``(..., k)`` of the listed tokens over the temperature, -inf in empty slots."""
         return self._logits[..., : self._k] / self._temperature
 
     def tail(self) -> Tensor:
-        """(...), the log-sum-exp of all that the teacher does not list."""
+        """Log-sum-exp ``(...)`` of all tokens that the teacher does not list."""
         if self._logits.shape[-1] == self._k:
             return self._tails[0]
         label = self._logits[..., self._k :] / self._temperature
         return reference.log_sum_exp(torch.cat([label, self._tails[0].unsqueeze(-1)], -1))
 
     def cross_entropy(self) -> Tensor:
-        """(...) against the labels, at temperature 1."""
+        """Cross-entropy ``(...)`` against the labels, at temperature 1."""
         log_normalizer = torch.cat([self._logits, self._tails[-1].unsqueeze(-1)], -1).logsumexp(-1)
         log_normalizer = log_normalizer * torch.where(log_normalizer == math.inf, math.nan, 1.0)
         is_listed = self._is_label.any(-1)

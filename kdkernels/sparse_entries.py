@@ -1,4 +1,4 @@
-"""What a sparse teacher lists: its checks, and tokens and log-probabilities made of it."""
+"""What a sparse teacher lists: checks, and clean tokens and log-probabilities."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 from . import checks, reference, scalars, watchers
 from .divergences import Divergence, ForwardKL, SoftCrossEntropy
 
-#: How far rounding may take a sum of listed probabilities above 1: bfloat16 keeps 3 digits.
+#: Listed probabilities may sum to this much: those in bfloat16 are rounded to 3 digits.
 MOST_PROBABILITY = 1.05
 
 
 def entries(
     indices: Tensor, logprobs: Tensor, kept: Tensor, tail: str, vocab: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens (-1 for none), their log p (-inf for none), and rows where they make no sense."""
+    """Tokens (-1: none), their log p (-inf: none), and which rows ``(...)`` are invalid."""
     indices = torch.where(kept.unsqueeze(-1), indices.to(torch.int64), -1)
     outside = (indices < -1) | (indices >= vocab)
     if watchers.may_look(indices) and bool(outside.any()):
@@ -45,11 +45,11 @@ def entries(
 
 
 def _merged(indices: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The same samples with each token once, its weights added up."""
+    """Samples with each token once; weights of repeated tokens are added up."""
     ascending, order = indices.sort(dim=-1, stable=True)
     largest = log_weights.amax(-1, keepdim=True).clamp(min=torch.finfo(log_weights.dtype).min)
     weights = (log_weights - largest).exp().gather(-1, order)
-    # The last of equal tokens gets the sum of all; scatter_add has no order of its own on a GPU.
+    # The last of equal tokens gets the sum; not by scatter_add, whose order varies on a GPU.
     step = 1
     while step < ascending.shape[-1]:
         same = ascending[..., step:] == ascending[..., :-step]
@@ -62,7 +62,7 @@ def _merged(indices: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def listed_twice(ascending: Tensor) -> Tensor:
-    """Rows ``(...)`` in which a token stands twice."""
+    """Whether rows ``(...)`` list a token twice; on a CPU raises instead."""
     twice = (ascending[..., 1:] == ascending[..., :-1]) & (ascending[..., 1:] >= 0)
     if watchers.may_look(ascending) and bool(twice.any()):
         token = int(ascending[..., 1:][twice][0])
@@ -74,7 +74,7 @@ def listed_twice(ascending: Tensor) -> Tensor:
 
 
 def check_entries(name: str, student: Tensor, indices: Tensor, logprobs: Tensor) -> None:
-    """Checks a sparse teacher beside logits or hidden states of that name."""
+    """Checks a sparse teacher against the student's logits or hidden states, called ``name``."""
     if not isinstance(indices, Tensor) or indices.dtype not in (torch.int64, torch.int32):
         kind = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
         raise TypeError(f"teacher_indices is {kind}, expected an int64 or int32 torch.Tensor")
@@ -104,7 +104,7 @@ def check_entries(name: str, student: Tensor, indices: Tensor, logprobs: Tensor)
 
 
 def check_tail(tail: str, divergence: Divergence) -> None:
-    """Checks that a tail is known and goes with the divergence."""
+    """Checks that the tail is known and works with the divergence."""
     scalars.option("tail", tail)
     if tail == "sampled" and not isinstance(divergence, (ForwardKL, SoftCrossEntropy)):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What a sparse loss compares, a few tokens a row, and the divergence of it."""
+"""The few tokens of a row that a sparse loss compares, and their divergence."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from . import reference
 from .divergences import DIVERGENCES, Divergence
 from .options import METRICS, LogitsOptions
 
-#: A teacher's log tail where rounding has hidden it: half a unit in the last place of float32's 1.
+#: The log tail of a teacher where rounding hides it: half a unit in the last place of 1.0f.
 _UNKNOWN_TAIL = math.log(2.0**-24)
 
 _ops = torch.ops.kdkernels
@@ -36,7 +36,7 @@ def few_tokens(
     empty: Tensor,  # (...), rows that list nothing
     rounding: float,  # how far it may take sum p from 1
 ) -> FewTokens:
-    """What is compared, as ``tail`` of :func:`kdkernels.sparse_kd_loss` says."""
+    """The tokens that are compared, according to ``tail`` of :func:`kdkernels.sparse_kd_loss`."""
     if tail != "bucket":
         kept = kept & ~empty
     if student_tail is None:
@@ -52,9 +52,9 @@ def few_tokens(
 def _tail_of(log_p: Tensor, no_tail: Tensor, rounding: float) -> Tensor:
     """log(1 - sum p), ``(..., 1)``; ``no_tail`` ``(..., 1)`` says where the student has none."""
     total = log_p.exp().sum(-1, keepdim=True)
-    # Rounded probabilities may sum to 1 or more: what is left then is unknown, and not so surely 0
-    # that a student's tail should cost infinitely much. Nor should what they miss to 1 where there
-    # are no other tokens, or the student has masked them all.
+    # Rounded probabilities may sum to 1 or more. The tail is unknown then, and taken for 0 it would
+    # make a student's tail cost infinitely much. And where there are no other tokens, or they are
+    # all masked in the student, what rounding leaves to 1 is no tail.
     none = no_tail & (total >= 1 - rounding)
     return torch.log1p(-total).masked_fill(total >= 1, _UNKNOWN_TAIL).masked_fill(none, -math.inf)
 
@@ -62,10 +62,10 @@ def _tail_of(log_p: Tensor, no_tail: Tensor, rounding: float) -> Tensor:
 def values_of(
     few: FewTokens, divergence: Divergence, entropies: bool, backend: str
 ) -> tuple[Tensor, ...]:
-    """The divergence ``(...)``, and where asked for the entropies of teacher and student."""
+    """The divergence ``(...)`` and, if asked for, the entropies of teacher and student."""
     # By type: a subclass of a built-in divergence may define another value.
     compiled = backend != "reference" and DIVERGENCES.get(divergence.name) is type(divergence)
-    # Terms of some tokens of a softmax are not what the kernels of the logits level sum.
+    # The kernels compare whole distributions, which "drop" does not.
     if compiled and few.tail != "drop":
         return _by_kernel(few, divergence, entropies, backend)
     return _by_definition(few, divergence, entropies)
@@ -108,7 +108,7 @@ def _by_kernel(
         vocab_start=0,
         vocab_size=few.student.shape[-1],
     )
-    # Relative to the most probable token, to which float32 is to give most digits.
+    # Relative to the most probable token, which float32 then holds with most digits.
     teacher, student = (
         (x - x.detach().amax(-1, keepdim=True)).to(torch.float32)
         for x in (few.teacher, few.student)
@@ -121,7 +121,7 @@ def _by_kernel(
 
 
 class _OfFewTokens(torch.autograd.Function):
-    """The logits level; its gradient is small and kept, so that the backward can run again."""
+    """The logits level; the small gradient is kept, so that the backward can run again."""
 
     @staticmethod
     def forward(ctx, student, teacher, weight, options, backend):

@@ -1,7 +1,7 @@
-"""The student's side of a sparse teacher: listed logits, and log-sum-exps of all the others.
+"""The student's side of a sparse loss: listed logits, and log-sum-exps of all the others.
 
-Nothing else of a sparse loss reads the whole vocabulary, so this is all that has kernels: one pass
-over the logits in the forward, and one in the backward that writes their gradient.
+Only this reads the whole vocabulary, so it has kernels: one pass over the logits in the forward,
+and one in the backward that writes their gradient.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class _ListedAndTails(torch.autograd.Function):
 
 
 def log_sum_exps(tails: Tensor, options: TailOptions) -> Tensor:
-    """(1 + at_1, ...) from what kernels write."""
+    """Log-sum-exps ``(1 + at_1, ...)`` from what the kernels write."""
     origin, *log_sums = tails.double().unbind(0)
     return torch.stack(
         [
@@ -144,12 +144,12 @@ class Student(Protocol):
         with_tails: bool,
         with_top: bool,
     ) -> tuple[Tensor, Tensor, Top | None]:
-        """What a sparse loss needs of the student.
+        """Listed logits, log-sum-exps of the others, and the top token.
 
         Args:
             listed: ``(..., m)`` int64, ascending: -1, then different columns.
             kept: ``(...)``, rows that take part.
-            options: of the operators.
+            options: temperature and transform of the logits.
             with_tails: whether the second result is needed.
             with_top: whether the third one is.
 
@@ -186,7 +186,7 @@ class LogitsStudent:
         """See :meth:`Student.listed_and_tails`."""
         student, backend = self.logits, self.backend
         top = Top.of(student, options.vocab) if with_top else None
-        if student.shape[-1] == 0:  # as a shard may have it
+        if student.shape[-1] == 0:  # as a shard may be
             nothing = student.sum(-1).double()
             tails = (nothing - torch.inf).expand(len(options.temperatures()), *kept.shape)
             return nothing.unsqueeze(-1).expand(listed.shape), tails, top
@@ -211,7 +211,7 @@ def _reference(
     tail = torch.where(kept.unsqueeze(-1), logits, 0.0)
     tail = reference.transform(tail, options.scale, options.softcap)
     tail = torch.where(is_listed[..., :-1], -torch.inf, tail)
-    # A softmax over +inf is none.
+    # There is no softmax over +inf.
     tail = torch.where(tail == torch.inf, torch.nan, tail)
     log_sum_exps = [reference.log_sum_exp(tail / t) for t in options.temperatures()]
     listed_logits = student.gather(-1, listed.clamp(min=0)).to(compute)

@@ -1,4 +1,4 @@
-"""The first largest logit of a row, which metrics ask for."""
+"""The first largest logit of a row, for the metrics."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Top(NamedTuple):
 
     @classmethod
     def of(cls, logits: Tensor, vocab: int) -> Top:
-        """Among the leading columns; -inf where there are none."""
+        """The top among the first ``vocab`` columns; -inf if there are none."""
         if vocab == 0:
             nothing = logits.new_full(logits.shape[:-1], -math.inf)
             return cls(nothing, torch.zeros_like(nothing, dtype=torch.int64))
         return cls(*logits.detach()[..., :vocab].max(-1))
 
     def of_all(self) -> Top:
-        """That of all processes, ``(...)``, from each of theirs, ``(processes, ...)``."""
+        """The top of all processes, ``(...)``, from ``(processes, ...)``."""
         top = self.logit.amax(0)
         return Top(top, torch.where(self.logit == top, self.token, math.inf).amin(0))

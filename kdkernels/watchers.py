@@ -1,4 +1,4 @@
-"""Whether anything watches or transforms the operators that a call would dispatch."""
+"""Whether anything watches or transforms the operators that a call dispatches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensor
 from torch.compiler import is_compiling
 from torch.overrides import has_torch_function
 
-try:  # private names: with a PyTorch that has others, every call is dispatched
+try:  # private names: where a PyTorch lacks them, every call is dispatched
     from torch._C import (
         DispatchKey,
         DispatchKeySet,
@@ -31,18 +31,18 @@ except (AttributeError, ImportError, TypeError):
     _THREAD_KEYS = 0
 
 
-try:  # private names too: without them, torch's own errors have to do
+try:  # private names too: without them, PyTorch's own errors are raised
     from torch._C import _are_functorch_transforms_active as transforms_active
     from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 except ImportError:
 
     def transforms_active() -> bool:
-        """Whether torch.func transforms what runs."""
+        """Whether a torch.func transform is active."""
         return False
 
 
 def hides_gradient(tensor: Tensor) -> bool:
-    """Whether it requires grad beneath the wrappers of torch.func's vmap, which say it does not."""
+    """Whether a tensor requires grad although its torch.func.vmap wrapper says it does not."""
     if is_compiling() or not transforms_active():
         return False
     while is_functorch_wrapped_tensor(tensor):
@@ -51,22 +51,22 @@ def hides_gradient(tensor: Tensor) -> bool:
 
 
 def has_autocast(device: torch.device) -> bool:
-    """Where torch.autocast works: torch.compile of torch 2.8 cannot trace PyTorch's own answer."""
+    """Whether torch.autocast works; torch.compile of torch 2.8 cannot trace PyTorch's check."""
     return device.type != "meta"
 
 
 def may_look(tensor: Tensor) -> bool:
-    """Whether a look at values can be, costs no waiting for a device, and is no part of a graph."""
+    """Whether values can be looked at: not while tracing, nor on a device one would wait for."""
     return tensor.device.type == "cpu" and not is_compiling() and not isinstance(tensor, FakeTensor)
 
 
 def goes_straight(*tensors: Tensor | None) -> bool:
-    """Whether calling an operator would only run its implementation on plain CPU tensors.
+    """Whether dispatching an operator would only run its implementation on plain CPU tensors.
 
-    The implementation is called itself then: dispatching costs a small call more than its kernel.
-    Whoever looks at operators shows in the keys by which torch dispatches. In those of the thread:
-    modes, fake tensors, transforms, tracing. In those of a tensor: subclasses, wrappers of
-    transforms, lazy negation and zeros. Any other set of keys than the usual one is theirs.
+    Then the implementation is called directly, as dispatching takes longer than the kernel of a
+    small call. Whoever intercepts operators shows in the keys by which torch dispatches: in the
+    thread's keys modes, fake tensors, transforms and tracing, in a tensor's keys subclasses,
+    wrappers of transforms, lazy negation and zeros. So any unusual set of keys is dispatched.
     """
     if (
         is_compiling()

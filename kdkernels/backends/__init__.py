@@ -11,8 +11,8 @@ from torch import Tensor
 from ..divergences import Divergence
 from . import cpu, cuda, triton
 
-#: Those with kernels, in order of preference: the usual refusal, for another device, comes first
-#: where it costs least.
+#: The backends with kernels, in order of preference. Each refuses tensors of another device first,
+#: which is the usual refusal and the cheapest.
 IMPLEMENTATIONS = {"cpu": cpu, "cuda": cuda, "triton": triton}
 
 BACKENDS = (*IMPLEMENTATIONS, "reference")
@@ -30,7 +30,7 @@ def why_not(
 
 
 def check_name(backend: str) -> str:
-    """The name; raises for what is no backend's, nor ``"auto"``."""
+    """Returns the name; raises if it is neither a backend's nor ``"auto"``."""
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(
             f"backend is {backend!r}, expected 'auto', {', '.join(map(repr, BACKENDS))}"

@@ -72,7 +72,7 @@ def shard(
     gradient: Tensor | None,  # (..., width)
     row_scale: Tensor | None,  # (...)
 ) -> bool:
-    """One phase of a shard of the vocabulary; whether the gradient is written then.
+    """Runs one phase of a shard of the vocabulary; returns whether it wrote the gradient.
 
     See ``ShardParams`` of csrc/core/params.h.
     """
@@ -82,12 +82,12 @@ def shard(
 
 
 def _floats(shape: tuple[int, ...]) -> Tensor:
-    """Memory for a kernel's results, whatever torch.set_default_dtype and the like say."""
+    """Uninitialised float32 on the CPU, whatever torch's default dtype and device are."""
     return torch.empty(shape, dtype=torch.float32, device=_CPU)
 
 
 def _float() -> Tensor:
-    """Likewise for one number, sooner."""
+    """The same for a single number, faster."""
     return torch.empty_strided((), (), dtype=torch.float32, device=_CPU)
 
 

@@ -114,7 +114,7 @@ def shard(
     gradient: Tensor | None,
     row_scale: Tensor | None,
 ) -> bool:
-    """One phase of a shard of the vocabulary, as in ``backends/cpu.py``."""
+    """Runs one phase of a shard of the vocabulary, as in ``backends/cpu.py``."""
     tensors = student, teacher, labels, weight, states, sums
     params = shard_params(phase, *tensors, o, gradient, row_scale)
     return _launch(_C.shard_cuda, student, params)

@@ -1,4 +1,4 @@
-"""Weights and normalizer in PyTorch, for all but the CPU's kernels; never waits for a device."""
+"""Row weights and normalizer, computed in PyTorch without waiting for a device."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def extension_refusals(student: Tensor, teacher: Tensor, divergence: Divergence)
 
 
 def _leading(shape: Sequence[int], strides: Sequence[int]) -> list[tuple[int, int]]:
-    """Leading dimensions as (size, stride), outermost first, merged where they lie end to end."""
+    """(size, stride) of the leading dimensions, outermost first, merged where one stride serves."""
     merged: list[tuple[int, int]] = []
     for size, stride in zip(shape[:-1], strides[:-1], strict=True):
         if size == 1:
@@ -68,10 +68,10 @@ def gradient_like(
 ) -> Tensor:
     """Memory for the gradient, its rows as far apart as the student's modulo 16 bytes.
 
-    CUDA kernels move 16 bytes at a time where the rows of student, teacher and gradient are aligned
-    alike. At an odd vocabulary those of ``logits[:, :-1]`` are not aligned like those of a
-    contiguous tensor; a few unused entries make them so. A dense student's strides stay what they
-    are. Its storage offset counts for nothing: under a compiler a tensor has lost it.
+    CUDA kernels move 16 bytes at a time where the rows of student, teacher and gradient have the
+    same alignment. At an odd vocabulary the rows of ``logits[:, :-1]`` and of a contiguous tensor
+    have not; a few unused entries between the gradient's rows mend that. A dense student's strides
+    are kept. The storage offset is ignored, as tensors lose it under torch.compile.
     """
     strides = _congruent_strides(student)
     return empty_strided(student.shape, strides, dtype=student.dtype, device=student.device)
@@ -93,7 +93,7 @@ def _congruent_strides(student: Tensor) -> Sequence[int]:
 
 
 def check_in_place(student: Tensor) -> None:
-    """Refuses to write a gradient over rows that share memory, or that kernels read a copy of."""
+    """Raises where a gradient cannot be written over the rows: they overlap, or would be copied."""
     extent = 1  # of the dimensions inside the one looked at
     for stride, size in sorted(zip(student.stride(), student.shape, strict=True)):
         if size > 1:
@@ -121,18 +121,18 @@ def row_strides(tensor: Tensor) -> tuple[int, int, int]:
 
 
 def rows_of(tensor: Tensor) -> Rows:
-    """Address, dtype, width and row strides: Rows of csrc/core/params.h."""
+    """Address, dtype, width and row strides, the fields of Rows in csrc/core/params.h."""
     inner_size, outer, inner = row_strides(tensor)
     return tensor.data_ptr(), DTYPES[tensor.dtype], tensor.shape[-1], inner_size, outer, inner
 
 
 def address(tensor: Tensor | None) -> int:
-    """Of the first element; 0 for nothing."""
+    """The address of the first element; 0 for None."""
     return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
 
 
 def has_row_scale(gradient: Tensor | None) -> bool:
-    """Whether rows of the gradient are stored times a power of two each: those of float16."""
+    """Whether each row of the gradient is stored times a power of two of its own: float16."""
     return gradient is not None and gradient.dtype == torch.float16
 
 
@@ -203,7 +203,7 @@ def shard_params(
     gradient: Tensor | None,  # (..., width)
     row_scale: Tensor | None,  # (...) float32
 ) -> ShardParams:
-    """The fields of ShardParams, likewise."""
+    """The fields of ShardParams, see csrc/core/params.h."""
     rows = student, teacher, labels, weight
     return (
         logits_params(*rows, None, o, gradient, row_scale, None, None),
@@ -222,7 +222,7 @@ def tail_params(
     tails: Tensor,  # (o.results, ...)
     gradients: tuple[Tensor, Tensor, Tensor] | None = None,  # out, of tails, of what is listed
 ) -> TailParams:
-    """The fields of TailParams, likewise."""
+    """The fields of TailParams, see csrc/core/params.h."""
     gradient, grad_tails, grad_listed = gradients or (None, None, None)
     return (
         math.prod(student.shape[:-1]),
@@ -247,7 +247,7 @@ def scale_params(
     grad_output: Tensor,  # (...) or () float32
     row_scale: Tensor | None,  # (...) float32
 ) -> ScaleParams:
-    """The fields of ScaleParams, likewise."""
+    """The fields of ScaleParams, see csrc/core/params.h."""
     return (
         math.prod(gradient.shape[:-1]),
         rows_of(gradient),

@@ -75,7 +75,7 @@ def shard(
     gradient: Tensor | None,
     row_scale: Tensor | None,
 ) -> bool:
-    """One phase of a shard of the vocabulary, as in ``backends/cpu.py``."""
+    """Runs one phase of a shard of the vocabulary, as in ``backends/cpu.py``."""
     from ..triton import launch
 
     per_row = labels, weight, states, sums, row_scale

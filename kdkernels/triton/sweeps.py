@@ -59,7 +59,7 @@ class Logits(NamedTuple):
 
 
 class Far(NamedTuple):
-    """What tells far rows, and their functions: see KL and Functions of divergences.py."""
+    """What tells far rows, and their functions: see Functions of divergences.py."""
 
     threshold: tl.tensor
     kl_threshold: tl.tensor  # of the KL divergences that the first sweep adds up
