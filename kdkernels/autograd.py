@@ -56,9 +56,8 @@ class LogitsLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, others):  # few arguments: each slows a small call
         constants, backend, inplace, options, straight = others
-        tensors = student, *constants
         loss, metrics, row_scale, gradient = ops.loss_and_grad(
-            tensors, backend, options, inplace, straight
+            student, constants, backend, options, inplace, straight
         )
         if inplace:
             gradient = gradient.detach()  # a Function's view, such as to_local(), cannot be saved
@@ -111,7 +110,7 @@ def logits_loss(
     _check_no_tangent("kd_loss", student, constants[0])
     if not straight and torch.is_grad_enabled() and hides_gradient(student):
         check_no_transform("kd_loss")  # grad around vmap; vmap alone works
-    loss, metrics = ops.loss((student, *constants), backend, options, straight)
+    loss, metrics = ops.loss(student, constants, backend, options, straight)
     return loss, metrics if options.metrics else None
 
 

@@ -7,8 +7,11 @@ into an argument are separate ones and do not return it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from . import memory, sharded
 from .backends import IMPLEMENTATIONS
@@ -31,17 +34,18 @@ library.define(
     f"logits_loss_and_grad_(Tensor(a!) student, {_TENSORS}, {_SCALARS})"
     " -> (Tensor loss, Tensor metrics, Tensor row_scale)"
 )
+library.define("touch_(Tensor(a!) x) -> ()")
 library.define(
     "scale_gradient_(Tensor(a!) gradient, Tensor grad_output, Tensor row_scale, str backend) -> ()"
 )
+
+_ops = torch.ops.kdkernels
 
 
 def _by_kernels(tensors, backend, options, gradient):
     """Loss, metrics and row scales (each None if there is none), after copies where needed."""
     student, teacher, labels, token_weight, normalizer = tensors
-    if not (
-        student.is_contiguous() and teacher.is_contiguous()
-    ):  # contiguous ones need no in_rows, which takes longer
+    if not (student.is_contiguous() and teacher.is_contiguous()):  # in_rows takes longer to see it
         student, teacher = in_rows(student), in_rows(teacher)
     labels = None if labels is None else labels.contiguous()
     token_weight = None if token_weight is None else token_weight.contiguous()
@@ -90,19 +94,49 @@ def _run(tensors, backend, options, inplace):
         gradient = torch.empty_like(student)  # the same as gradient_like, faster
     else:
         gradient = gradient_like(student, memory.empty_strided)
-    outputs = _by_kernels(tensors, backend, options, gradient)
-    if inplace:
-        torch.autograd.graph.increment_version(student)
-    return *outputs, gradient
+    return *_by_kernels(tensors, backend, options, gradient), gradient
 
 
 def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if tensor is None else tensor
 
 
+def impl_overwriting(name: str, implementation: Callable) -> None:
+    """Implements an operator that overwrites its first argument.
+
+    Autograd has to know while AOTAutograd traces too, where implementations do not run: otherwise
+    an argument that another operator had saved would silently be the overwritten one.
+    """
+    operator = getattr(_ops, name).default
+
+    def overwrite(keyset, student, *rest):
+        below = keyset & torch._C._after_ADInplaceOrView_keyset
+        results = operator.redispatch(below, student, *rest)
+        if not isinstance(student, FakeTensor):  # Dynamo's, which nobody saves
+            torch.autograd.graph.increment_version(student)
+        return results
+
+    library.impl(name, implementation, "CompositeExplicitAutograd")
+    library.impl(name, overwrite, "ADInplaceOrView", with_keyset=True)
+
+
 library.impl("logits_loss", _logits_loss, "CompositeExplicitAutograd")
 library.impl("logits_loss_and_grad", _logits_loss_and_grad, "CompositeExplicitAutograd")
-library.impl("logits_loss_and_grad_", _logits_loss_and_grad_, "CompositeExplicitAutograd")
+impl_overwriting("logits_loss_and_grad_", _logits_loss_and_grad_)
+library.impl("touch_", lambda x: None, "CompositeExplicitAutograd")
+torch.library.register_fake("kdkernels::touch_", lambda x: None, lib=library)
+
+
+def finish_reads_of(tensor: Tensor) -> None:
+    """Has Inductor order what reads a tensor before the operator that overwrites it.
+
+    When it meets such an operator it schedules unfinished reads behind it (torch 2.13), so it has
+    to meet another one first, which changes nothing.
+    """
+    if torch.compiler.is_compiling():
+        _ops.touch_.default(tensor)
+
+
 library.impl("scale_gradient_", _scale_gradient_, "CompositeExplicitAutograd")
 
 
@@ -140,20 +174,23 @@ def _(gradient, grad_output, row_scale, backend):
     return None
 
 
-_ops = torch.ops.kdkernels
-
-
 def loss(
-    tensors: tuple[Tensor | None, ...], backend: str, options: LogitsOptions, straight: bool
+    student: Tensor,
+    constants: tuple[Tensor | None, ...],
+    backend: str,
+    options: LogitsOptions,
+    straight: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Loss and metrics (None or empty where there are none) of the tensors of loss_and_grad."""
+    """Loss and metrics (None or empty where there are none), as in :func:`loss_and_grad`."""
+    tensors = student, *constants
     if straight:
         return _by_kernels(tensors, backend, options, None)[:2]
     return _ops.logits_loss.default(*tensors, backend, *options)
 
 
 def loss_and_grad(
-    tensors: tuple[Tensor | None, ...],
+    student: Tensor,
+    constants: tuple[Tensor | None, ...],
     backend: str,
     options: LogitsOptions,
     inplace: bool,
@@ -161,13 +198,18 @@ def loss_and_grad(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """Loss, metrics and row scales (None or empty where there are none), and the gradient.
 
-    ``tensors``: student, teacher, labels, token_weight and normalizer. ``straight``: whether they
+    ``constants``: teacher, labels, token_weight and normalizer. ``straight``: whether the tensors
     need no dispatching (:func:`watchers.goes_straight`).
     """
+    tensors = student, *constants
     if straight:
-        return _run(tensors, backend, options, inplace)
+        results = _run(tensors, backend, options, inplace)
+        if inplace:
+            torch.autograd.graph.increment_version(student)
+        return results
     if inplace:
-        return *_ops.logits_loss_and_grad_.default(*tensors, backend, *options), tensors[0]
+        finish_reads_of(student)
+        return *_ops.logits_loss_and_grad_.default(*tensors, backend, *options), student
     return _ops.logits_loss_and_grad.default(*tensors, backend, *options)
 
 

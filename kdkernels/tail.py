@@ -16,7 +16,7 @@ from . import memory, reference
 from .autograd import check_backward, check_no_transform
 from .backends import IMPLEMENTATIONS
 from .backends.rows import check_in_place, gradient_like, in_rows
-from .ops import library
+from .ops import finish_reads_of, impl_overwriting, library
 from .options import TailOptions, schema_of
 from .top import Top
 
@@ -52,7 +52,6 @@ def _tails_gradient(student, listed, tails, grad_tails, grad_listed, *scalars):
 def _tails_gradient_(student, listed, tails, grad_tails, grad_listed, *scalars):
     check_in_place(student)
     _write_gradient(student, student, listed, tails, grad_tails, grad_listed, *scalars)
-    torch.autograd.graph.increment_version(student)
 
 
 def _write_gradient(gradient, student, listed, tails, grad_tails, grad_listed, *scalars):
@@ -64,7 +63,7 @@ def _write_gradient(gradient, student, listed, tails, grad_tails, grad_listed, *
 
 library.impl("tails", _tails, "CompositeExplicitAutograd")
 library.impl("tails_gradient", _tails_gradient, "CompositeExplicitAutograd")
-library.impl("tails_gradient_", _tails_gradient_, "CompositeExplicitAutograd")
+impl_overwriting("tails_gradient_", _tails_gradient_)
 
 
 @torch.library.register_fake("kdkernels::tails", lib=library)
@@ -110,6 +109,7 @@ class _ListedAndTails(torch.autograd.Function):
         )
         if inplace:
             gradient = student.detach()
+            finish_reads_of(gradient)
             _ops.tails_gradient_.default(gradient, *arguments[1:])
         else:
             gradient = _ops.tails_gradient.default(*arguments)

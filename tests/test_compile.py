@@ -196,6 +196,55 @@ def test_in_place_of_a_view_that_the_graph_is_given(compiler, loss):
     assert torch.equal(leaf, before)
 
 
+@pytest.mark.parametrize("compiler", BACKENDS)
+@pytest.mark.parametrize("other", ["square", "logsumexp", "relu", "sin"])
+@pytest.mark.parametrize("loss", [kd_loss, sparse_kd_loss], ids=lambda loss: loss.__name__)
+def test_in_place_of_logits_that_others_read(compiler, loss, other):
+    """As in eager mode: right where the others had no need of the logits' values, else an error."""
+    torch._dynamo.reset()
+    student, teacher = correlated_pair(4, VOCAB)
+    logprobs, indices = teacher.log_softmax(-1).topk(3)
+    target = (teacher,) if loss is kd_loss else (indices, logprobs)
+
+    def read(logits):
+        values = logits.logsumexp(-1) if other == "logsumexp" else getattr(logits, other)()
+        return values.square().sum() if other == "logsumexp" else values.sum()
+
+    def step(leaf, inplace, last):
+        logits = 2 * leaf
+        before = 0 if last else read(logits)
+        result = loss(logits, *target, inplace_grad=inplace) + before
+        return result + read(logits) if last else result
+
+    def gradient(function, *arguments):
+        leaf = student.clone().requires_grad_()
+        function(leaf, *arguments).backward()
+        return leaf.grad
+
+    compiled = torch.compile(step, fullgraph=True, backend=compiler)
+    if other == "relu":  # needs its own result
+        torch.testing.assert_close(gradient(compiled, True, False), gradient(step, False, False))
+    else:
+        with pytest.raises(Exception, match="modified by an inplace operation"):
+            gradient(compiled, True, False)
+    if loss is sparse_kd_loss:  # its backward overwrites, after that of what came later
+        torch.testing.assert_close(gradient(compiled, True, True), gradient(step, False, True))
+
+
+@pytest.mark.parametrize("compiler", BACKENDS)
+@pytest.mark.parametrize("loss", [kd_loss, sparse_kd_loss], ids=lambda loss: loss.__name__)
+def test_in_place_of_a_result_that_its_own_backward_needs(compiler, loss):
+    student, teacher = correlated_pair(4, VOCAB)
+    logprobs, indices = teacher.log_softmax(-1).topk(3)
+    target = (teacher,) if loss is kd_loss else (indices, logprobs)
+
+    def step(leaf):
+        return loss(leaf.exp(), *target, inplace_grad=True)
+
+    with pytest.raises(Exception, match="modified by an inplace operation"):
+        torch.compile(step, fullgraph=True, backend=compiler)(student.requires_grad_()).backward()
+
+
 def test_loss_only_metrics_and_module():
     student, teacher = correlated_pair(5, VOCAB)
     criterion = kdkernels.KDLoss(divergence="jsd", return_metrics=True)
@@ -296,4 +345,5 @@ def test_every_operator_is_checked():
         "kdkernels::tails",  # in test_sparse_calls.py
         "kdkernels::tails_gradient",
         "kdkernels::tails_gradient_",
+        "kdkernels::touch_",  # does nothing
     ]
