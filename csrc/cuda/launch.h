@@ -1,7 +1,9 @@
 // The one way to launch a kernel, with every return code checked.
 #pragma once
 
-#if !defined(KD_EMULATE)
+#include "tiles.h"
+
+#if !defined(KD_EMULATE)  // csrc/tests/emulator.h has its own
 
 #include <cuda_runtime_api.h>
 
@@ -10,8 +12,6 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
-
-#include "tiles.h"
 
 namespace kd::cuda {
 
@@ -153,37 +153,6 @@ bool fits(void (*kernel)(Params), const Grid& grid) {
                    clusters > 0;
   cudaGetLastError();
   return known[key] = any;
-}
-
-}  // namespace kd::cuda
-
-#else
-
-#include <string>
-
-#include "tiles.h"
-
-namespace kd::cuda {
-
-inline void use_device(int) {}
-
-struct Capturable {
-  Capturable() {}
-};
-
-template <class Params>
-Device device_of(void (*)(Params), int) {
-  return {9, 0, 227 * 1024};
-}
-
-template <class Params>
-std::string why_not(void (*)(Params), int) {
-  return "";
-}
-
-template <class Params>
-bool fits(void (*)(Params), const Grid&) {
-  return true;
 }
 
 }  // namespace kd::cuda

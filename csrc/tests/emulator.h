@@ -17,6 +17,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <string>
+
+#include "../cuda/tiles.h"
 
 namespace kd::emulator {
 
@@ -345,10 +348,7 @@ void store_async(T* mine, const T& value, uint64_t* barrier, unsigned rank, KD_H
 }
 inline void fence_mbarrier_init() { emulator::fence_mbarrier_init(); }
 
-struct Grid {
-  unsigned grid, block, cluster;
-  size_t shared_bytes;
-};
+using Grid = emulator::Launch;
 
 template <class Params>
 void launch(void (*kernel)(Params), const Grid& grid, void* /*stream*/, const Params& params) {
@@ -357,12 +357,33 @@ void launch(void (*kernel)(Params), const Grid& grid, void* /*stream*/, const Pa
     const Params& params;
   } arguments{kernel, params};
   emulator::run(
-      {grid.grid, grid.block, grid.cluster, grid.shared_bytes},
+      grid,
       [](const void* pointer) {
         const auto& arguments = *static_cast<const Arguments*>(pointer);
         arguments.kernel(arguments.params);
       },
       &arguments);
+}
+
+inline void use_device(int) {}
+
+struct Capturable {
+  Capturable() {}
+};
+
+template <class Params>
+Device device_of(void (*)(Params), int) {
+  return {9, 0, 227 * 1024};
+}
+
+template <class Params>
+std::string why_not(void (*)(Params), int) {
+  return "";
+}
+
+template <class Params>
+bool fits(void (*)(Params), const Grid&) {
+  return true;
 }
 
 }  // namespace kd::cuda
