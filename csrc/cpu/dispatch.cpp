@@ -22,7 +22,7 @@ constexpr const char* kOverride = "KDKERNELS_CPU_ISA";
 
 #define KD_NAME(name, Divergence) #name,
 constexpr const char* kNames[] = {KD_DIVERGENCES(KD_NAME)};
-static_assert(std::size(kNames) == kDivergences);
+#undef KD_NAME
 
 #if defined(KD_X86_64)
 // Asked of the processor: not every compiler's __builtin_cpu_supports knows its name.

@@ -1,11 +1,14 @@
 // What one instruction set offers to dispatch.cpp.
 #pragma once
 
+#include "../core/divergences.h"
 #include "../core/params.h"
 
 namespace kd {
 
-constexpr int kDivergences = 9;
+#define KD_ONE(name, Divergence) +1
+constexpr int kDivergences = KD_DIVERGENCES(KD_ONE);
+#undef KD_ONE
 
 // Per-row inputs and outputs that dispatch.cpp prepares for all rows of a call.
 struct RowPlan {
