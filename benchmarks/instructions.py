@@ -3,10 +3,10 @@
     python -m benchmarks.instructions --output benchmarks/results/cpu_instructions.json
     python -m benchmarks.instructions --check     fail where a count differs by more than 3 %
 
-A count is that of one call on fixed data in one thread (csrc/cpu/count_instructions.cpp), per
-vocabulary entry of all rows, under valgrind's callgrind, which knows AVX2 but not AVX-512. It
-depends on the compiler: with another one than on record nothing is compared, which is said. The
-floating-point operations among them are counted too, and only recorded.
+A count is that of one call on fixed data in one thread (count_instructions.cpp), per vocabulary
+entry of all rows, under valgrind's callgrind, which knows AVX2 but not AVX-512. It depends on the
+compiler: with another one than on record nothing is compared, which is said. The floating-point
+operations among them are counted too, and only recorded.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 // Calls the CPU kernels on fixed data, once per configuration and line of output, for a tool that
-// counts the instructions of each call of kd::cpu::logits: see benchmarks/instructions.py.
+// counts the instructions of each call of kd::cpu::logits: see instructions.py.
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <string>
 #include <vector>
 
-#include "dispatch.h"
+#include "../csrc/cpu/dispatch.h"
 
 namespace {
 
