@@ -12,7 +12,7 @@ namespace kd::KD_NAMESPACE {
 
 KD_INLINE float select(bool condition, float yes, float no) { return condition ? yes : no; }
 KD_INLINE float abs(float x) { return fabsf(x); }
-#if !defined(KD_OWN_EXP_AND_LOG1P)  // csrc/cuda brings its own, of approximate instructions
+#if !defined(KD_OWN_MATH)  // csrc/cuda brings its own, of approximate instructions
 KD_INLINE float exp(float x) { return expf(x); }
 KD_INLINE float exp2(float x) { return exp2f(x); }
 KD_INLINE float log2(float x) { return log2f(x); }

@@ -5,6 +5,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <optional>
 #include <stdexcept>
 
 #include "dispatch.h"
@@ -14,7 +15,8 @@ namespace kd::cuda {
 
 // In rows.cuh, compiled in a file per divergence.
 template <class Divergence>
-void run_rows(const LogitsParams& call, const Device& device, const Tile* wanted, void* stream);
+void run_rows(const LogitsParams& call, const Device& device, std::optional<Tile> forced,
+              void* stream);
 
 // In shard.cuh, likewise.
 template <class Divergence>
@@ -26,10 +28,11 @@ constexpr const char* kOverride = "KDKERNELS_CUDA_TILE";
 
 // For benchmarks and tests, such as "registers:8x256" or "streaming:1x256". Read at every call, so
 // that one process can compare them.
-bool tile_override(Tile& tile) {
+std::optional<Tile> forced_tile() {
   const char* wanted = std::getenv(kOverride);
-  if (!wanted || !*wanted) return false;
+  if (!wanted || !*wanted) return {};
   const std::string text = wanted, name = text.substr(0, text.find(':'));
+  Tile tile;
   int max_threads = 0, used = 0;
   const auto is = [&](const char* its_name, Kernel kernel, int its_max_threads) {
     if (name != its_name) return;
@@ -50,7 +53,7 @@ bool tile_override(Tile& tile) {
         std::string(kOverride) + " is " + text +
         ", expected KERNEL:CLUSTERxTHREADS such as registers:8x256 (at most 512 threads), "
         "shared:8x256 or streaming:1x256 (at most 256)");
-  return true;
+  return tile;
 }
 
 void check_vocab(int64_t vocab) {
@@ -65,7 +68,7 @@ void check_rows(int64_t rows) {
                                 std::to_string(kMaxRows));
 }
 
-using RowsFunction = void (*)(const LogitsParams&, const Device&, const Tile*, void*);
+using RowsFunction = void (*)(const LogitsParams&, const Device&, std::optional<Tile>, void*);
 #define KD_RUN_ROWS(name, Divergence) run_rows<Divergence>,
 constexpr RowsFunction kRows[] = {KD_DIVERGENCES(KD_RUN_ROWS)};
 #undef KD_RUN_ROWS
@@ -85,10 +88,7 @@ void logits(const LogitsParams& params, int device, void* stream) {
   check_rows(params.rows);
   const Capturable capturable;
   use_device(device);
-  Tile tile;
-  const bool wanted = tile_override(tile);
-  kRows[params.divergence](params, device_of(scale_kernel, device), wanted ? &tile : nullptr,
-                           stream);
+  kRows[params.divergence](params, device_of(scale_kernel, device), forced_tile(), stream);
 }
 
 bool shard(const ShardParams& call, int device, void* stream) {

@@ -5,7 +5,7 @@
 #ifndef KD_NAMESPACE
 #define KD_NAMESPACE cuda
 #endif
-#define KD_OWN_EXP_AND_LOG1P
+#define KD_OWN_MATH
 
 #include <cfloat>
 #include <cmath>

@@ -1,6 +1,7 @@
 // Launches the kernel of one divergence for all rows of a call.
 #pragma once
 
+#include <optional>
 #include <stdexcept>
 
 #include "launch.h"
@@ -45,17 +46,18 @@ Problem problem_of(const LogitsParams& params) {
           vectors_of_slot(item, kKeepsSlopes<Divergence>)};
 }
 
-// With the tile that was asked for, or else the chooser's.
+// With the forced tile, or else the chooser's.
 template <class Divergence>
-void run_rows(const LogitsParams& call, const Device& device, const Tile* wanted, void* stream) {
+void run_rows(const LogitsParams& call, const Device& device, std::optional<Tile> forced,
+              void* stream) {
   RowsParams<Divergence> params(call);
   const Problem problem = problem_of<Divergence>(call);
   constexpr int64_t kSlotBytes = sizeof(WarpSlot);
-  Tile tile = wanted ? *wanted : choose(problem, device, kSlotBytes);
+  Tile tile = forced ? *forced : choose(problem, device, kSlotBytes);
   const bool serves = holds(problem, tile, device, kSlotBytes) &&
                       (tile.cluster == 1 || fits(kernel_of<Divergence>(problem, tile.kernel),
                                                  grid_of(problem, tile, 1)));
-  if (!serves && wanted)
+  if (!serves && forced)
     throw std::invalid_argument("the tile that was asked for cannot hold this row pair here");
   if (!serves) tile = streaming_tile(problem.vocab);
   const auto kernel = kernel_of<Divergence>(problem, tile.kernel);

@@ -322,7 +322,7 @@ inline void check(const Case& c) {
     for (auto* output : {&loss, &row_scale, &metrics})
       std::fill(output->begin(), output->end(), NAN);
     emulator::options.seed = seed;
-    run_rows(params, c.tile.threads == 0 ? nullptr : &c.tile);
+    run_rows(params, c.tile.threads == 0 ? std::nullopt : std::optional(c.tile));
     std::string bits = result.bytes();
     for (auto* output : {&loss, &row_scale, &metrics})
       bits.append((const char*)output->data(), output->size() * sizeof(float));

@@ -34,8 +34,8 @@ constexpr int64_t kSlotBytes = sizeof(cuda::WarpSlot);  // as run_rows has it
 const char* const kDivergenceName = kNames[kIndex];
 const int kDivergenceIndex = kIndex;
 
-void run_rows(const LogitsParams& params, const cuda::Tile* wanted) {
-  cuda::run_rows<Divergence>(params, kH100, wanted, nullptr);
+void run_rows(const LogitsParams& params, std::optional<cuda::Tile> forced) {
+  cuda::run_rows<Divergence>(params, kH100, forced, nullptr);
 }
 
 cuda::Problem problem_of(const LogitsParams& params) {

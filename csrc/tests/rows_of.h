@@ -2,6 +2,8 @@
 // linked, for each.
 #pragma once
 
+#include <optional>
+
 #include "../core/params.h"
 #include "../cuda/tiles.h"
 
@@ -10,8 +12,8 @@ namespace kd::tests {
 extern const char* const kDivergenceName;
 extern const int kDivergenceIndex;
 
-// As csrc/cuda/rows.cuh does it; null: with the tile that the chooser returns for an H100.
-void run_rows(const LogitsParams& params, const cuda::Tile* wanted);
+// As csrc/cuda/rows.cuh does it, on an H100.
+void run_rows(const LogitsParams& params, std::optional<cuda::Tile> forced);
 
 cuda::Problem problem_of(const LogitsParams& params);
 cuda::Tile choose(const cuda::Problem& problem, int compute_capability);
