@@ -1,5 +1,5 @@
-// What the threads of a kernel do: barriers, exchanges in a warp, distributed shared memory,
-// mbarriers, bulk copies and asynchronous stores. To be compiled like scheduler.cpp.
+// What the threads of a kernel do: barriers, exchanges in a warp, mbarriers and asynchronous stores
+// to other CTAs. To be compiled like scheduler.cpp.
 #include <cstdio>
 
 #include "scheduler.h"
@@ -10,11 +10,11 @@ char* shared_memory() { return state.current->cta->shared; }
 unsigned cluster_rank() { return state.current->cta->rank; }
 unsigned cluster_size() { return state.launch.cluster; }
 
+namespace {
+
 void pause() {
   if (random() % 4 == 0) yield();
 }
-
-namespace {
 
 Warp& current_warp() { return state.current->cta->warps[state.current->index / 32]; }
 
@@ -115,7 +115,7 @@ void sync_warp(unsigned mask, Where where) { leave(meet("__syncwarp", mask, 0, w
 
 // ---- Clusters ----
 
-void cluster_arrive(bool ordered, Where where) {
+void cluster_arrive(Where where) {
   check_warp(current_warp().in_arrive, "cluster_arrive", where);
   Thread& self = *state.current;
   Barrier& barrier = state.cluster_barrier;
@@ -123,7 +123,6 @@ void cluster_arrive(bool ordered, Where where) {
   if (self.fence_due) fail(where, "cluster_arrive after mbarrier_init without a fence");
   self.cluster_arrived = true;
   self.cluster_phase = barrier.phase;
-  if (ordered) release(&barrier.address[barrier.phase & 1]);
   if (++barrier.arrived == state.launch.cluster * state.launch.block) {
     barrier.arrived = 0;
     ++barrier.phase;
@@ -142,9 +141,11 @@ void cluster_wait(Where where) {
   else
     yield();
   self.cluster_arrived = false;
-  acquire(&barrier.address[self.cluster_phase & 1]);
 }
 
+namespace {
+
+// The address in another CTA's shared memory that corresponds to one in our own.
 void* remote(const volatile void* mine, size_t bytes, unsigned rank, Where where) {
   pause();
   const Cta& own = *state.current->cta;
@@ -161,6 +162,8 @@ void* remote(const volatile void* mine, size_t bytes, unsigned rank, Where where
   check_aligned(other.shared + offset, bytes < 16 ? bytes : 16, "a remote access", where);
   return other.shared + offset;
 }
+
+}  // namespace
 
 // ---- A thread's own copies ----
 
@@ -182,7 +185,7 @@ OwnCopy next_put_off() {
   return self.late_copies ? self.late[--self.late_copies] : OwnCopy{};
 }
 
-// ---- mbarriers, bulk copies and asynchronous stores ----
+// ---- mbarriers and asynchronous stores ----
 
 namespace {
 
@@ -219,48 +222,48 @@ void store(uint64_t* barrier, Mbarrier value) {
 
 }  // namespace
 
-void complete(Copy& copy) {
+void complete(Store& store) {
   void* const running = __tsan_get_current_fiber ? __tsan_get_current_fiber() : nullptr;
-  if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(copy.shared, copy.bytes);
-  if (running) __tsan_switch_to_fiber(copy.tsan_fiber, 1);
-  std::memcpy(copy.shared, copy.global ? copy.global : copy.value, copy.bytes);
-  Mbarrier value = load(copy.barrier, Where::here());
-  release(phase_address(copy.barrier, value.phase));
+  if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(store.shared, store.bytes);
+  if (running) __tsan_switch_to_fiber(store.tsan_fiber, 1);
+  std::memcpy(store.shared, store.value, store.bytes);
+  Mbarrier value = load(store.barrier, Where::here());
+  release(phase_address(store.barrier, value.phase));
   if (running) {
     __tsan_switch_to_fiber(running, 1);
-    __tsan_destroy_fiber(copy.tsan_fiber);
+    __tsan_destroy_fiber(store.tsan_fiber);
   }
-  value.bytes -= (int64_t)copy.bytes;
-  copy.bytes = 0;
-  store(copy.barrier, value);
+  value.bytes -= (int64_t)store.bytes;
+  store.bytes = 0;
+  kd::emulator::store(store.barrier, value);
 }
 
 namespace {
 
-// Puts a copy on its way, in a free place: it is there at once, at any time, or only when all else
+// Puts a store on its way, in a free place: it is there at once, at any time, or only when all else
 // waits. Until then nobody may read what it writes to.
-void start(const Copy& issued) {
+void start(const Store& issued) {
   load(issued.barrier, issued.where);
-  Copy* copy = state.copies;
-  while (copy < state.copies + kMaxCopies && copy->bytes) ++copy;
-  const bool full = copy == state.copies + kMaxCopies;
-  Copy at_once;
-  if (full) copy = &at_once;
-  *copy = issued;
+  Store* store = state.stores;
+  while (store < state.stores + kMaxStores && store->bytes) ++store;
+  const bool full = store == state.stores + kMaxStores;
+  Store at_once;
+  if (full) store = &at_once;
+  *store = issued;
   if (__tsan_create_fiber) {
-    copy->tsan_fiber = __tsan_create_fiber(0);
-    __tsan_set_fiber_name(copy->tsan_fiber, "copy");
+    store->tsan_fiber = __tsan_create_fiber(0);
+    __tsan_set_fiber_name(store->tsan_fiber, "store");
   }
-  if (__asan_poison_memory_region) __asan_poison_memory_region(copy->shared, copy->bytes);
+  if (__asan_poison_memory_region) __asan_poison_memory_region(store->shared, store->bytes);
   switch (full ? 0 : random() % 3) {
     case 0:
-      complete(*copy);
+      complete(*store);
       break;
     case 1:
-      push({random(), nullptr, copy});
+      push({random(), nullptr, store});
       break;
     default:
-      push({0, nullptr, copy});
+      push({0, nullptr, store});
   }
 }
 
@@ -299,27 +302,15 @@ void mbarrier_wait(uint64_t* barrier, unsigned parity, Where where) {
   acquire(phase_address(barrier, parity));
 }
 
-void copy_bulk(void* shared, const void* global, size_t bytes, uint64_t* barrier, Where where) {
-  check_aligned(shared, 16, "a bulk copy to shared memory", where);
-  check_aligned(global, 16, "a bulk copy from global memory", where);
-  if (bytes == 0 || bytes % 16)
-    fail(where, "a bulk copy of %zu bytes, not a multiple of 16", bytes);
-  const ptrdiff_t offset = (char*)shared - state.current->cta->shared;
-  if (offset < 0 || offset + bytes > state.launch.shared_bytes)
-    fail(where, "a bulk copy of %zu bytes to offset %td of %zu bytes of shared memory", bytes,
-         offset, state.launch.shared_bytes);
-  start(
-      {state.current->cta, (char*)shared, (const char*)global, bytes, barrier, nullptr, where, {}});
-}
-
 void store_async(const void* mine, const void* value, size_t bytes, uint64_t* barrier,
                  unsigned rank, Where where) {
   if (bytes % 16 || bytes > kMaxStored) fail(where, "store_async of %zu bytes", bytes);
-  Copy store{
-      nullptr, (char*)remote(mine, bytes, rank, where), nullptr, bytes, nullptr, nullptr, where,
-      {}};
+  Store store;
   store.to = &state.ctas[rank];
+  store.shared = (char*)remote(mine, bytes, rank, where);
+  store.bytes = bytes;
   store.barrier = (uint64_t*)remote(barrier, sizeof *barrier, rank, where);
+  store.where = where;
   std::memcpy(store.value, value, bytes);
   start(store);
 }

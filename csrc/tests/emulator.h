@@ -5,7 +5,7 @@
 // from a seed, until they have to wait. What a device would punish, at times, is always an error
 // here: a lane missing from a *_sync call, a misaligned access, a wait that never ends, remote
 // shared memory of a CTA that has exited or does so before it arrives, shared memory that nobody
-// wrote (NaN), or to which a copy is under way. AddressSanitizer sees this last and memory
+// wrote (NaN), or to which a store is under way. AddressSanitizer sees this last and memory
 // overruns, since tests allocate exact sizes; ThreadSanitizer sees missing barriers, since it is
 // told of the order that barriers make and of no other.
 #pragma once
@@ -36,7 +36,7 @@ struct Where {
 #define KD_HERE kd::emulator::Where where = kd::emulator::Where::here()
 
 struct Options {
-  uint64_t seed = 0;       // of the order of threads, clusters and copies
+  uint64_t seed = 0;       // of the order of threads, clusters and stores
   const char* label = "";  // what messages call the launch
 };
 extern Options options;
@@ -53,7 +53,6 @@ void run(const Launch& launch, void (*thread)(const void*), const void* argument
 
 // What the running thread does; all of it but the first may let others run.
 char* shared_memory();
-void pause();
 void sync_threads(Where where);
 struct Exchange {
   uint64_t value;   // of the source lane
@@ -63,15 +62,12 @@ Exchange exchange(const char* what, unsigned mask, uint64_t value, int source, W
 void sync_warp(unsigned mask, Where where);
 unsigned cluster_rank();
 unsigned cluster_size();
-void cluster_arrive(bool ordered, Where where);
+void cluster_arrive(Where where);
 void cluster_wait(Where where);
-// The address in another CTA's shared memory that corresponds to one in our own.
-void* remote(const volatile void* mine, size_t bytes, unsigned rank, Where where);
 void mbarrier_init(uint64_t* barrier, unsigned arrivals, Where where);
 void fence_mbarrier_init();
 void mbarrier_arrive(uint64_t* barrier, int64_t expected_bytes, Where where);
 void mbarrier_wait(uint64_t* barrier, unsigned parity, Where where);
-void copy_bulk(void* shared, const void* global, size_t bytes, uint64_t* barrier, Where where);
 void store_async(const void* mine, const void* value, size_t bytes, uint64_t* barrier,
                  unsigned rank, Where where);
 // A thread's own copies of 16 bytes: put off until it waits, or else to be done at once.
@@ -88,8 +84,6 @@ OwnCopy next_put_off();  // of the running thread; null where there is none
 
 #define __global__
 #define __device__
-#define __host__
-#define __constant__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 
@@ -98,7 +92,6 @@ struct Index {
   unsigned x;
 };
 extern Index threadIdx, blockIdx, blockDim, gridDim;
-constexpr int warpSize = 32;
 
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
@@ -106,18 +99,6 @@ struct alignas(16) uint4 {
 struct alignas(8) float2 {
   float x, y;
 };
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
-
-template <class T>
-constexpr T min(T x, T y) {
-  return y < x ? y : x;
-}
-template <class T>
-constexpr T max(T x, T y) {
-  return x < y ? y : x;
-}
 
 inline void __syncthreads(KD_HERE) { kd::emulator::sync_threads(where); }
 inline void __syncwarp(unsigned mask = ~0u, KD_HERE) { kd::emulator::sync_warp(mask, where); }
@@ -137,55 +118,15 @@ T shuffle(const char* what, unsigned mask, T value, int source, Where where) {
   return value;
 }
 
-inline int lane() { return threadIdx.x % 32; }
-
 }  // namespace kd::emulator
 
-// A lane outside its segment of `width` lanes is replaced by the caller's own, as on a device.
 template <class T>
-T __shfl_sync(unsigned mask, T value, int source, int width = 32, KD_HERE) {
-  const int first = kd::emulator::lane() & -width;
-  return kd::emulator::shuffle("__shfl_sync", mask, value, first + (source & (width - 1)), where);
+T __shfl_sync(unsigned mask, T value, int source, KD_HERE) {
+  return kd::emulator::shuffle("__shfl_sync", mask, value, source, where);
 }
 template <class T>
-T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, KD_HERE) {
-  const int lane = kd::emulator::lane(), source = lane - (int)delta;
-  return kd::emulator::shuffle("__shfl_up_sync", mask, value,
-                               source < (lane & -width) ? lane : source, where);
-}
-template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, KD_HERE) {
-  const int lane = kd::emulator::lane(), source = lane + (int)delta;
-  return kd::emulator::shuffle("__shfl_down_sync", mask, value,
-                               source > (lane | (width - 1)) ? lane : source, where);
-}
-template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, KD_HERE) {
-  const int lane = kd::emulator::lane(), source = lane ^ bits;
-  return kd::emulator::shuffle("__shfl_xor_sync", mask, value,
-                               source > (lane | (width - 1)) ? lane : source, where);
-}
-inline unsigned __ballot_sync(unsigned mask, int predicate, KD_HERE) {
-  return kd::emulator::exchange("__ballot_sync", mask, predicate != 0, -1, where).ballot;
-}
-inline int __any_sync(unsigned mask, int predicate, KD_HERE) {
-  return kd::emulator::exchange("__any_sync", mask, predicate != 0, -1, where).ballot != 0;
-}
-inline int __all_sync(unsigned mask, int predicate, KD_HERE) {
-  return kd::emulator::exchange("__all_sync", mask, predicate != 0, -1, where).ballot == mask;
-}
-
-template <class T>
-T atomicAdd(T* address, T value, KD_HERE) {
-  kd::emulator::check_aligned(address, sizeof(T), "an atomic", where);
-  kd::emulator::pause();
-  T seen, next;
-  __atomic_load(address, &seen, __ATOMIC_RELAXED);
-  do {
-    next = seen + value;
-  } while (
-      !__atomic_compare_exchange(address, &seen, &next, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
-  return seen;
+T __shfl_xor_sync(unsigned mask, T value, int bits, KD_HERE) {
+  return kd::emulator::shuffle("__shfl_xor_sync", mask, value, threadIdx.x % 32 ^ bits, where);
 }
 
 // ---- csrc/cuda/ptx.h and launch.h ----
@@ -310,37 +251,19 @@ T* shared_memory() {
 inline unsigned cluster_rank() { return emulator::cluster_rank(); }
 inline unsigned cluster_size() { return emulator::cluster_size(); }
 inline unsigned cluster_index() { return blockIdx.x / emulator::cluster_size(); }
-inline void cluster_arrive(KD_HERE) { emulator::cluster_arrive(true, where); }
-// Orders no memory accesses.
-inline void cluster_arrive_relaxed(KD_HERE) { emulator::cluster_arrive(false, where); }
+inline void cluster_arrive_relaxed(KD_HERE) { emulator::cluster_arrive(where); }
 inline void cluster_wait(KD_HERE) { emulator::cluster_wait(where); }
-
-template <class T>
-T load_remote(const T* mine, unsigned rank, KD_HERE) {
-  return *static_cast<const T*>(emulator::remote(mine, sizeof(T), rank, where));
-}
-template <class T>
-void store_remote(T* mine, const T& value, unsigned rank, KD_HERE) {
-  *static_cast<T*>(emulator::remote(mine, sizeof(T), rank, where)) = value;
-}
 
 inline void mbarrier_init(uint64_t* barrier, unsigned arrivals, KD_HERE) {
   emulator::mbarrier_init(barrier, arrivals, where);
 }
-inline void mbarrier_arrive(uint64_t* barrier, KD_HERE) {
-  emulator::mbarrier_arrive(barrier, 0, where);
-}
-// Arrives, and lets the phase last until that many bytes more have been copied.
+// Arrives, and lets the phase last until that many bytes more have come.
 inline void mbarrier_expect_bytes(uint64_t* barrier, unsigned bytes, KD_HERE) {
   emulator::mbarrier_arrive(barrier, bytes, where);
 }
 // Returns when the phase of this parity is over.
 inline void mbarrier_wait(uint64_t* barrier, unsigned parity, KD_HERE) {
   emulator::mbarrier_wait(barrier, parity, where);
-}
-inline void copy_bulk_async(void* shared, const void* global, unsigned bytes, uint64_t* barrier,
-                            KD_HERE) {
-  emulator::copy_bulk(shared, global, bytes, barrier, where);
 }
 template <class T>
 void store_async(T* mine, const T& value, uint64_t* barrier, unsigned rank, KD_HERE) {

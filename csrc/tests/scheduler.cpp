@@ -151,8 +151,8 @@ void run_next(Fiber& caller, bool forever = false) {
     std::pop_heap(state.events.begin(), state.events.end());
     const Event event = state.events.back();
     state.events.pop_back();
-    if (event.copy) {
-      complete(*event.copy);
+    if (event.store) {
+      complete(*event.store);
       continue;
     }
     Thread& next = *event.thread;
@@ -193,9 +193,9 @@ void exit_thread() {
       fail(open.where, "%s waits for lane %u, which has exited", open.what, self.index % 32);
   release(&cta.exits);
   if (++cta.exited == cta.threads.size()) {
-    for (const Copy& copy : state.copies)
-      if (copy.bytes && copy.to == &cta)
-        fail(copy.where, "what it sends to CTA %u is under way when that exits", cta.index);
+    for (const Store& store : state.stores)
+      if (store.bytes && store.to == &cta)
+        fail(store.where, "what it sends to CTA %u is under way when that exits", cta.index);
     // Shared memory ends here: for ThreadSanitizer by a write that must come after every access.
     acquire(&cta.exits);
     std::memset(cta.shared, 0xff, state.launch.shared_bytes);
@@ -303,7 +303,7 @@ void run(const Launch& launch, void (*thread)(const void*), const void* argument
   state.random = mix(options.seed + 1);
   if (__tsan_get_current_fiber) state.main.tsan_fiber = __tsan_get_current_fiber();
   const size_t threads = (size_t)launch.cluster * launch.block;
-  state.events.reserve(threads + kMaxCopies);
+  state.events.reserve(threads + kMaxStores);
   prepare_fibers(threads);
   blockDim.x = launch.block;
   gridDim.x = launch.grid;

@@ -23,7 +23,7 @@ KD_WEAK void __tsan_release(void* address);
 
 namespace kd::emulator {
 
-constexpr int kMaxCopies = 1024;
+constexpr int kMaxStores = 1024;
 constexpr size_t kMaxStored = 128;  // bytes of one store_async
 
 struct Cta;
@@ -90,23 +90,22 @@ struct Cta {
   char exits = 0;
 };
 
-// On its way to shared memory, by a bulk copy or a store to another CTA.
-struct Copy {
+// On its way to the shared memory of a CTA.
+struct Store {
   const Cta* to = nullptr;
   char* shared = nullptr;
-  const char* global = nullptr;  // null: `value` is stored
-  size_t bytes = 0;              // 0: free
+  size_t bytes = 0;  // 0: free
   uint64_t* barrier = nullptr;
-  void* tsan_fiber = nullptr;  // a thread of its own, which begins where the copy is issued
+  void* tsan_fiber = nullptr;  // a thread of its own, which begins where the store is issued
   Where where{};
   char value[kMaxStored] = {};
 };
 
-// Whatever can happen next: a thread goes on, or a copy completes.
+// Whatever can happen next: a thread goes on, or a store completes.
 struct Event {
   uint64_t key;
   Thread* thread;
-  Copy* copy;
+  Store* store;
   bool operator<(const Event& other) const { return key < other.key; }
 };
 
@@ -122,7 +121,7 @@ struct State {
   unsigned exited = 0;
   Barrier cluster_barrier;
   std::vector<Event> events;  // a heap; never grows, so that no fiber allocates memory
-  Copy copies[kMaxCopies];
+  Store stores[kMaxStores];
   char begin = 0, ends = 0, fences = 0;
 };
 extern State state;
@@ -145,8 +144,8 @@ void wake(const volatile void* object);
 void yield();
 void make_ready(Thread& thread);
 
-// A copy completes when its turn comes: at once for the largest key.
+// A store completes when its turn comes: at once for the largest key.
 void push(Event event);
-void complete(Copy& copy);
+void complete(Store& store);
 
 }  // namespace kd::emulator

@@ -314,8 +314,9 @@ class Instructions:
             return self._bar(i)
         if i.modifiers[1] == "wait":
             return f"kd::emulator::cluster_wait({i.where});"
-        ordered = "false" if "relaxed" in i.modifiers else "true"
-        return f"kd::emulator::cluster_arrive({ordered}, {i.where});"
+        if "relaxed" not in i.modifiers:
+            raise Unknown("barrier.cluster")
+        return f"kd::emulator::cluster_arrive({i.where});"
 
     def _shfl(self, i: Instruction) -> str:
         values = ", ".join(self._read(x, "b32") for x in i.operands)
