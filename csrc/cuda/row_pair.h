@@ -10,24 +10,27 @@
 // It follows csrc/cpu/rows.h; options most calls do not use exist in kernels of their own.
 #pragma once
 
-#include "row_states.h"
+#include "row_options.h"
 
 namespace kd::cuda {
 
 template <class Divergence, class Row, bool kOptions>
-class RowPair : protected RowStates<Divergence, Row, kOptions> {
+class RowPair : protected RowOptions<Divergence, Row, kOptions> {
  protected:
-  using Base = RowStates<Divergence, Row, kOptions>;
-  using Base::index_;
+  using Base = RowOptions<Divergence, Row, kOptions>;
+  using Base::ce_scale_;
+  using Base::kd_scale_;
+  using Base::label_in_range;
   using Base::params_;
+  using Base::range_factor_;
   using Base::row_;
+  using Base::state_at_1;
   using Base::student;
   using Base::summary;
   using Base::teacher;
   using Base::team_;
   using Base::uses_cross_entropy;
   using Base::uses_divergence;
-  using Base::weight;
 
  public:
   using Base::Base;
@@ -38,7 +41,7 @@ class RowPair : protected RowStates<Divergence, Row, kOptions> {
     const float label_logit = this->label_logit();
     row_.wait_until_loaded();
     this->read_states(label_logit);
-    set_scales();
+    this->set_scales();
     const bool both_valid = student().valid() && teacher().valid();
     const bool kd_gradient = row_.gradient && (!kOptions || params_.kd_weight != 0);
     // Filled by other threads than would store it, so nothing may be stored before.
@@ -46,7 +49,8 @@ class RowPair : protected RowStates<Divergence, Row, kOptions> {
         (kd_gradient && !both_valid) ||
         (kOptions && (!label_in_range() || (ce_scale_ != 0 && !state_at_1().valid())));
     const float cross_entropy = uses_cross_entropy() ? this->cross_entropy(label_logit) : 0;
-    if (kOptions && params_.metrics) write_entropies();  // before the gradient may overwrite them
+    if (kOptions && params_.metrics)
+      this->write_entropies();  // before the gradient may overwrite logits
     if (!uses_divergence())
       divergence_ = 0;
     else if (both_valid)
@@ -59,83 +63,16 @@ class RowPair : protected RowStates<Divergence, Row, kOptions> {
         hard_label_gradient();
       clear_padding();
     }
-    if (team_.first() == 0) write_results(cross_entropy, both_valid);
+    if (team_.first() == 0) this->write_results(divergence_, cross_entropy, both_valid);
   }
 
  protected:
-  KD_DEVICE void set_scales() {
-    float scale = summary().scale;
-    if (kOptions && !student_softcap()) scale *= params_.student_transform.scale;
-    kd_scale_ = scale * params_.kd_weight * params_.inverse_temperature;
-    if (kOptions && params_.labels) ce_scale_ = scale * params_.ce_weight;
-  }
-
   KD_DEVICE void fill_vocab_with_nan() const {
     fill(team_, row_.gradient, row_.dtype(), 0, params_.vocab, NAN);
   }
   KD_DEVICE void clear_padding() const {
     if (params_.vocab < params_.gradient.width)
       fill(team_, row_.gradient, row_.dtype(), params_.vocab, params_.gradient.width, 0);
-  }
-
-  KD_DEVICE const State& state_at_1() const { return summary().student_at_1; }
-
-  KD_DEVICE bool student_softcap() const { return params_.student_transform.softcap > 0; }
-
-  KD_DEVICE int64_t label() const { return params_.labels[index_]; }
-  KD_DEVICE bool label_in_range() const { return is_label_in_range(params_, index_); }
-
-  // NaN for a label outside the vocabulary.
-  KD_DEVICE float label_logit() const {
-    if (!uses_cross_entropy() || !label_in_range()) return NAN;
-    float x[1] = {load_1(row_.student, label(), row_.dtype())};
-    apply(params_.student_transform, x);
-    return x[0];
-  }
-
-  KD_DEVICE float cross_entropy(float label_logit) const {
-    if (!state_at_1().valid()) return NAN;
-    return not_below_0(state_at_1().max - label_logit + state_at_1().log_sum(kLog2E));
-  }
-
-  // What rounding may take there; NaN stays.
-  static KD_DEVICE float not_below_0(float x) { return x < 0 ? 0 : x; }
-
-  KD_DEVICE Probabilities probabilities() const {
-    return {params_.c, params_.inverse_temperature, student(), teacher()};
-  }
-
-  // Sums of q log q and p log p over the team.
-  KD_DEVICE Entropies entropies() {
-    const Probabilities probabilities = this->probabilities();
-    Sum of_q, of_p;
-    row_.for_each_of_student([&](const auto&, auto& s) {
-      apply(params_.student_transform, s);
-      for (float& x : s) x = times_or_zero(probabilities.q(x), probabilities.log_q(x));
-      of_q.add(sum_of(s));
-    });
-    row_.for_each_of_teacher([&](const auto&, auto& t) {
-      apply(params_.teacher_transform, t);
-      for (float& x : t) x = times_or_zero(probabilities.p(x), probabilities.log_p(x));
-      of_p.add(sum_of(t));
-    });
-    team_.tell(kOfEntropies, team_.mine().entropies,
-               {warp_sum(of_q.value()), warp_sum(of_p.value())});
-    team_.wait(kOfEntropies);
-    Entropies sums;
-    team_.for_slots([&](const WarpSlot& slot) {
-      sums.student += slot.entropies.student;
-      sums.teacher += slot.entropies.teacher;
-    });
-    return {warp_sum(sums.student), warp_sum(sums.teacher)};
-  }
-
-  KD_DEVICE void write_entropies() {
-    const Entropies sums = entropies();
-    if (team_.first() == 0) {
-      metric(kStudentEntropy) = student().valid() ? not_below_0((float)-sums.student) : NAN;
-      metric(kTeacherEntropy) = teacher().valid() ? not_below_0((float)-sums.teacher) : NAN;
-    }
   }
 
   // What the second sweep adds up.
@@ -202,7 +139,7 @@ class RowPair : protected RowStates<Divergence, Row, kOptions> {
     row_.for_each([&](const auto& place, auto& s, auto& t) {
       constexpr int n = std::decay_t<decltype(place)>::kCount;
       float raw[n];
-      transform(s, t, raw);
+      this->transform(s, t, raw);
       float values[n], slopes[n];
       [[maybe_unused]] float shifts[n];
 #pragma unroll
@@ -222,7 +159,7 @@ class RowPair : protected RowStates<Divergence, Row, kOptions> {
         if (with_gradient) {
 #pragma unroll
           for (int i = 0; i < n; ++i) slopes[i] *= kd_scale_;
-          finish_gradient(place, raw, s, slopes);
+          this->finish_gradient(place, raw, s, slopes);
         }
       } else if constexpr (Row::kKeeps) {
         row_.keep(place, slopes);
@@ -271,10 +208,10 @@ class RowPair : protected RowStates<Divergence, Row, kOptions> {
     row_.for_each([&](const auto& place, auto& s, auto& t) {
       constexpr int n = std::decay_t<decltype(place)>::kCount;
       float raw[n], gradient[n];
-      transform(s, t, raw);
+      this->transform(s, t, raw);
 #pragma unroll
       for (int i = 0; i < n; ++i) gradient[i] = of_logits(params_.term, s[i], t[i]);
-      finish_gradient(place, raw, s, gradient);
+      this->finish_gradient(place, raw, s, gradient);
     });
     row_.store_gradient();
   }
@@ -301,24 +238,24 @@ class RowPair : protected RowStates<Divergence, Row, kOptions> {
       row_.for_each_kept([&](const auto& place, auto& s, auto& slopes) {
         constexpr int n = std::decay_t<decltype(place)>::kCount;
         float raw[n];
-        transform_student(s, raw);
+        this->transform_student(s, raw);
 #pragma unroll
         for (int i = 0; i < n; ++i)
           slopes[i] = (slopes[i] - probabilities.q(s[i]) * slope_sum) * scale;
-        finish_gradient(place, raw, s, slopes);
+        this->finish_gradient(place, raw, s, slopes);
       });
     } else {
       row_.for_each([&](const auto& place, auto& s, auto& t) {
         constexpr int n = std::decay_t<decltype(place)>::kCount;
         float raw[n], gradient[n];
-        transform(s, t, raw);
+        this->transform(s, t, raw);
 #pragma unroll
         for (int i = 0; i < n; ++i) {
           const Point<float> point = probabilities(s[i], t[i]);
           gradient[i] =
               (term(probabilities, point).slope - probabilities.q(s[i]) * slope_sum) * scale;
         }
-        finish_gradient(place, raw, s, gradient);
+        this->finish_gradient(place, raw, s, gradient);
       });
     }
     row_.store_gradient();
@@ -339,72 +276,13 @@ class RowPair : protected RowStates<Divergence, Row, kOptions> {
     row_.for_each_of_student([&](const auto& place, auto& s) {
       constexpr int n = std::decay_t<decltype(place)>::kCount;
       float raw[n], gradient[n] = {};
-      transform_student(s, raw);
-      finish_gradient(place, raw, s, gradient);
+      this->transform_student(s, raw);
+      this->finish_gradient(place, raw, s, gradient);
     });
     row_.store_gradient();
   }
 
-  // Scale and softcap, keeping the student's raw logits for the softcap's derivative.
-  template <int n>
-  KD_DEVICE void transform_student(float (&s)[n], float (&raw)[n]) const {
-    if constexpr (kOptions) {
-#pragma unroll
-      for (int i = 0; i < n; ++i) raw[i] = s[i];
-      apply(params_.student_transform, s);
-    }
-  }
-  template <int n>
-  KD_DEVICE void transform(float (&s)[n], float (&t)[n], float (&raw)[n]) const {
-    transform_student(s, raw);
-    if constexpr (kOptions) apply(params_.teacher_transform, t);
-  }
-
-  // Adds the hard-label term, applies the softcap's derivative and hands over.
-  template <class Place, int n>
-  KD_DEVICE void finish_gradient(const Place& place, const float (&raw)[n], const float (&s)[n],
-                                 float (&gradient)[n]) {
-    if constexpr (kOptions) {
-      if (ce_scale_ != 0) {
-        const float scale = ce_scale_ * reciprocal(state_at_1().sum);
-#pragma unroll
-        for (int i = 0; i < n; ++i) {
-          gradient[i] = fmaf(exp2_approx(fmaf(s[i], kLog2E, -state_at_1().shift(kLog2E))), scale,
-                             gradient[i]);
-          if (place.column(i) == label()) gradient[i] -= ce_scale_;
-        }
-      }
-      if (student_softcap()) chain_softcap(params_.student_transform, raw, gradient);
-    }
-    row_.put_gradient(place, gradient);
-  }
-
-  KD_DEVICE void write_row_scale() const {
-    if (params_.row_scale)
-      params_.row_scale[index_] =
-          weight() * this->inverse_normalizer() / (params_.gradient_scale * range_factor_);
-  }
-
-  KD_DEVICE void write_results(float cross_entropy, bool both_valid) const {
-    double loss = 0;  // a term of weight 0 may be infinite
-    if (kOptions && !label_in_range()) loss = NAN;
-    if (params_.kd_weight != 0) loss += params_.kd_weight * divergence_;
-    if (kOptions && params_.ce_weight != 0) loss += (double)params_.ce_weight * cross_entropy;
-    params_.loss[index_] = (float)(weight() * loss);
-    write_row_scale();
-    if (!kOptions || !params_.metrics) return;
-    metric(kDivergence) = (float)divergence_;
-    metric(kCrossEntropy) = cross_entropy;
-    metric(kAgreement) = both_valid ? summary().agree : NAN;
-  }
-
-  KD_DEVICE float& metric(Metric which) const {
-    return params_.metrics[which * params_.rows + index_];
-  }
-
-  float kd_scale_, ce_scale_ = 0;  // what a term's gradient is multiplied by
-  float range_factor_ = 1;         // see fit_float16_range
-  float largest_slope_ = 0;        // likewise
+  float largest_slope_ = 0;  // in size, where slopes may cancel
   double divergence_ = NAN;
 };
 
