@@ -1,4 +1,4 @@
-// What every header needs before its first line of code.
+// Namespace and inlining macros shared by all headers.
 #pragma once
 
 #if defined(__CUDACC__)

@@ -6,11 +6,11 @@
 // chosen so that slope -> 0 as q -> p and nothing cancels near the teacher. Values are >= 0.
 //
 // That takes two to four times the operations of the textbook's formulas, which lose nothing to
-// rounding where a row's divergence is not small. So each divergence has those too, for far rows:
-// a KL divergence as its weights, given which one sweep over the row adds up its value; any other
-// as a function far() of exponentials that are p and q times constants of the row, and of log2 p
-// and log2 q. far_value() is the divergence of its sums, less what Rounding put into them;
-// far_unit() is a slope's unit in nats.
+// rounding where a row's divergence is not small. So each divergence has those too, for far rows.
+// A KL divergence has forward() and reverse(), its weights of KL(p || q) and KL(q || p), which the
+// first sweep over a row adds up. Any other has far(), of log2 p, log2 q and exponentials that are
+// p and q up to a constant of the row; far_value() turns the sums of its terms into the divergence,
+// without what Rounding put into them; far_unit() is the unit of its slopes, in nats.
 #pragma once
 
 #include "mixtures.h"

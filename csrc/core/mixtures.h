@@ -20,7 +20,8 @@ struct Mixture : Defaults {
   float of_slope[kDegree + 1];  // slope / (q r)
   float of_value[kDegree + 1];  // value / (p r^2)
 
-  // Coefficients not rounded to float: near the teacher all but few of their digits cancel.
+  // Takes doubles: rounded to float, coefficients would lose the few digits that do not cancel near
+  // the teacher.
   Mixture(double share, double rest, double a, double b, double c, double d, double e, double f)
       : share((float)share), rest((float)rest) {
     double exponential[kTerms + 2] = {1}, g[kTerms + 2], m_over_p[kTerms + 2], q_over_m[kTerms + 2];
@@ -44,7 +45,7 @@ struct Mixture : Defaults {
   // Whether its rows may be far.
   KD_INLINE bool has_far() const { return share >= kLeastShare && rest >= kLeastShare; }
 
-  // m, never 0: what divides by it is 0 where p and q are.
+  // m, but never 0: where p and q are 0, so is what is divided by it.
   template <class F>
   KD_INLINE F of(const Point<F>& x) const {
     return share * x.p + (rest * x.q + FLT_MIN);
@@ -55,8 +56,8 @@ struct Mixture : Defaults {
     return (share * weights.p) * x.p + ((rest * weights.q) * x.q + FLT_MIN);
   }
 
-  // p / m or q / m of a far row's point, never 0: its logarithm has an error of its own size, while
-  // those of p and m would round where they are large.
+  // p / m or q / m of a far row's point, never 0. The error of its logarithm is relative to that,
+  // not to the logarithms of p and m, which may be large.
   template <class F>
   KD_INLINE F over_m(F exponential, float weight, const Point<F>& x, Weights weights) const {
     return quotient(weight * exponential + FLT_MIN, far_of(x, weights));
@@ -104,9 +105,10 @@ struct Mixture : Defaults {
     return sum;
   }
 
-  // The polynomial of a power series, of which kTerms tell enough. From the highest on, r^n gives
-  // way to the lower powers of the Chebyshev polynomial of degree n, which are off by a 2^(n - 1)th
-  // of it where |r| < close_radius.
+  // Cuts a power series, of which kTerms are enough, to a polynomial: from the highest power on,
+  // subtracts the multiple of the Chebyshev polynomial of degree n that cancels r^n. Where |r| <
+  // close_radius that changes the sum by at most 2^(1 - n) of what the term comes to at
+  // close_radius.
   static constexpr int kTerms = 12;
   static void economize(double (&series)[kTerms], float (&coefficients)[kDegree + 1]) {
     for (int n = kTerms - 1; n > kDegree; --n) {
@@ -133,7 +135,8 @@ struct JSD : Mixture {
 
   template <class F>
   KD_INLINE Term<F> operator()(const Point<F>& x) const {
-    // From the larger part of m: from the smaller one, the other log would be left by cancelling.
+    // Relative to the larger part of m: relative to the smaller one, the other logarithm would be a
+    // small difference of large numbers.
     const F of_p = share * x.p, of_q = rest * x.q;
     const auto p_is_larger = of_p >= of_q;
     const F smaller = select(p_is_larger, of_q, of_p), larger = select(p_is_larger, of_p, of_q);

@@ -72,9 +72,9 @@ enum class ShardPhase : int { kStates, kSums, kGradient };
 // Of a row: sums of exp((x - base) / T) over transformed logits x, or of exp(x - base). All -inf:
 // base kLowestLogit and sum 0; a sum over NaN or +inf is NaN or infinite.
 //
-// For a KL divergence also sums by these exponentials: with s' = (s - base) / T and t' likewise,
-// e_s (s' - t'), e_t (s' - t') and e_t t', of which it asks for some. Of the whole vocabulary one
-// number comes back in their place: KL(q || p) of a far row, NaN of any other.
+// For a KL divergence also those that it needs of the sums of e_s (s' - t'), e_t (s' - t') and
+// e_t t', where s' = (s - base) / T, t' likewise, and e_s and e_t are their exponentials. States of
+// the whole vocabulary have one number in their place: KL(q || p) of a far row, else NaN.
 enum ShardState {
   kStudentBase,
   kTeacherBase,
@@ -99,11 +99,11 @@ enum ShardSum {
   kShardSums
 };
 
-// What it inherits: the weight of a row is token_weight, which the normalizer has divided; labels
-// are columns of this shard, negative where another has them. Without them there is no hard-label
-// term. The gradient is that of kd_weight's and ce_weight's terms; kSums writes it if slopes are
-// known to sum to 0, and of far rows, whose sums are 0; else kGradient does. Rows of weight 0 get
-// zeros everywhere.
+// Of what it inherits, token_weight is the weight of a row divided by the normalizer, and labels
+// are columns of this shard, negative where another process has the label; without labels there is
+// no hard-label term. The gradient is that of the terms of kd_weight and ce_weight. kSums writes it
+// where slopes are known to sum to 0, and of far rows, whose sums it sets to 0; kGradient writes
+// the rest. Rows of weight 0 get zeros everywhere.
 struct ShardParams : LogitsParams {
   ShardPhase phase = ShardPhase::kStates;
   bool entropies = false;    // in kSums

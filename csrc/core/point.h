@@ -10,12 +10,13 @@ namespace kd::KD_NAMESPACE {
 // A row is far where its divergence exceeds this (in nats) and no logit is infinite.
 constexpr double kFarFrom = 1.0 / 32;
 
-// Infinite logits make it infinite or NaN.
+// Infinite logits make the divergence infinite or NaN: such a row is not far.
 KD_INLINE bool is_far(double divergence, double from) {
   return divergence > from && divergence <= FLT_MAX;
 }
 
-// Of a mixture's parts for its row to be far: the logarithm of a smaller one loses digits.
+// The smallest share of a mixture, and parameter of alpha-beta, whose rows may be far: below it the
+// formulas for far rows lose digits.
 constexpr float kLeastShare = 1.0f / 16;
 
 // One vocabulary entry: probabilities, their logarithms, and r = log q - log p computed from the
@@ -25,15 +26,15 @@ struct Point {
   F p, q, log_p, log_q, r;
 };
 
-// What goes from logits before student and teacher are compared, from those that are larger: models
-// that agree may do so up to a constant, and then small differences are left, exact ones of close
-// logits, since whole 64ths take no digits from most.
+// Shifts subtracted from the logits of the model with the larger ones. Close models may differ by a
+// constant; removing it in steps of 1/64 leaves most logits exact, so small differences keep their
+// digits.
 struct Shifts {
   float student, teacher;
 };
 
-// Given where the models' logits lie; none for those less than `least` apart, whose differences
-// are exact as they are.
+// From a number near each model's logits, such as the largest. No shift where these are less than
+// `least` apart: then the differences of logits are exact as they are.
 KD_INLINE Shifts shifts_between(float student, float teacher, float least) {
   constexpr float kGrid = 1.5f * (1 << 17);  // floats about it are spaced by 1/64
   const float apart = student - teacher;
@@ -46,15 +47,16 @@ struct Term {
   F value, slope;
 };
 
-// What makes p and q of a far row's points probabilities.
+// Factors that make p and q of a far row's points, which are exponentials, probabilities.
 struct Weights {
   float p, q;
 };
 
-// How far rounding put those and the logarithms of a far row's points off, all of them alike.
+// Errors that all points of a far row have in common, by rounding of the weights and of the
+// logarithms.
 struct Rounding {
   float log_p = 0, log_q = 0;  // added to log2 p and log2 q
-  float p = 0, q = 0;          // of 1, added to the sum of each
+  float p = 0, q = 0;          // by which the sums of p and of q exceed 1
 };
 
 struct Defaults {
@@ -64,7 +66,7 @@ struct Defaults {
   // Which of the two the first sweep adds up, to tell far rows or for their value.
   static constexpr bool kForward = true, kReverse = false;
   static KD_INLINE constexpr double far_from() { return kFarFrom; }
-  // KL(p || q) of rows whose divergence is at most about far_from().
+  // A row whose KL(p || q) is at most this has a divergence of at most about far_from().
   static KD_INLINE constexpr double kl_from() { return kFarFrom; }
   // Whether the gradient needs no sum of slopes, and so one sweep less.
   static constexpr bool kSlopeSumsToZero = false;
@@ -73,8 +75,8 @@ struct Defaults {
   static constexpr bool kFeelsShift = false;
   // Whether slopes have either sign and no bound: their sum tells nothing of their size.
   static constexpr bool kSlopesCancel = false;
-  // Whether it has close(), for points whose |r| is below close_radius: polynomials alone, where
-  // terms are a choice between those and more.
+  // Whether it has close(): cheaper terms, polynomials alone, for points whose |r| is below
+  // close_radius.
   static constexpr bool kHasClose = false;
   // Whether computing the slopes a second time costs less than keeping them.
   static constexpr bool kCheapSlope = false;

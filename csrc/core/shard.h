@@ -12,7 +12,7 @@ KD_INLINE bool is_far_row(const double* states) {
   return Divergence::kIsKL && states[kReverseKL] == states[kReverseKL];
 }
 
-// Whether this one writes all that is not written yet.
+// Whether this launch writes the gradient of all rows that have none yet.
 inline bool writes_gradient(const ShardParams& params) {
 #define KD_SLOPE_SUMS_TO_ZERO(name, Divergence) Divergence::kSlopeSumsToZero,
   constexpr bool kSlopeSumsToZero[] = {KD_DIVERGENCES(KD_SLOPE_SUMS_TO_ZERO)};

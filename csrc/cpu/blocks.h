@@ -1,5 +1,5 @@
-// Blocks of a row between typed memory and float arrays in the first-level cache. This is the only
-// place of the CPU backend that knows dtypes, scale and softcap; the maths sees floats.
+// Rows between typed memory and float vectors: dtypes, scale and softcap, block by block in the
+// first-level cache.
 #pragma once
 
 #include "vec.h"
@@ -20,7 +20,7 @@ KD_INLINE Half load_half(const uint16_t* from) {
 
 KD_INLINE Vec from_bfloat16(Half x) { return (Vec)(widen(x) << 16); }
 
-// To nearest, ties to even; in the high halves, the low ones hold what is left.
+// To nearest, ties to even, in the high half of each lane; the low half is of no meaning.
 KD_INLINE Bits rounded_to_bfloat16(Vec x) {
   const Bits bits = (Bits)x;
   return x == x ? bits + 0x7fffu + ((bits >> 16) & 1u) : 0x7fc00000u + Bits{};
@@ -128,16 +128,16 @@ KD_INLINE void store_some(char* to, int index, Vec x, int count) {
 #endif
 }
 
-// The values of two vectors' width: side by side, or for bfloat16 every second one, which takes no
-// shuffle. Kernels go through a row in pairs, and nothing but their memory knows the order.
+// The values of 2 kLanes columns: one half and the other, or for bfloat16 even and odd ones, which
+// takes no shuffle. Kernels go through a row in pairs and do not depend on the order.
 struct Pair {
   Vec first, second;
 };
 
 constexpr int kPair = 2 * kLanes;
 
-// Values of a row as vectors of floats, straight from memory and to it, past the caches where it
-// streams.
+// Values of a row as float vectors, loaded straight from its memory and stored there, past the
+// caches where it streams.
 template <DType dtype>
 struct View;
 
@@ -309,8 +309,8 @@ class Reader {
   Transform transform_;
 };
 
-// One row of the gradient, written as blocks of floats. One that streams and does not begin at a
-// vector is computed in a buffer, block by block, and copied past the caches.
+// One row of the gradient, written as blocks of floats. One that streams, but is not aligned to
+// vectors, is computed in a buffer, block by block, and copied past the caches.
 class Writer {
  public:
   Writer(const Rows& rows, int64_t row, bool streams = false)

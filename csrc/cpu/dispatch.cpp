@@ -87,8 +87,8 @@ double normalizer_of(const LogitsParams& params, const std::vector<float>& weigh
   return total > 0 || std::isnan(total) ? total : 1;
 }
 
-// Caches keep less than this until a backward reads it; then a gradient need not pass through them.
-// One in place is there already.
+// Whether the gradient is stored past the caches: one of this size would not stay there until a
+// backward reads it. One in place is there already.
 template <class Params>
 bool streams_past_caches(const Params& params) {
 #if defined(KD_X86_64)

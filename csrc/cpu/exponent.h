@@ -7,23 +7,24 @@
 
 namespace kd::KD_NAMESPACE {
 
-// A factor of exponentials. With that of AVX2 every power in its table is within 5e-9 of a float.
+// A factor of all exponentials. With that of AVX2, every entry of its table is within 5e-9 of a
+// float.
 #if defined(__AVX2__) && !defined(__AVX512F__)
 constexpr float kUnit = 1.08771491f;
 #else
 constexpr float kUnit = 1;
 #endif
 
-// Exponentials come out as kUnit 2^(x c - shift), c = log2(e) / T, and so times one factor common
-// to the row, `correction`. The shift is a whole number: x c is rounded only once, as a small
-// fraction.
+// Exponentials come out as kUnit 2^(x c - shift) with c = log2(e) / T; times `correction`, a factor
+// of the row, they are exp((x - reference) / T). The shift is a whole number: x c is rounded only
+// once, as a small fraction.
 class ExponentBase {
  public:
   // For every x: 0 for -inf, NaN for NaN.
   KD_INLINE Vec operator()(Vec x) const { return exp2((x - origin_) * c_ - shift_) * kUnit; }
 
-  // Whether the derived fast(x, range) serves the row: the same in fewer operations, for x within a
-  // range about the reference only. The range tells whether one was outside.
+  // Whether the derived class's fast(x, range) serves the row: the same in fewer operations, but
+  // only for x near enough to the reference. The range remembers whether one was not.
   bool is_fast() const { return is_fast_; }
   double correction() const { return correction_; }
 
@@ -31,7 +32,8 @@ class ExponentBase {
   // A float spaced by 2^-bits whose low bits are 0.
   static constexpr float grid(int bits) { return 1.5f * (1 << (23 - bits)); }
 
-  // Shifts are at most `most_shift`, and exponentials of the reference at most 2^40 from 1 then.
+  // A larger shift than `most_shift` is cut to that, as long as the exponential of the reference
+  // stays within a factor of 2^40 of 1. Beyond, the row is not fast.
   ExponentBase(float reference, float c, float most_shift) : c_(c) {
     const float exponent = reference * c;
     const bool small = ::fabsf(exponent) < 65536;
@@ -83,8 +85,8 @@ class Exponent : public ExponentBase {
   Exponent(float reference, float c)
       : ExponentBase(reference, c, 120), unshift_(is_fast() ? ::exp2f(-shift_) : 1) {}
 
-  // What is far below underflows as it should. The sum shows what is too large to become a
-  // probability by a float factor, infinite or NaN.
+  // What is far below the reference underflows, as it should. What is too far above shows in the
+  // sum: it is infinite, NaN, or too large to become 1 by a float factor.
   struct Range {
     bool was_left(double sum) const { return !(sum < 0x1p50); }
   };

@@ -51,13 +51,14 @@ class RowBlocks {
     return direct ? direct : gradient_block_;
   }
 
-  // For formulas that know no infinite logits: what pads the end of a row, whose exponentials are
-  // 0, becomes the same of both models, and so low that powers of their own are 0 too.
+  // For formulas without infinite logits: what pads the end of a row becomes one finite logit in
+  // both models, so low that its powers are 0, as its exponentials are.
   void pad_finitely(int n) {
     for (int i = n; i % kPair != 0; ++i) student_block_[i] = teacher_block_[i] = kLowestLogit;
   }
 
-  // Whether blocks of n pass no buffer in any sweep: what is kept of them lies in a View's order.
+  // Whether every sweep reads blocks of n straight from memory. What is kept of them then lies in
+  // the order of a View.
   bool is_plain(int n) const { return plain_ && n % kPair == 0; }
 
   // Calls use(view) with a view of a block of transformed logits.
@@ -71,8 +72,8 @@ class RowBlocks {
     return {g, gradient_.streams() && g != gradient_block_};
   }
 
-  // Calls use(student, teacher, gradient) with views of a block, of which it reads logits or not,
-  // and finishes the gradient where there is one.
+  // Calls use(student, teacher, gradient) with views of a block, and finishes the gradient where
+  // there is one. Without kLogits those of the logits are not to be read.
   template <bool kGradient, bool kLogits = true, class Use>
   void view_pair(int64_t begin, int n, Use use) {
     if (is_plain(n)) {

@@ -65,7 +65,8 @@ class RowPair : protected RowBlocks {
     if (!read_softmaxes(sample_of(vocab))) read_softmaxes(vocab);
   }
 
-  // Relative to the largest of `sample` logits; keeps their exponentials.
+  // Relative to the largest of the first `sample` logits; keeps exponentials. False where another
+  // logit is too far above it.
   bool read_softmaxes(int64_t sample) {
     start(largest_logit(student_, sample, student_block_),
           uses_divergence() ? largest_logit(teacher_, sample, teacher_block_) : 0);
@@ -103,7 +104,8 @@ class RowPair : protected RowBlocks {
     return fits;
   }
 
-  // Of the sums of KL divergences: small for top tokens, which weigh most.
+  // What the sums of KL divergences are made of: a gap relative to the references, small for top
+  // tokens, which weigh most.
   Gap gap() const {
     return {shifts_between(student_softmax_.reference(), teacher_softmax_.reference(), 0)};
   }
@@ -177,7 +179,7 @@ class RowPair : protected RowBlocks {
     double value;        // the divergence
     double slope;        // the sum of slopes
     double unit = 1;     // of a slope, in nats
-    double largest = 0;  // slope, in size, where it may be larger than their sum
+    double largest = 0;  // |slope|, where it may be larger than their sum
     double shift = 0;    // the sum of q - p
   };
 
@@ -234,8 +236,8 @@ class RowPair : protected RowBlocks {
           else
             near_terms(divergence, v, term);
           for (int k = 0; k < 2; ++k) {
-            // Not fused, since what is stored or comes from a branch is not: the same bits with a
-            // gradient and without.
+            // Rounded before they are added, since no product that is stored, or comes from a
+            // branch, is fused with the sum: the same bits with a gradient and without.
             values += kFar ? term[k].value : rounded(term[k].value);
             slopes += kGradient ? term[k].slope : rounded(term[k].slope);
             if constexpr (kSizes) sizes = max(sizes, abs(term[k].slope));
@@ -266,7 +268,7 @@ class RowPair : protected RowBlocks {
   }
 
   // Of a far row by a KL divergence: forward (q - p) + reverse q (log q - log p - KL(q || p)).
-  // kFetches: no sweep before this one has fetched the next student.
+  // kFetches: also fetches the next student, which no sweep before has done.
   template <bool kFetches = false>
   void kl_gradient(double forward, double reverse) {
     const double scale =
@@ -286,7 +288,7 @@ class RowPair : protected RowBlocks {
     float p, q, gap;  // of exponentials, and of the student's times its gap
   };
 
-  // kOverflows: a gap may, times its factor, where q is 0 and a logit the lowest float.
+  // kOverflows: a gap times its factor may overflow, where q is 0 and a logit is the lowest float.
   template <bool kFetches, bool kOverflows>
   void write_kl_gradient(const KLFactors& factors) {
     const Gap gaps = this->gap();

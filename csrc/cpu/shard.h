@@ -42,7 +42,7 @@ class ShardOfRow : RowPair<Divergence> {
     states_[kEntropySum] = kl.entropy * of_teacher;
   }
 
-  // And the gradient where it needs no sums.
+  // Writes the sums, and the gradient where it does not need them.
   template <bool kGradient>
   void write_sums(bool entropies) {
     const bool far = is_far_row<Divergence>(states_);
@@ -94,7 +94,7 @@ class ShardOfRow : RowPair<Divergence> {
     const bool fits =
         this->push_logits(params_.labels, with_divergence_, may_be_far ? &kl : nullptr);
     if (may_be_far) {
-      // States hold gaps between logits above their bases.
+      // The gap is relative to its shifts, that of the states relative to the bases.
       const Shifts shifts = this->gap().shifts;
       const double left = ((double)shifts.student - student_softmax_.reference()) -
                           ((double)shifts.teacher - teacher_softmax_.reference());

@@ -11,7 +11,7 @@
 
 namespace kd::KD_NAMESPACE {
 
-// How many logits of a row its first reference is the largest of. A later one far above it is rare:
+// The first reference of a row is the largest of so many logits. A later one far above it is rare:
 // then the row starts again, from the largest of all.
 KD_INLINE int64_t sample_of(int64_t vocab) { return vocab < 512 ? vocab : 512; }
 
@@ -98,7 +98,8 @@ class Softmax {
   bool valid() const { return is_valid_sum(sum_); }
   bool empty() const { return sum_ == 0; }
 
-  // The sum of exp((x - reference) / T); and of all logits, where others have the rest of them.
+  // The sum of exp((x - reference) / T). set_total() makes it that of the whole vocabulary, of
+  // which other processes have the rest.
   double total() const { return sum_; }
   void set_total(double sum) { sum_ = sum; }
 
@@ -106,7 +107,7 @@ class Softmax {
   float reference() const { return reference_; }
   float c() const { return c_; }
 
-  // What makes a kept exponential, or one of exponent(), a probability.
+  // The factor that makes a kept exponential, or one of exponent(), a probability.
   double scale() const { return exponent_.correction() / sum_; }
   const Exponent& exponent() const { return exponent_; }
 
@@ -114,7 +115,8 @@ class Softmax {
   double log_sum() const { return ::log(sum_); }
   double log2_sum() const { return ::log2(sum_); }
 
-  // The temperature that c stands for, which rounds another: sums belong to it.
+  // The temperature that c stands for, which is not quite the one asked for, as c is rounded. Sums
+  // belong to it.
   double temperature() const { return kBitsPerNat / c_; }
 
   // T log(sum exp(x / T)).
@@ -127,7 +129,7 @@ class Softmax {
   Exponent exponent_;
 };
 
-// log p of logits x = (x - origin) / T - rest.
+// log p = (x - origin) / T - rest of a logit x.
 class LogProbability {
  public:
   // What is large is subtracted before it costs digits.
@@ -136,7 +138,8 @@ class LogProbability {
         scale_((float)(1 / softmax.temperature())),
         rest_((float)((softmax.log_sum_exp() - origin_) / softmax.temperature())) {}
 
-  // To base 2: with the exponents of kept exponentials, whose rounding cancels in terms then.
+  // To base 2, from the same exponents as the kept exponentials, so that their rounding cancels in
+  // terms.
   static LogProbability to_base_2(const Softmax& softmax) {
     return {softmax.reference(), softmax.c(), (float)softmax.log2_sum()};
   }
@@ -167,8 +170,8 @@ struct Gap {
   }
 };
 
-// What a sweep needs to turn a pair of logits and their exponentials into a point: those of a far
-// row keep their exponentials, and have logarithms to base 2.
+// What a sweep needs to turn a pair of logits and their exponentials into a point. Points of a far
+// row have exponentials in the place of probabilities, and logarithms to base 2.
 template <bool kFar>
 struct Points {
   Points(const Softmax& student, const Softmax& teacher)
@@ -213,8 +216,8 @@ struct KLSums {
   double entropy = 0;               // e_t (t - t_reference)
 };
 
-// As in divergences.py: the offset of a KL divergence that is larger by more than this leaves it
-// too few digits to be the value of a far row; so where top tokens are far above their references.
+// A KL divergence is a sum of two numbers; where one is more than 32 times the result, too few
+// digits are left and the row counts as near. As in kdkernels/divergences.py.
 constexpr double kMostCancelled = 32;
 
 // KL(p || q), KL(q || p) and the entropy of p, in nats, of a row pair without infinite logits; with

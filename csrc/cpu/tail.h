@@ -54,7 +54,7 @@ class TailRow {
         if (logits_.has_softcap()) logits_.chain_softcap(begin, n, block_, g);
         if (!direct) gradient_.write(begin, n, g);
       });
-    // Over what their exponentials, however large, have given.
+    // Overwrites what the listed logits' exponentials, however large, have given.
     gradient_.scatter(listed_ + first_, params_.grad_listed + row_ * params_.listed_size + first_,
                       params_.listed_size - first_);
     gradient_.fill(params_.vocab, gradient_.width(), 0);
@@ -78,8 +78,8 @@ class TailRow {
       reference = larger(reference, block_max(block(begin, n, first, last, -kInfinity), n));
     });
     start(reference);
-    // Not -inf, which the fast exponential leaves to a slower one: next to nothing beside the
-    // reference, which is a logit of the tail.
+    // Listed logits become one that adds next to nothing beside the reference, which is a logit of
+    // the tail. Not -inf, which the fast exponential leaves to a slower one.
     const bool hotter = params_.at_1 && params_.temperature < 1;
     const float negligible = 70 * (float)kNatsPerBit * (hotter ? 1 : params_.temperature);
     float hidden = reference - negligible;
@@ -103,7 +103,8 @@ class TailRow {
     return tail.valid() ? (float)tail.log_sum() : tail.empty() ? -kInfinity : NAN;
   }
 
-  // What makes an exponential its part of the gradient. A softcap's derivative has the scale.
+  // The factor that makes an exponential its part of the gradient. With a softcap, its derivative
+  // has the scale.
   float factor(int which) const {
     const float gradient = params_.grad_tails[which * params_.rows + row_];
     const float log_sum = result(1 + which);

@@ -42,8 +42,8 @@ KD_INLINE Vec load(const float* from) {
 
 KD_INLINE void store(float* to, Vec x) { std::memcpy(to, &x, sizeof x); }
 
-// To an address aligned to vectors, past the caches: nothing is read into them first. Who has
-// streamed fences once before others read.
+// Stores past the caches, which reads nothing into them; `to` is aligned to vectors. Whoever
+// streams calls fence() once before others read.
 KD_INLINE void stream(void* to, Vec x) {
 #if defined(__AVX512F__)
   _mm512_stream_ps((float*)to, (__m512)x);
@@ -56,7 +56,7 @@ KD_INLINE void stream(void* to, Vec x) {
 #endif
 }
 
-// n bytes to any address, past the caches but for parts of vectors at their ends.
+// n bytes to any address, past the caches except for parts of a vector at either end.
 inline void stream_bytes(char* to, const void* from, int64_t n) {
   constexpr int64_t kStep = sizeof(Vec);
   const char* const bytes = (const char*)from;
@@ -113,7 +113,8 @@ KD_INLINE Vec multiply_add(Vec a, float b, Vec c) {
 #endif
 }
 
-// A product as it is stored: in a sum, compilers fuse one that nobody stores.
+// Keeps a product from being fused into the sum it is added to, which compilers do unless it is
+// stored as well.
 KD_INLINE Vec rounded(Vec x) {
 #if defined(KD_X86_64)
   asm("" : "+v"(x));
@@ -123,7 +124,7 @@ KD_INLINE Vec rounded(Vec x) {
   return x;
 }
 
-// The larger of a and x, and x where x is NaN.
+// The larger of a and x; x where either is NaN.
 KD_INLINE Vec max(Vec a, Vec x) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_max_ps((__m512)a, (__m512)x);

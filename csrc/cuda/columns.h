@@ -23,7 +23,7 @@ template <int kCount>
 struct Columns {
   int vocab;
   bool aligned;
-  int begin, end;  // of what this thread's places may begin at
+  int begin, end;  // this thread's places begin in [begin, end)
   int stride;      // threads in the team
   int edge = -1;   // this thread's left-over column
 
@@ -58,7 +58,7 @@ struct Columns {
   KD_DEVICE bool holds(const Place<kCount>& place) const { return place.begin < end; }
 };
 
-// Not inlined: rows without a softmax and padding are rare, and no register has to wait for them.
+// Not inlined: rows without a softmax and padding are rare, and must not cost kernels registers.
 KD_DEVICE_CALL void fill_share(int64_t first, int stride, char* row, DType dtype, int64_t begin,
                                int64_t end, float value) {
   const int shift = dtype == DType::kFloat32 ? 2 : 3;  // 1 << shift of them are 16 bytes

@@ -80,14 +80,14 @@ KD_DEVICE To bits_as(From from) {
   return to;
 }
 
-// The same in every lane, though the compiler cannot know that it is what it was: it then computes
-// again what a sweep can compute again, and does not keep a row's worth of results in registers.
+// Hides x, the same in every lane, from the compiler: a sweep that depends on it computes its terms
+// again, rather than that a row's worth of them is kept in registers.
 template <class T>
 KD_DEVICE T opaque(T x) {
   return __shfl_sync(~0u, x, 0);
 }
 
-// A copy of what shared memory holds, likewise not known to be what it was.
+// A copy of what shared memory holds, hidden from the compiler likewise.
 template <class T>
 KD_DEVICE T read_anew(const T& shared) {
   constexpr int kWords = sizeof(T) / 4;
@@ -244,7 +244,7 @@ KD_DEVICE uint4 pack(const float (&x)[kLanes<kItem>], bool bfloat16) {
 struct RowPlaces {
   char* data = nullptr;
   int64_t stride = 0;  // between rows
-  int64_t jump = 0;    // beside it, after each inner_size rows
+  int64_t jump = 0;    // more, after each inner_size rows
   uint64_t share = 0;  // 2^64 / inner_size, rounded up; 0: no jumps
 
   RowPlaces() = default;

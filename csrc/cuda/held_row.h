@@ -199,8 +199,8 @@ class HeldRow {
     if (columns_.edge >= 0) step(columns_.edge_place(), s, slopes);
   }
 
-  // Stores it, or, in the registers of the student's logits, keeps it for store_gradient(): where
-  // slopes are kept, no thread is left to wait for what others have stored.
+  // Where slopes are kept, stores it at once, as no thread waits for others any more. Else it takes
+  // the place of the student's logits until store_gradient().
   KD_DEVICE void put_gradient(const Place<kCount>& place, const float (&x)[kCount]) {
     const uint4 packed = pack<kItem>(x, bfloat16_);
     if (!kKeeps)

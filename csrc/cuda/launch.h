@@ -71,7 +71,7 @@ inline int current_device() {
   return device;
 }
 
-// What a kernel may only have when it was asked for.
+// Asks for what a kernel has only on request.
 template <class Params>
 void allow(void (*kernel)(Params), const Grid& grid) {
   constexpr size_t kUnasked = 48 * 1024;
@@ -100,8 +100,7 @@ void launch(void (*kernel)(Params), const Grid& grid, void* stream, const Params
   check(cudaLaunchKernelEx(&launch.config, kernel, params), "launching a kernel");
 }
 
-// As far as this build's code for it goes: PTX of an older device runs there too, but has no
-// clusters.
+// The device as this build's code sees it: PTX of an older one runs there too, but has no clusters.
 template <class Params>
 Device device_of(void (*kernel)(Params), int device) {
   cudaFuncAttributes code;

@@ -44,7 +44,8 @@ struct alignas(16) PairState {
   }
 };
 
-// One state of all lanes', the same in every lane, with the sums that the divergence asks for.
+// The states of all lanes merged, the same in every lane, with the sums that the divergence asks
+// for.
 template <class Divergence>
 KD_DEVICE PairState warp_merge(PairState mine, float c) {
   PairState all;

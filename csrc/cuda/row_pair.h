@@ -78,7 +78,7 @@ class RowPair : protected RowOptions<Divergence, Row, kOptions> {
   // What the second sweep adds up.
   struct Sums {
     typename Row::Total value, slope, shift;
-    float largest = 0;  // slope
+    float largest = 0;  // |slope|
   };
 
   // Sweep 2, and 3 where the divergence needs one.
@@ -172,7 +172,7 @@ class RowPair : protected RowOptions<Divergence, Row, kOptions> {
   template <bool kFar>
   static constexpr bool kFeelsLargest = Divergence::kSlopesCancel && !kFar;
 
-  // Over the team. A finished gradient leaves in between.
+  // Adds up over the team. Meanwhile a finished gradient is stored.
   template <bool kFar>
   KD_DEVICE TermSums add_up(const Sums& sums, [[maybe_unused]] bool with_gradient) {
     constexpr bool kFeelsShift = Divergence::kFeelsShift && !kFar;
@@ -226,7 +226,7 @@ class RowPair : protected RowOptions<Divergence, Row, kOptions> {
     } else {
       s_inverse = probabilities.s_inverse;
     }
-    // Of what q() gives: probabilities sum to 1 but for the rounding of s_inverse.
+    // The slopes' sum divided by that of q(), which is 1 but for the rounding of s_inverse.
     double of_q = sum * (2 - (double)s_inverse * student().sum);
     if constexpr (is_far_v<Points>) of_q *= s_inverse;
     const float slope_sum = (float)of_q;

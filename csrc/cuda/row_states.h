@@ -19,13 +19,13 @@ struct alignas(16) RowSummary {
   State student, teacher, student_at_1;
   OfFarRow<Divergence> of_far;
   float scale = 0;
-  // Words, as a copy of padding would go through memory.
+  // Not bool: a copy of the padding would go through memory.
   int agree = 0;          // on the top token
   int far = 0;            // see csrc/core/divergences.h
   double divergence = 0;  // by a KL divergence
 };
 
-// Also where labels only say which rows take part.
+// Matters also where labels only say which rows take part.
 KD_DEVICE bool is_label_in_range(const LaunchParams& params, int64_t row) {
   return !params.labels || (params.labels[row] >= 0 && params.labels[row] < params.vocab);
 }
@@ -103,7 +103,8 @@ class RowStates {
     if constexpr (kOptions) {
       if (apart()) mine.student_at_1 = warp_merge(at_1.state(), kLog2E);
       if (params_.metrics) mine.tops = warp_tops(tops);
-      // Nobody needs to be told. But who is told may overwrite it, so it has to be here by then.
+      // Nobody else needs it. But whoever has been told may overwrite this logit, so its load has
+      // to be over by then.
       mine.pair.label_logit = label_logit;
       team_.tell(kOfStates, team_.mine().states, mine);
     } else {

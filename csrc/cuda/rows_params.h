@@ -57,8 +57,8 @@ struct RowsParams : LaunchParams {
         inverse_temperature((float)(1 / (double)params.temperature)) {}
 };
 
-// How many CTAs of 256 threads the compiler has to fit on an SM by their registers. Powers of both
-// probabilities need too many.
+// How many CTAs of 256 threads have to fit on an SM by their registers. Alpha-beta, with powers of
+// both probabilities, needs too many for two.
 template <class Divergence>
 constexpr int kCtasOfAnSm = std::is_same_v<Divergence, AlphaBeta> ? 1 : 2;
 

@@ -20,7 +20,7 @@ KD_DEVICE void write_masked_row(const LaunchParams& params, const Team& team, in
     for (int i = 0; i < kMetrics; ++i) params.metrics[i * params.rows + row] = 0;
 }
 
-// A row of NaN: its label is none, though it has no cross-entropy.
+// A row of NaN, for its label is outside the vocabulary, though nothing asks for its cross-entropy.
 KD_DEVICE void write_bad_row(const LaunchParams& params, const Team& team, int64_t row) {
   if (params.gradient.data) {
     char* const gradient = params.gradient_rows[row];

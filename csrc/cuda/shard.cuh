@@ -48,7 +48,7 @@ class ShardPair : RowPair<Divergence, StreamingRow, true> {
     this->set_scales();
   }
 
-  // And the gradient where it needs no sums.
+  // Writes the sums, and the gradient where it does not need them.
   KD_DEVICE void write_sums(bool with_entropies) {
     Entropies entropies;  // first: the gradient may overwrite the student
     if (with_entropies) entropies = this->entropies();
@@ -92,7 +92,7 @@ class ShardPair : RowPair<Divergence, StreamingRow, true> {
   }
 
  private:
-  // In the place of what the first sweep would find out.
+  // Fills in what the first sweep would find out.
   KD_DEVICE void summarize() const {
     auto& all = team_.template summary<RowSummary<Divergence>>();
     const double temperature = params_.temperature, base = states_[kStudentBase];

@@ -22,7 +22,7 @@ struct ShardStatesLaunch : LaunchParams {
         c((float)(kBitsPerNat / params.temperature)) {}
 };
 
-// Of which divergences a shard's states have no sums.
+// Stands for a divergence that is no KL divergence: states have no sums for it.
 struct NoSums {
   static constexpr bool kForward = false, kReverse = false, kAddsEntropy = false;
 };

@@ -7,7 +7,7 @@
 
 namespace kd::cuda {
 
-// Of a state with `max` as the base; 0 where all logits are -inf.
+// A state's sum relative to exp(max / T); 0 where all logits are -inf.
 KD_DEVICE double sum_from_max(const State& state, float c) {
   return state.sum == 0 ? 0 : state.corrected_sum(c) * ::exp2(-state.excess(c));
 }

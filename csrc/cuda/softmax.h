@@ -45,8 +45,8 @@ struct alignas(16) State {
   // max c - shift.
   KD_DEVICE double excess(float c) const { return (double)max * c - shift(c); }
 
-  // The sum with its largest term as it should be: that of a certain model is nearly all of it, and
-  // 2^x is approximate.
+  // The sum with its largest term exact: 2^x is approximate, and of a certain model this term is
+  // nearly the whole sum.
   KD_DEVICE double corrected_sum(float c) const {
     const float added = exp2_approx(fmaf(max, c, -shift(c)));
     return sum + (exponential((float)(kNatsPerBit * excess(c))).expm1 - ((double)added - 1));
@@ -63,7 +63,7 @@ template <class Total>
 struct Running {
   float c;
   float max = kLowestLogit;
-  float shift;  // belongs to max from the start: it never falls
+  float shift;  // of max; like it, only ever rises
   Total sum;
 
   KD_DEVICE explicit Running(float c) : c(c), shift(shift_of(max, c)) {}
@@ -82,8 +82,7 @@ struct Running {
     sum.scale(power_of_two(before - shift));
   }
 
-  // For logits that are there twice: the largest first, all of them then, for half the
-  // instructions.
+  // For logits that stay on chip: first the largest, then all of them, for half the instructions.
   KD_DEVICE void rise(float to) {
     max = fmaxf(max, to);
     shift = shift_of(max, c);
@@ -114,7 +113,7 @@ KD_DEVICE float warp_max(float x) {
   return x;
 }
 
-// One state of all lanes', the same in every lane.
+// The states of all lanes merged, the same in every lane.
 KD_DEVICE State warp_merge(State mine, float c) {
   const float max = warp_max(mine.max);
   mine.rise(max, c);

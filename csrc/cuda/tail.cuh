@@ -9,8 +9,8 @@ namespace kd::cuda {
 constexpr int kTailThreads = 256;
 constexpr size_t kTailSharedBytes = kTailThreads / 32 * sizeof(State);
 
-// TailParams with what the host can compute once. The rows are those of a student that is its own
-// teacher, which nobody reads.
+// TailParams with what the host can compute once. The teacher's rows are the student's; nobody
+// reads them.
 struct TailLaunch : LaunchParams {
   TailParams tail;
   float c;  // log2(e) / temperature
@@ -29,8 +29,8 @@ struct TailLaunch : LaunchParams {
   }
 };
 
-// The listed columns of a row as a thread comes by them: its own places only ever rise, but for the
-// one left-over column at an edge.
+// The listed columns of a row, as a thread comes by them: its places rise, except for the left-over
+// column at an edge.
 class ListedColumns {
  public:
   KD_DEVICE ListedColumns(const TailParams& params, int64_t row)

@@ -33,10 +33,10 @@ struct alignas(16) WarpSlot {
   Entropies entropies;
 };
 
-// Every warp writes its slot in every CTA, and then one warp, or every warp, waits and reads all
-// slots of its own CTA, in the same order, so that all have the same bits. In a cluster what is
-// told counts its bytes where it arrives: nobody waits for another CTA but for these, and none
-// exits before it has all that it is told.
+// Every warp writes its slot in every CTA; then one warp, or every warp, waits and reads all slots
+// of its own CTA in the same order, so that all have the same bits. In a cluster an mbarrier of
+// each CTA counts the bytes that it is told: nobody waits for another CTA but for these, and none
+// exits before it has them all.
 class Team {
  public:
   KD_DEVICE explicit Team(unsigned size)
@@ -51,7 +51,8 @@ class Team {
   // This thread's number in the team.
   KD_DEVICE unsigned first() const { return rank() * blockDim.x + threadIdx.x; }
 
-  // No CTA may write into another's shared memory before that one has started and counts.
+  // No CTA may write into another's shared memory before that one has started and has its
+  // mbarriers.
   KD_DEVICE void enter() const {
     if (size == 1) return;
     if (threadIdx.x == 0) {
@@ -121,8 +122,8 @@ class Team {
   WarpSlot* const slots_;
 };
 
-// Calls write(state), in one thread, with the states of all of the only CTA's warps merged. Its
-// shared memory holds a state for each warp, and may serve again.
+// Merges a state of each warp of the only CTA and calls write(state) in one thread. Shared memory
+// has room for a state a warp, and may be used again afterwards.
 template <class T, class Write>
 KD_DEVICE void merge_in_cta(const Team& team, const T& of_warp, float c, Write write) {
   T* const slots = shared_memory<T>();
