@@ -18,7 +18,7 @@ PTX ?=
 TESTS ?=
 
 BIN := $(VENV)/bin
-CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'benchmarks/*.cpp')
 BUILD_INPUTS := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 
 # What nvcc compiles is of use on a machine with a GPU only, and there for that GPU.
