@@ -222,6 +222,8 @@ def linear_loss(
     student = (*student_hidden, *student_weight, student_bias)
     grad = torch.is_grad_enabled()
     needs_grad = [grad and x is not None and x.requires_grad for x in student]
+    if torch.compiler.is_compiling():  # which wants every tensor once, while models may share some
+        teacher = tuple(None if x is None else x.detach() for x in teacher)
     tensors = (*student, *teacher, *per_token, normalizer, row_index)
     count = len(student_hidden)
     if not any(needs_grad):

@@ -354,9 +354,20 @@ def test_backends_say_why_not():
 def test_cuda_says_why_not_on_the_cpu():
     with pytest.raises(ValueError, match=r"cuda: the tensors are on cpu, not on a CUDA device"):
         kd_loss(S, T, backend="cuda")
+    if torch.cuda.is_available():
+        return
     for reason in kdkernels.backends.cuda.device_reasons():
         with pytest.raises(ValueError, match=f"cuda: .*{re.escape(reason)}"):
             kd_loss(S, T, backend="cuda")
+
+
+def test_a_call_on_the_cpu_leaves_devices_alone(monkeypatch):
+    def ask(index=0):
+        raise AssertionError("this would make a context on a device that the call does not use")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(kdkernels.backends.cuda, "device_reasons", ask)
+    assert kd_loss(S.double(), T).dtype == torch.float64  # after the refusals of all kernels
 
 
 def test_unknown_instruction_set(monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kdkernels import linear_kd_loss
 from kdkernels.options import LinearOptions
 
 from .cases import DTYPES, normal
@@ -68,3 +69,32 @@ def test_opcheck(dtype):
                     *choice._replace(vocab=VOCAB, vocab_size=VOCAB),
                 ),
             )
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("shared", ["head", "hidden", "frozen head and adapter", "all of a module"])
+def test_models_that_share_tensors(shared, reduction):
+    """A draft model's frozen head, features under two heads, an adapter beside its own base."""
+    hidden, head, bias = normal(5, 8, seed=1), normal(VOCAB, 8, seed=2), normal(VOCAB, seed=3)
+    low, up, other = normal(5, 2, seed=4), normal(VOCAB, 2, seed=5), normal(VOCAB, 8, seed=6)
+
+    def step(x):
+        if shared == "head":
+            arguments = x, head, hidden, head
+        elif shared == "hidden":
+            arguments = hidden, x, hidden, other
+        elif shared == "frozen head and adapter":
+            arguments = (hidden, low), (head, x), hidden, head
+        else:
+            arguments = x, head, x.detach(), other
+        biases = {"student_bias": bias, "teacher_bias": bias} if shared == "head" else {}
+        return linear_kd_loss(*arguments, **biases, reduction=reduction).sum()
+
+    leaf = {"hidden": other + 1, "frozen head and adapter": up}.get(shared, hidden + 1)
+    gradients = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        x = leaf.clone().requires_grad_()
+        function(x).backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients)

@@ -58,7 +58,9 @@ def why_not(student: Tensor, teacher: Tensor, divergence: Divergence) -> list[st
     device = student.device
     on_cuda = device.type == "cuda"
     reasons = [] if on_cuda else [f"the tensors are on {device}, not on a CUDA device"]
-    reasons += device_reasons((device.index if on_cuda else None) or 0)
+    # A device that the call does not use is left alone: to ask it would make a context there.
+    if on_cuda or not torch.cuda.is_available():
+        reasons += device_reasons((device.index if on_cuda else None) or 0)
     reasons += extension_refusals(student, teacher, divergence)
     if min(student.shape[-1], teacher.shape[-1]) > _MAX_VOCAB:
         reasons.append(f"the vocabulary is above 2**{_MAX_VOCAB.bit_length() - 1}")
