@@ -114,6 +114,7 @@ def linear_kd_loss(
             teacher: it must not require grad.
         teacher_weight: ``(vocab_t, hidden_t)``, on the student's device.
         teacher_logits: ``(..., vocab_t)`` instead of hidden states and weight, also on the host.
+            A float64 teacher counts as float32 beside a student of another dtype, block by block.
         student_bias: ``(vocab_s,)``.
         teacher_bias: ``(vocab_t,)``.
         row_index: int64 ``(kept,)`` positions in the flattened leading shape, increasing; on the
@@ -158,6 +159,8 @@ def linear_kd_loss(
     linear_checks.check_row_index(row_index, lead)
     chunk_bytes = scalars.option("chunk_bytes", chunk_bytes)
     student_dtype = linear_checks.product_dtype(weight[0])
+    if teacher_dtype == torch.float64 != student_dtype:  # NumPy's default: no reason for slow paths
+        teacher_dtype = torch.float32
     linear_checks.check_logits_dtype(logits_dtype, student_dtype)
     # Logits without rows: their dtype, device and width are checked.
     student_like = weight[0].new_empty(0, weight[0].shape[0], dtype=logits_dtype or student_dtype)

@@ -103,19 +103,23 @@ class Rows(SomeRows):
 class TeacherLogits:
     """A teacher whose logits were given."""
 
-    def __init__(self, logits: Tensor, rows: Rows, device: torch.device):
+    def __init__(self, logits: Tensor, rows: Rows, device: torch.device, options: LinearOptions):
         self.logits, self.index, self.device = logits, rows.index_of(logits), device
+        self.dtype = options.teacher_dtype
 
     def row_bytes(self, width: int | None = None) -> int:
         """Memory that one row of a block takes, at its own width or the one given."""
-        size = (width or self.logits.shape[-1]) * self.logits.dtype.itemsize
+        width = width or self.logits.shape[-1]
+        size = width * self.logits.dtype.itemsize
+        cast = 0 if self.logits.dtype == self.dtype else width * self.dtype.itemsize
         if self.logits.device != self.device:
-            return 2 * size  # one block in use, one on its way
-        return 0 if self.index is None else size
+            return 2 * size + cast  # one block in use, one on its way
+        return cast if self.index is None else size + cast
 
     def blocks(self, spans: Sequence[payload.Span], memory: Tensor | None) -> Iterator[Tensor]:
         """(rows, vocab) logits of each span; ``memory`` is not needed."""
-        return payload.blocks(self.logits, self.index, spans, self.device)
+        for logits in payload.blocks(self.logits, self.index, spans, self.device):
+            yield logits.to(self.dtype)
 
 
 class TeacherHead:

@@ -99,7 +99,7 @@ def _linear_loss(
             student_hidden, student_weight, student_bias, rows, linear, needs_grad
         )
         teacher = (
-            TeacherLogits(teacher_logits, rows, device)
+            TeacherLogits(teacher_logits, rows, device, linear)
             if teacher_logits is not None
             else TeacherHead(teacher_hidden, teacher_weight, teacher_bias, rows, linear)
         )

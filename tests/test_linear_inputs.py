@@ -111,6 +111,19 @@ def test_an_array_without_rows(linear_backend):
     assert loss == 0
 
 
+def test_a_teacher_head_in_float64(linear_kernel):
+    case = make_case()
+    expected = run(fused, case, backend=linear_kernel.backend)
+    wide = {f"teacher_{x}": getattr(case, f"teacher_{x}").double() for x in ("hidden", "weight")}
+    actual = run(
+        fused,
+        case._replace(**wide, teacher_bias=case.teacher_bias.double()),
+        backend=linear_kernel.backend,
+    )
+    assert torch.equal(actual.loss, expected.loss)
+    assert torch.equal(actual.weight, expected.weight)
+
+
 def test_teacher_payload_of_another_dtype(linear_backend):
     case = make_case(torch.bfloat16, bias=False)
     cached = case.teacher_hidden.float().to(torch.float16)
