@@ -86,7 +86,8 @@ def kd_loss(
             reference backend). Leading dimensions may have any strides, the last one is contiguous.
             Log-probabilities are logits too.
         teacher_logits: ``(..., vocab_t)``, the same leading shape, its own dtype and vocabulary
-            padding. A constant: it must not require grad.
+            padding. A constant: it must not require grad. In float64 it makes the call run on the
+            reference backend too, many times slower: cast what NumPy left in its default dtype.
         divergence: a name (``forward_kl``, ``reverse_kl``, ``jsd``, ``skew_forward_kl``,
             ``skew_reverse_kl``, ``symmetric_kl``, ``tvd``, ``soft_cross_entropy``) or an instance
             such as ``JSD(beta=0.1)`` or ``AlphaBeta(0.2, 0.7)``;

@@ -96,7 +96,7 @@ def test_recipes():
     p = torch.stack([(logits / of_student).softmax(-1) for logits in teachers]).mean(0)
     actual = names["several_teachers"](STUDENT, teachers, of_student)
     torch.testing.assert_close(actual, kl(p, log_q) * of_student**2)
-    for step, divergence in ((0, "forward_kl"), (1, "jsd"), (2, "reverse_kl")):
+    for step, divergence in ((0, "forward_kl"), (1, "symmetric_kl"), (2, "reverse_kl")):
         expected = kd_loss(STUDENT, TEACHER, divergence=divergence)
         assert names["scheduled"](STUDENT, TEACHER, step, 2) == expected
 
