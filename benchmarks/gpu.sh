@@ -116,13 +116,14 @@ tests_of() {
   shift 2
   python3 -c 'import xdist' 2>/dev/null && options=(--numprocesses 8 --dist loadgroup)
   options+=(--ignore=tests/test_peft.py)  # to collect it is to import frameworks
-  start "$name" "$limit" python3 -m pytest -q --maxfail=50 -p no:cacheprovider "${options[@]}" \
+  # Nice to the build, which all but Triton's tests wait for.
+  start "$name" "$limit" nice -n 19 python3 -m pytest -q --maxfail=50 -p no:cacheprovider "${options[@]}" \
     -o faulthandler_timeout=40 -k "$*" --junitxml="$out/$name.xml"  # says where a test hangs
 }
 
 # Tests of the CUDA backend beside the sanitizers: nothing is timed.
 checks() {
-  local tools=() tool limit=85
+  local tools=() tool limit=80
   # Shards and sparse teachers have one kind of CUDA kernel.
   tests_of cuda "$limit" "(cuda or gpu) and not (triton or registered or spills)" \
     "and not (streaming and (sharded or sparse))"
@@ -153,7 +154,7 @@ run_stages() {
   # time: the build and the checks of CUDA go on beside them.
   [ "$only" = times ] || tests_of triton 160 "(triton or registered) and not spills"
   local built=0
-  stage build 70 bash -c build && built=1
+  stage build 85 bash -c build && built=1
   [ $built = 0 ] || [ "$only" = times ] || checks
   [ "$only" = times ] || finish tests_triton
   [ $built = 0 ] || [ "$only" = first ] && return

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_SLICE_BYTES = 2**22
+#: What a slice takes: on a CPU it stays in the cache, on a GPU it is to occupy all multiprocessors.
+_SLICE_BYTES = {"cpu": 2**22, "cuda": 2**25}
 
 
 def _fits(out: Tensor, operand: Tensor) -> bool:
@@ -23,9 +24,9 @@ def _fits(out: Tensor, operand: Tensor) -> bool:
     )
 
 
-def _slices(vocab: int, width: int) -> Iterator[slice]:
+def _slices(vocab: int, width: int, like: Tensor) -> Iterator[slice]:
     """Slices of the vocabulary whose float32 (slice, width) tensor takes about _SLICE_BYTES."""
-    step = max(16, _SLICE_BYTES // (4 * max(1, width)))
+    step = max(16, _SLICE_BYTES.get(like.device.type, 2**22) // (4 * max(1, width)))
     for begin in range(0, vocab, step):
         yield slice(begin, min(vocab, begin + step))
 
@@ -42,9 +43,27 @@ def _accumulates_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
     return True
 
 
+def _on_gpu(tensor: Tensor) -> bool:
+    """Whether products of 16-bit operands can have a float32 result there."""
+    return tensor.device.type == "cuda"
+
+
+def _wide_product(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> bool:
+    """out = a @ b, or out += a @ b, in float32 of 16-bit operands, if a GPU does it at once."""
+    if not _on_gpu(out):
+        return False
+    if not accumulate:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+    elif _accumulates_in_float32(out.device, a.dtype):
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    else:
+        return False
+    return True
+
+
 def _operand(tensor: Tensor) -> Tensor:
     """The tensor as :func:`_float32_product` takes it."""
-    return tensor if tensor.device.type == "cuda" else tensor.float()
+    return tensor if _on_gpu(tensor) else tensor.float()
 
 
 def _float32_product(a: Tensor, b: Tensor) -> Tensor:
@@ -68,8 +87,12 @@ def write_logits(
         else:
             torch.addmm(bias, hidden, weight.t(), out=out)
         return
+    if _wide_product(out, hidden, weight.t(), accumulate):
+        if bias is not None and not accumulate:
+            out += bias
+        return
     hidden = _operand(hidden)
-    for part in _slices(weight.shape[0], max(hidden.shape)):
+    for part in _slices(weight.shape[0], max(hidden.shape), out):
         product = _float32_product(hidden, _operand(weight[part]).t())
         if accumulate:
             product += out[:, part]
@@ -86,11 +109,9 @@ def write_hidden_gradient(
     """out = gradient @ weight."""
     if _fits(out, gradient):
         torch.mm(gradient, weight, out=out)
-    elif gradient.device.type == "cuda":
-        torch.mm(gradient, weight, out_dtype=torch.float32, out=out)
-    else:
+    elif not _wide_product(out, gradient, weight, accumulate=False):
         total = torch.zeros_like(out, dtype=torch.float32)
-        for part in _slices(weight.shape[0], max(out.shape)):
+        for part in _slices(weight.shape[0], max(out.shape), out):
             total.addmm_(gradient[:, part].float(), weight[part].float())
         out.copy_(total)
 
@@ -108,13 +129,9 @@ def add_weight_gradient(
         else:
             torch.mm(gradient.t(), hidden, out=out)
         return
-    if out.device.type == "cuda" and not accumulate:
-        torch.mm(gradient.t(), hidden, out_dtype=torch.float32, out=out)
-    elif out.device.type == "cuda" and _accumulates_in_float32(out.device, hidden.dtype):
-        torch.addmm(out, gradient.t(), hidden, out_dtype=torch.float32, out=out)
-    else:
+    if not _wide_product(out, gradient.t(), hidden, accumulate):
         hidden = _operand(hidden)
-        for part in _slices(out.shape[0], max(hidden.shape)):
+        for part in _slices(out.shape[0], max(hidden.shape), out):
             product = _float32_product(_operand(gradient[:, part]).t(), hidden)
             out[part] = product.add_(out[part]) if accumulate else product
 
@@ -125,7 +142,10 @@ def add_bias_gradient(
     row_scale: Tensor | None,  # (rows,) float32
 ) -> None:
     """out += row_scale @ gradient, in float32."""
+    if row_scale is None and _on_gpu(out):
+        out += gradient.sum(0, dtype=torch.float32)
+        return
     if row_scale is None:
         row_scale = torch.ones(gradient.shape[0], dtype=torch.float32, device=gradient.device)
-    for part in _slices(out.shape[0], gradient.shape[0]):
+    for part in _slices(out.shape[0], gradient.shape[0], out):
         out[part] += row_scale @ gradient[:, part].float()
