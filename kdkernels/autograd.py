@@ -10,7 +10,12 @@ from torch.autograd.forward_ad import unpack_dual
 
 from . import ops
 from .options import LinearOptions, LogitsOptions, replaced
-from .watchers import goes_straight, hides_gradient, transforms_active
+from .watchers import (
+    goes_straight,
+    hides_gradient,
+    is_legacy_batchedtensor,
+    transforms_active,
+)
 
 _ops = torch.ops.kdkernels
 
@@ -77,7 +82,7 @@ class LogitsLoss(torch.autograd.Function):
             return None, None
         gradient, row_scale = ctx.saved_tensors
         gradient = gradient.detach()
-        ops.scale_gradient(gradient, _as_scale(grad_output), row_scale, ctx.backend)
+        ops.scale_gradient(gradient, _as_scale("kd_loss", grad_output), row_scale, ctx.backend)
         return gradient, None
 
 
@@ -85,8 +90,13 @@ class LogitsLoss(torch.autograd.Function):
 _apply_logits_loss = super(torch.autograd.Function, LogitsLoss).apply
 
 
-def _as_scale(grad_output: Tensor) -> Tensor:
+def _as_scale(name: str, grad_output: Tensor) -> Tensor:
     """grad_output as kernels read it: float32 and contiguous, where sum() gives an expanded one."""
+    if not torch.compiler.is_compiling() and is_legacy_batchedtensor(grad_output):
+        raise RuntimeError(
+            f"{name}: its backward takes no batch of gradients (is_grads_batched); pass one by "
+            "one, or use backend='reference'"
+        )
     if grad_output.dtype != torch.float32:
         grad_output = grad_output.to(torch.float32)
     return grad_output.contiguous()
@@ -135,7 +145,7 @@ class LinearLoss(torch.autograd.Function):
         check_backward(ctx, "linear_kd_loss")
         if grad_output is None:
             return (None,) * (4 + len(ctx.dtypes) + ctx.rest)
-        scale = _as_scale(grad_output)
+        scale = _as_scale("linear_kd_loss", grad_output)
         results = []
         for gradient, dtype, needed in zip(
             ctx.saved_tensors, ctx.dtypes, ctx.needs_grad, strict=True
@@ -176,7 +186,7 @@ class LinearLossPerToken(torch.autograd.Function):
         results = [None] * len(tensors)
         if grad_output is None:
             return None, None, None, None, *results
-        token_weight = grad_output.to(torch.float32)
+        token_weight = _as_scale("linear_kd_loss", grad_output)
         position = 2 * count + 1 + _TOKEN_WEIGHT
         if tensors[position] is not None:
             token_weight = token_weight * tensors[position]
@@ -226,9 +236,9 @@ def linear_loss(
         teacher = tuple(None if x is None else x.detach() for x in teacher)
     tensors = (*student, *teacher, *per_token, normalizer, row_index)
     count = len(student_hidden)
+    check_no_transform("linear_kd_loss")
     if not any(needs_grad):
         _check_no_tangent("linear_kd_loss", *student, *teacher)
         return _linear_loss(count, tensors, needs_grad, linear, options)[:2]
-    check_no_transform("linear_kd_loss")
     function = LinearLossPerToken if options.reduction == "none" else LinearLoss
     return function.apply(count, needs_grad, linear, options, *tensors)

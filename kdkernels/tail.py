@@ -204,10 +204,10 @@ def _reference(
 ) -> tuple[Tensor, Tensor]:
     compute = reference.compute_dtype(student.device)
     logits = student[..., : options.vocab].to(compute)
-    is_listed = torch.zeros(
+    nothing = torch.zeros(
         (*logits.shape[:-1], options.vocab + 1), dtype=torch.bool, device=student.device
     )
-    is_listed.scatter_(-1, torch.where(listed < 0, options.vocab, listed), True)
+    is_listed = nothing.scatter(-1, torch.where(listed < 0, options.vocab, listed), True)
     tail = torch.where(kept.unsqueeze(-1), logits, 0.0)
     tail = reference.transform(tail, options.scale, options.softcap)
     tail = torch.where(is_listed[..., :-1], -torch.inf, tail)

@@ -33,11 +33,19 @@ except (AttributeError, ImportError, TypeError):
 
 try:  # private names too: without them, PyTorch's own errors are raised
     from torch._C import _are_functorch_transforms_active as transforms_active
-    from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
+    from torch._C._functorch import (
+        get_unwrapped,
+        is_functorch_wrapped_tensor,
+        is_legacy_batchedtensor,
+    )
 except ImportError:
 
     def transforms_active() -> bool:
         """Whether a torch.func transform is active."""
+        return False
+
+    def is_legacy_batchedtensor(tensor: Tensor) -> bool:
+        """Whether a tensor is a batch of them, by is_grads_batched of torch.autograd.grad."""
         return False
 
 
@@ -56,8 +64,13 @@ def has_autocast(device: torch.device) -> bool:
 
 
 def may_look(tensor: Tensor) -> bool:
-    """Whether values can be looked at: not while tracing, nor on a device one would wait for."""
-    return tensor.device.type == "cpu" and not is_compiling() and not isinstance(tensor, FakeTensor)
+    """Whether values can be looked at: no tracing, no transform, no device to wait for."""
+    return (
+        tensor.device.type == "cpu"
+        and not is_compiling()
+        and not isinstance(tensor, FakeTensor)
+        and not transforms_active()
+    )
 
 
 def goes_straight(*tensors: Tensor | None) -> bool:

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from kdkernels import kd_loss, linear_kd_loss, ops, sparse_kd_loss, watchers
 
-from .cases import correlated_pair
+from .cases import correlated_pair, labels_for, normal
 from .harness import Operators, default_dtype, loss_of
 
 FORWARD = torch.ops.kdkernels.logits_loss_and_grad.default
@@ -208,6 +208,41 @@ def test_vmap_of_the_loss_loses_no_gradient():
     loss = torch.func.vmap(lambda s, t: kd_loss(s, t, backend="reference"))(leaf, teacher)
     loss.sum().backward()
     assert (leaf.grad.norm(dim=(1, 2)) > 0).all()
+
+
+def test_the_reference_can_be_transformed():
+    student, teacher = correlated_pair(4, 3, VOCAB)
+    logprobs, indices = teacher.log_softmax(-1).topk(5)
+    labels = labels_for(4, 3, vocab=VOCAB)
+
+    def dense(s, t, labels):
+        return kd_loss(s, t, labels=labels, ce_weight=0.5, backend="reference")
+
+    def sparse(s, indices, logprobs):
+        return sparse_kd_loss(s, indices, logprobs, backend="reference")
+
+    for loss, *others in ((dense, teacher, labels), (sparse, indices, logprobs)):
+        actual = torch.func.vmap(torch.func.grad(loss))(student, *others)
+        for i in range(len(student)):
+            expected = torch.func.grad(loss)(student[i], *(x[i] for x in others))
+            torch.testing.assert_close(actual[i], expected)
+
+
+def test_kernels_say_what_cannot_be_transformed():
+    student, teacher = correlated_pair(4, VOCAB)
+    logprobs, indices = teacher.log_softmax(-1).topk(5)
+    with pytest.raises(RuntimeError, match=r"sparse_kd_loss: torch.func.*reference"):
+        torch.func.vmap(sparse_kd_loss)(student, indices, logprobs)
+    hidden, head = normal(4, 8), normal(VOCAB, 8).requires_grad_()
+    with pytest.raises(RuntimeError, match=r"linear_kd_loss: torch.func.*reference"):
+        torch.func.vmap(lambda x: linear_kd_loss(x, head.detach(), x, head.detach()))(hidden)
+    leaf = student.requires_grad_()
+    per_token = {"kd_loss": (kd_loss(leaf, teacher, reduction="none"), leaf)}
+    loss = linear_kd_loss(hidden, head, hidden, head.detach(), reduction="none")
+    per_token["linear_kd_loss"] = loss, head
+    for name, (loss, of) in per_token.items():
+        with pytest.raises(RuntimeError, match=f"^{name}: .*is_grads_batched.*reference"):
+            torch.autograd.grad(loss, of, torch.eye(4), is_grads_batched=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
