@@ -271,14 +271,6 @@ DIVERGENCES: dict[str, type[Divergence]] = {
     )
 }
 
-#: A row is far where its divergence exceeds this (in nats) and no logit is infinite; as in
-#: csrc/core/point.h.
-FAR_FROM = 1 / 32
-
-#: A KL divergence is computed as a sum of two numbers. Where one is larger than the result by more
-#: than this factor, too few digits are left and the row counts as near; as in csrc/cpu/softmax.h.
-MOST_CANCELLED = 32.0
-
 
 def kl_weights(kernel: str, parameter: float) -> tuple[float, float] | None:
     """Weights of KL(p || q) and KL(q || p) in a divergence made of them; None for any other."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 from torch import Tensor
 
 from . import autograd, checks, reference
 from .divergences import Divergence
 from .dtensors import Where, is_distributed, local_tensors, overwritten
-from .options import METRICS, Metrics
+from .options import Metrics, with_metrics
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -199,14 +199,3 @@ def kd_loss(
     if inplace_grad and given is not student_logits:
         overwritten(given)
     return with_metrics(loss, stacked, labels) if return_metrics else loss
-
-
-def with_metrics(
-    loss: Tensor, stacked: Tensor | None, labels: Tensor | None
-) -> tuple[Tensor, Metrics]:
-    """What ``return_metrics=True`` returns, from stacked metrics ``(5, ...)``."""
-    assert stacked is not None
-    metrics: Any = dict(zip(METRICS, stacked.unbind(0), strict=True))
-    if labels is None:
-        metrics["cross_entropy"] = None
-    return loss, metrics

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .functional import Metrics
 from .linear import linear_kd_loss
 from .linear_sparse import linear_sparse_kd_loss
 from .modules import LinearKDLoss, LinearSparseKDLoss, LossModule
+from .options import Metrics
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from . import autograd, checks, collectives, linear_checks, reference, scalars
 from .divergences import Divergence
-from .functional import Metrics, with_metrics
-from .options import LinearOptions
+from .options import LinearOptions, Metrics, with_metrics
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

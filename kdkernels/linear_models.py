@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import collectives, gemm, payload
-from .backends.device import row_plan
+from .backends.row_plan import row_plan
 from .linear_plan import Plan, plan
 from .memory import empty
 from .options import LinearOptions, LogitsOptions

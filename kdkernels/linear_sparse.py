@@ -10,9 +10,8 @@ from torch import Tensor
 
 from . import checks, collectives, linear, linear_checks, scalars
 from .divergences import Divergence, as_divergence
-from .functional import Metrics
 from .linear_tail import HeadStudent
-from .options import LinearOptions
+from .options import LinearOptions, Metrics
 from .sparse import loss_of
 from .sparse_entries import check_entries, check_tail
 from .tail import LogitsStudent, Student

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from . import scalars
 from .divergences import ForwardKL, as_divergence
-from .functional import Metrics, kd_loss
+from .functional import kd_loss
 from .keywords import KDOptions, LinearKDOptions, LinearSparseKDOptions, SparseKDOptions
 from .linear import linear_kd_loss
 from .linear_sparse import linear_sparse_kd_loss
+from .options import Metrics
 from .sparse import sparse_kd_loss
 from .sparse_entries import check_tail
 

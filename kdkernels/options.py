@@ -25,6 +25,18 @@ class Metrics(TypedDict):
 
 METRICS = tuple(Metrics.__annotations__)
 
+
+def with_metrics(
+    loss: Tensor, stacked: Tensor | None, labels: Tensor | None
+) -> tuple[Tensor, Metrics]:
+    """What ``return_metrics=True`` returns, from stacked metrics ``(5, ...)``."""
+    assert stacked is not None
+    metrics: Any = dict(zip(METRICS, stacked.unbind(0), strict=True))
+    if labels is None:
+        metrics["cross_entropy"] = None
+    return loss, metrics
+
+
 REDUCTIONS = ("none", "sum", "mean")
 
 #: How tokens that a sparse teacher does not list are treated.

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from . import collectives, reference, watchers
-from .backends.device import row_plan
+from .backends.row_plan import row_plan
 from .backends.rows import has_row_scale
-from .divergences import FAR_FROM, MOST_CANCELLED, AlphaBeta, kl_weights
+from .constants import FAR_FROM, LOWEST_LOGIT, MOST_CANCELLED
+from .divergences import AlphaBeta, kl_weights
 from .options import METRICS, SHARD_STATES, SHARD_SUMS, LogitsOptions
 from .top import Top
 
@@ -28,9 +29,6 @@ _LARGEST_SLOPE = SHARD_SUMS.index("largest_slope")
 #: Columns of states.
 _BASES, _SUMS, _KLS = slice(0, 2), slice(2, 4), slice(4, 6)
 _SUMS_AND_KLS, _ENTROPY, _AT_1 = slice(2, 6), slice(6, 7), slice(7, 8)
-
-#: The base of an empty shard's sums, as in csrc/core/softmax_state.h.
-_LOWEST_LOGIT = -1e30
 
 
 def logits_loss(
@@ -69,7 +67,7 @@ def logits_loss(
 
     states = weight.new_empty((weight.numel(), len(SHARD_STATES)), dtype=torch.float64)
     if o.vocab == 0:
-        states.zero_()[:, _BASES] = _LOWEST_LOGIT
+        states.zero_()[:, _BASES] = LOWEST_LOGIT
     run("states", states, None)
     whole, values = _of_whole(student, teacher, labels, local, outside, weight, states, o)
     written = gradient is None
@@ -141,23 +139,26 @@ def _of_whole(
 
     NaN where processes pass different values or their shards do not fit; on a CPU raises instead.
     """
-    told = [weight]
+    told = {"same": [weight]}
     if labels is not None and local is not None:
-        told += [labels, _at_labels(student, local, o)]
+        told["same"].append(labels)
+        told["label_logit"] = [_at_labels(student, local, o)]
     if o.metrics:
         tops = [Top.of(logits, o.vocab) for logits in (student, teacher)]
-        told += [top.logit for top in tops] + [top.token + o.vocab_start for top in tops]
-    numbers = [x.flatten().double() for x in told]
+        told["top_logits"] = [top.logit for top in tops]
+        told["top_tokens"] = [top.token + o.vocab_start for top in tops]
+    numbers = [x.flatten().double() for part in told.values() for x in part]
     header = collectives.header_of(states, o)
     message = torch.cat([states.flatten(), *numbers, header])
     everyone = collectives.all_gather(message, o.group)
-    sizes = [states.numel(), len(told) * len(weight), len(header)]
+    sizes = [states.numel(), len(numbers) * len(weight), len(header)]
     shards, of_rows, headers = everyone.split(sizes, -1)
     shards = shards.unflatten(-1, states.shape)
-    of_rows = of_rows.unflatten(-1, (len(told), len(weight)))  # (processes, ...)
+    parts = of_rows.unflatten(-1, (len(numbers), len(weight))).split([*map(len, told.values())], 1)
+    of_all = dict(zip(told, parts, strict=True))  # (processes, numbers, rows) each
 
-    alike = of_rows[:, : 1 if labels is None else 2].view(torch.int64)  # bits: NaN is like itself
-    bad = (alike[1:] != alike[0]).flatten(0, 1).any(0)
+    same = of_all["same"].view(torch.int64)  # bits, so that NaN equals itself
+    bad = (same[1:] != same[0]).flatten(0, 1).any(0)
     bad |= collectives.do_not_fit(headers, o)
     if outside is not None:
         bad |= outside
@@ -167,9 +168,9 @@ def _of_whole(
     whole = _merged(shards, labels is not None, o)
     values = {}
     if labels is not None:
-        values["cross_entropy"] = _cross_entropy(whole.states, of_rows[:, 2].sum(0))
+        values["cross_entropy"] = _cross_entropy(whole.states, of_all["label_logit"].sum((0, 1)))
     if o.metrics:
-        student_top, teacher_top = Top(of_rows[:, -4:-2], of_rows[:, -2:]).of_all().token
+        student_top, teacher_top = Top(of_all["top_logits"], of_all["top_tokens"]).of_all().token
         sums = whole.states[:, _SUMS]
         defined = ((sums > 0) & (sums <= _LARGEST_FLOAT32)).all(-1)
         agreement = (student_top == teacher_top).double()

@@ -16,8 +16,7 @@ from torch import Tensor
 from . import checks, reference
 from .divergences import Divergence, as_divergence
 from .dtensors import Where, is_distributed, local_tensors, overwritten
-from .functional import Metrics, with_metrics
-from .options import LogitsOptions, TailOptions
+from .options import LogitsOptions, Metrics, TailOptions, with_metrics
 from .sharded_sparse import ShardedStudent
 from .sparse_entries import MOST_PROBABILITY, check_entries, check_tail, entries, listed_twice
 from .sparse_terms import few_tokens, values_of

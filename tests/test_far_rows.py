@@ -7,14 +7,16 @@ kernels take those, being shorter. Nothing of that may be seen from outside.
 from __future__ import annotations
 
 import functools
+import re
 
 import pytest
 import torch
 
-from kdkernels import ForwardKL, ReverseKL, SymmetricKL
+from kdkernels import ForwardKL, ReverseKL, SymmetricKL, constants
 
 from . import tolerances
 from .cases import ALL, BOUNDED, ONE_OF_EACH, close_pair, normal, without_ties
+from .documents import ROOT
 from .harness import (
     Result,
     assert_as_oracle,
@@ -119,3 +121,16 @@ def test_a_row_does_not_depend_on_its_neighbours(kernel):
             alone = run(kernel, student[row : row + 1], teacher[row : row + 1], **options)
             of_row = Result(*(x[row : row + 1] for x in together[:2]), None)
             assert_same(alone, of_row, divergence.name, kernel)
+
+
+def test_constants_agree():
+    for name, path in {
+        "kLowestLogit": "core/softmax_state.h",
+        "kFarFrom": "core/point.h",
+        "kLeastShare": "core/point.h",
+        "kMostCancelled": "cpu/softmax.h",
+    }.items():
+        header = (ROOT / "csrc" / path).read_text()
+        (value,) = re.findall(rf"constexpr \w+ {name} = ([-\d.e]+)f?(?: / (\d+))?;", header)
+        python = re.sub(r"(?<!^)([A-Z])", r"_\1", name.removeprefix("k")).upper()
+        assert getattr(constants, python) == float(value[0]) / float(value[1] or 1), name

@@ -17,7 +17,7 @@ from kdkernels import (
     linear_sparse_kd_loss,
     sparse_kd_loss,
 )
-from kdkernels.functional import Metrics
+from kdkernels.options import Metrics
 
 Pair = tuple[Tensor, Metrics]
 

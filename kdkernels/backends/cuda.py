@@ -14,7 +14,7 @@ from torch import Tensor
 from ..divergences import Divergence
 from ..extension import _C, missing
 from ..options import METRICS, LogitsOptions, TailOptions
-from .device import row_plan
+from .row_plan import row_plan
 from .rows import (
     extension_refusals,
     has_row_scale,

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ..divergences import FAR_FROM
+from ..constants import FAR_FROM, LEAST_SHARE
 from .math import (
     LARGEST_FLOAT,
     LOG2E,
@@ -163,10 +163,6 @@ def alpha_beta_far_slope(p, q, log_p, log_q, r, a, b):
 @triton.jit
 def soft_cross_entropy_value(p, q, log_p, log_q, r):
     return -times_or_zero(p, log_q)
-
-
-#: Of a mixture's parts for its rows to be far: the logarithm of a smaller one loses digits.
-LEAST_SHARE = 1 / 16
 
 
 def _always_far(a: float, b: float) -> float:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .. import divergences
+from .. import constants
 from .math import LARGEST_FLOAT, inverse64, times_or_zero
 from .sweeps import (
     far_point,
@@ -27,7 +27,7 @@ from .sweeps import (
     transformed,
 )
 
-MOST_CANCELLED = tl.constexpr(divergences.MOST_CANCELLED)
+MOST_CANCELLED = tl.constexpr(constants.MOST_CANCELLED)
 
 
 class KLs(NamedTuple):

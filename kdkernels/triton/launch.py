@@ -10,7 +10,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..backends.device import row_plan
+from ..backends.row_plan import row_plan
 from ..backends.rows import gradient_scale, row_strides
 from ..divergences import REGISTERED, SoftCrossEntropy, kl_weights
 from ..options import SHARD_PHASES, LogitsOptions, TailOptions

@@ -3,13 +3,16 @@
 import triton
 import triton.language as tl
 
-#: Where a running maximum starts: finite, so that a row of -inf needs no guard, and low enough.
-LOWEST = tl.constexpr(-1e30)
+from ..constants import LOWEST_LOGIT
+
+LOWEST = tl.constexpr(LOWEST_LOGIT)
 LARGEST_FLOAT = tl.constexpr(3.4028234663852886e38)
 LOG2E = tl.constexpr(1.4426950408889634)
 #: Below this |x| a series replaces exp(x) - 1 - x, which cancels there.
 SERIES_RADIUS = tl.constexpr(0.5)
 NATS_PER_BIT = tl.constexpr(0.6931471805599453)
+#: Floats about this are spaced by 1/64.
+GRID = tl.constexpr(1.5 * 2.0**17)
 #: The smallest positive float of full precision.
 LEAST_NORMAL = tl.constexpr(1.1754943508222875e-38)
 
@@ -130,6 +133,13 @@ def log1p(x):
     """log(1 + x) for x >= -1, to full relative accuracy."""
     w = 1.0 + x
     return tl.where(w == 0.0, -float("inf"), log_of_sum(w, x - (w - 1.0)))
+
+
+@triton.jit
+def shift_between(student, teacher):
+    """The constant between models in whole 64ths: shifts_between of csrc/core/point.h."""
+    apart = student - teacher
+    return tl.where(tl.abs(apart) >= 2.0, (apart + GRID) - GRID, 0.0)
 
 
 @triton.jit

@@ -23,6 +23,7 @@ from .math import (
     exp,
     inverse64,
     log64,
+    shift_between,
     tanh,
     times_or_zero,
 )
@@ -34,9 +35,6 @@ SOFTCAPPED = tl.constexpr(2)
 
 #: How many columns a thread adds up before it adds them to a sum: it has few registers for sums.
 FOLD = tl.constexpr(4)
-
-#: Floats about this are spaced by 1/64.
-GRID = tl.constexpr(1.5 * 2.0**17)
 
 
 class Rows(NamedTuple):
@@ -255,8 +253,7 @@ def softmaxes(state, temperature):
     t_lse = state.t_base + t_log.to(tl.float32) * temperature
     s_up = s_lse.to(tl.float64) - s_base
     t_up = t_lse.to(tl.float64) - t_base
-    # As shifts_between of csrc/core/point.h.
-    shift = tl.where(tl.abs(s_lse - t_lse) >= 2.0, (s_lse - t_lse + GRID) - GRID, 0.0)
+    shift = shift_between(s_lse, t_lse)
     of_student = tl.abs(s_lse) > tl.abs(t_lse)
     apart = t_base - s_base + shift.to(tl.float64) + (t_log - s_log) * inverse64(per_unit)
     return Softmaxes(
