@@ -83,7 +83,7 @@ def _kd_loss(
             values["teacher_entropy"] = entropy(log_p)
             values["student_entropy"] = entropy(log_q)
             values["agreement"] = _agreement(s, t, log_p.sum(-1) + log_q.sum(-1))
-    if labels is not None and (o.ce_weight != 0 or o.metrics):
+    if labels is not None and outside is not None and (o.ce_weight != 0 or o.metrics):
         values["cross_entropy"] = _cross_entropy(s_logits, labels, kept, outside)
         if o.ce_weight != 0:
             loss = loss + o.ce_weight * values["cross_entropy"]
@@ -127,7 +127,8 @@ class RowsThatTakePart(NamedTuple):
 
     weight: Tensor
     kept: Tensor  # bool
-    outside: Tensor  # bool, kept and with a label outside the vocabulary: NaN
+    outside: Tensor | None  # bool, kept with a label outside the vocabulary: NaN; None: no labels
+    all_kept: bool  # surely, as there are neither labels nor weights
 
 
 def rows_that_take_part(
@@ -141,10 +142,8 @@ def rows_that_take_part(
     if labels is not None:
         weight = torch.where(labels == o.ignore_index, 0.0, weight)
     kept = weight != 0
-    outside = torch.zeros_like(kept)
-    if labels is not None:
-        outside = are_outside(torch.where(kept, labels, 0), o)
-    return RowsThatTakePart(weight, kept, outside)
+    outside = None if labels is None else are_outside(torch.where(kept, labels, 0), o)
+    return RowsThatTakePart(weight, kept, outside, labels is None and token_weight is None)
 
 
 def are_outside(labels: Tensor, o: LogitsOptions) -> Tensor:
@@ -162,8 +161,10 @@ def reduced(
     loss: Tensor, rows: RowsThatTakePart, normalizer: Tensor | None, o: LogitsOptions
 ) -> Tensor:
     """The weighted losses ``(...)``, or their sum or mean."""
-    loss = torch.where(rows.kept, loss * torch.where(rows.outside, math.nan, 1.0), 0.0)
-    loss = loss * rows.weight
+    if rows.outside is not None:
+        loss = loss * torch.where(rows.outside, math.nan, 1.0)
+    if not rows.all_kept:
+        loss = torch.where(rows.kept, loss, 0.0) * rows.weight
     if o.reduction == "none":
         return loss
     return loss.sum() / normalizer_of(rows, normalizer, o)

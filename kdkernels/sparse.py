@@ -239,7 +239,7 @@ def _loss(
     """The loss and, with ``options.metrics``, the stacked metrics ``(5, ...)``."""
     o = call.options
     rows = reference.rows_that_take_part(student.like, labels, call.token_weight, o)
-    indices, log_p, bad = entries(indices, logprobs, rows.kept, tail, o.vocab_size)
+    indices, log_p, total, bad = entries(indices, logprobs, rows, tail, o.vocab_size)
     with_divergence = o.kd_weight != 0 or o.metrics
     if o.ce_weight == 0 and not o.metrics:
         labels = None  # which served to tell the rows that take part
@@ -248,11 +248,14 @@ def _loss(
         label = torch.zeros_like(share) if labels is None else torch.where(rows.kept, labels, 0)
         same_everywhere = torch.cat([log_p, share.unsqueeze(-1), label.unsqueeze(-1)], -1)
         student = ShardedStudent(student, o, same_everywhere, (call.divergence, tail))
+    in_range = None
+    if labels is not None and rows.outside is not None:
+        in_range = torch.where(rows.kept & ~rows.outside, labels, -1)
     logits = _Logits(
         student,
         indices,
-        None if labels is None else torch.where(rows.kept & ~rows.outside, labels, -1),
-        rows.kept,
+        in_range,
+        rows,
         with_tails=labels is not None or (with_divergence and tail != "renormalize"),
         options=o,
     )
@@ -263,8 +266,8 @@ def _loss(
         bad = bad | logits.listed_twice
         log_p = log_p.masked_fill(bad.unsqueeze(-1), math.nan)
         of_student = logits.listed(), None if tail == "renormalize" else logits.tail()
-        empty = (indices < 0).all(-1)
-        few = few_tokens(tail, log_p, *of_student, rows.kept, empty, rounding)
+        has_term = rows.kept if tail == "bucket" else rows.kept & (indices >= 0).any(-1)
+        few = few_tokens(tail, log_p, *of_student, has_term, total, rounding)
         of_rows = values_of(few, call.divergence, o.metrics, call.backend)
         values["divergence"] = value = of_rows[0]
         if o.kd_weight != 0:
@@ -273,7 +276,7 @@ def _loss(
             values["teacher_entropy"], values["student_entropy"] = of_rows[1:]
             undefined = torch.where(value.isnan(), math.nan, 1.0)
             values["agreement"] = undefined * _agreement(logits.top, indices, log_p)
-    if labels is not None:
+    if labels is not None and rows.outside is not None:
         values["cross_entropy"] = logits.cross_entropy() * torch.where(rows.outside, math.nan, 1.0)
         if o.ce_weight != 0:
             terms.append(o.ce_weight * values["cross_entropy"])
@@ -291,7 +294,7 @@ class _Logits:
         student: Student,
         indices: Tensor,  # (..., k), -1: none
         labels: Tensor | None,  # (...), -1: none
-        kept: Tensor,  # (...)
+        rows: reference.RowsThatTakePart,
         *,
         with_tails: bool,
         options: LogitsOptions,
@@ -307,17 +310,18 @@ class _Logits:
         at_1 = labels is not None and o.temperature != 1
         stored, tails, self.top = student.listed_and_tails(
             ascending,
-            kept,
+            rows.kept,
             TailOptions(o.temperature, at_1, o.student_scale, o.student_softcap, o.vocab),
             with_tails=with_tails,
             with_top=o.metrics,
         )
         stored = torch.zeros_like(stored).scatter(-1, order, stored)
-        # Masked first: 0 * NaN in a backward would be NaN.
-        stored = stored.masked_fill(~kept.unsqueeze(-1), 0.0)
+        if not rows.all_kept:  # masked first: 0 * NaN in a backward would be NaN
+            stored = stored.masked_fill(~rows.kept.unsqueeze(-1), 0.0)
+            tails = tails.masked_fill(~rows.kept, 0.0)
         logits = reference.transform(stored, o.student_scale, o.student_softcap)
         self._logits = logits.masked_fill(listed < 0, -math.inf)  # (..., k) or (..., k + 1)
-        self._tails = tails.masked_fill(~kept, 0.0)  # (1 or 2, ...)
+        self._tails = tails  # (1 or 2, ...)
         self._k = indices.shape[-1]
         self._temperature = o.temperature
 
@@ -328,7 +332,8 @@ class _Logits:
 
     def listed(self) -> Tensor:
         """Logits ``(..., k)`` of the listed tokens over the temperature, -inf in empty slots."""
-        return self._logits[..., : self._k] / self._temperature
+        logits = self._logits[..., : self._k]
+        return logits if self._temperature == 1 else logits / self._temperature
 
     def tail(self) -> Tensor:
         """Log-sum-exp ``(...)`` of all tokens that the teacher does not list."""

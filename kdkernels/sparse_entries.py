@@ -3,45 +3,60 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import checks, reference, scalars, watchers
 from .divergences import Divergence, ForwardKL, SoftCrossEntropy
+from .reference import RowsThatTakePart
 
 #: Listed probabilities may sum to this much: those in bfloat16 are rounded to 3 digits.
 MOST_PROBABILITY = 1.05
 
 
+class Entries(NamedTuple):
+    """What a sparse teacher lists, rows that take no part listing nothing."""
+
+    indices: Tensor  # (..., k) int64, -1: none
+    log_p: Tensor  # (..., k), -inf: none
+    total: Tensor | None  # (...), sum p, where it is to be at most 1
+    bad: Tensor  # (...), rows that make no sense
+
+
 def entries(
-    indices: Tensor, logprobs: Tensor, kept: Tensor, tail: str, vocab: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens (-1: none), their log p (-inf: none), and which rows ``(...)`` are invalid."""
-    indices = torch.where(kept.unsqueeze(-1), indices.to(torch.int64), -1)
-    outside = (indices < -1) | (indices >= vocab)
+    indices: Tensor, logprobs: Tensor, rows: RowsThatTakePart, tail: str, vocab: int
+) -> Entries:
+    """What the teacher lists; on a CPU raises where it makes no sense."""
+    indices = indices.to(torch.int64)
+    if not rows.all_kept:
+        indices = torch.where(rows.kept.unsqueeze(-1), indices, -1)
+    inside = indices.clamp(-1, vocab - 1)
+    outside = inside != indices
     if watchers.may_look(indices) and bool(outside.any()):
         raise ValueError(
             f"teacher_indices: got {int(indices[outside][0])}, expected -1 (an empty slot) or 0 to "
             f"{vocab - 1}"
         )
     bad = outside.any(-1)
-    empty = (indices == -1) | outside
-    indices = torch.where(empty, -1, indices)
-    log_p = logprobs.detach().to(reference.compute_dtype(indices.device))
-    log_p = torch.where(empty, -math.inf, log_p)
+    indices = inside.masked_fill_(outside, -1)
+    log_p = logprobs.detach().to(reference.compute_dtype(indices.device), copy=True)
+    log_p.masked_fill_(indices < 0, -math.inf)
+    total = None
     if tail in ("bucket", "drop"):
-        excess = log_p.exp().sum(-1) > MOST_PROBABILITY
+        total = log_p.exp().sum(-1)
+        excess = total > MOST_PROBABILITY
         if watchers.may_look(indices) and bool(excess.any()):
             raise ValueError(
                 f"teacher_logprobs: probabilities of a row sum to "
-                f"{float(log_p.exp().sum(-1)[excess][0]):.6g}, expected at most 1: pass "
+                f"{float(total[excess][0]):.6g}, expected at most 1: pass "
                 "log-probabilities, not logits, or tail='renormalize'"
             )
         bad = bad | excess
     if tail == "sampled":
         indices, log_p = _merged(indices, log_p)
-    return indices, log_p, bad
+    return Entries(indices, log_p, total, bad)
 
 
 def _merged(indices: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,26 +32,25 @@ def few_tokens(
     log_p: Tensor,  # (..., k)
     student: Tensor,  # (..., k)
     student_tail: Tensor | None,  # (...), log-sum-exp of the others; None for "renormalize"
-    kept: Tensor,  # (...)
-    empty: Tensor,  # (...), rows that list nothing
+    kept: Tensor,  # (...), rows that have a term
+    total: Tensor | None,  # (...), sum p, for "bucket"
     rounding: float,  # how far it may take sum p from 1
 ) -> FewTokens:
     """The tokens that are compared, according to ``tail`` of :func:`kdkernels.sparse_kd_loss`."""
-    if tail != "bucket":
-        kept = kept & ~empty
     if student_tail is None:
         return FewTokens(tail, log_p, student, kept)
     q_tail = student_tail.unsqueeze(-1)
-    p_tail = torch.full_like(q_tail, -math.inf)
     if tail == "bucket":
-        p_tail = _tail_of(log_p, q_tail == -math.inf, rounding)
+        assert total is not None
+        p_tail = _tail_of(total.unsqueeze(-1), q_tail == -math.inf, rounding)
+    else:
+        p_tail = torch.full_like(q_tail, -math.inf)
     both = torch.cat([log_p, p_tail], -1), torch.cat([student, q_tail], -1)
     return FewTokens(tail, *both, kept)
 
 
-def _tail_of(log_p: Tensor, no_tail: Tensor, rounding: float) -> Tensor:
-    """log(1 - sum p), ``(..., 1)``; ``no_tail`` ``(..., 1)`` says where the student has none."""
-    total = log_p.exp().sum(-1, keepdim=True)
+def _tail_of(total: Tensor, no_tail: Tensor, rounding: float) -> Tensor:
+    """log(1 - total), ``(..., 1)``; ``no_tail`` ``(..., 1)`` says where the student has none."""
     # Rounded probabilities may sum to 1 or more. The tail is unknown then, and taken for 0 it would
     # make a student's tail cost infinitely much. And where there are no other tokens, or they are
     # all masked in the student, what rounding leaves to 1 is no tail.
