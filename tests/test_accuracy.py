@@ -126,6 +126,20 @@ def check_tokens_apart(backend, divergence):
     assert_gradient(actual.gradient, gradient, tolerances.OTHER_LOSS[0])
 
 
+@pytest.mark.parametrize("alpha", [0.8, 0.99, 0.9999])
+@pytest.mark.parametrize("skew", [SkewForwardKL, SkewReverseKL], ids=lambda skew: skew.name)
+def test_mixtures_of_nearly_one_model(backend, skew, alpha):
+    """Its logarithm, relative to that model, is small for all tokens."""
+    student, teacher = correlated_pair(4, 2503)
+    options = {"divergence": skew(alpha), "reduction": "none"}
+    expected, actual = (
+        oracle(student, teacher, **options),
+        run(backend, student, teacher, **options),
+    )
+    assert_close(actual.loss, expected.loss, (tolerances.OTHER_LOSS[0], 0.0))
+    assert_gradient(actual.gradient, expected.gradient, tolerances.OTHER_LOSS[0])
+
+
 @pytest.mark.parametrize("excluding", ["student", "teacher"])
 @pytest.mark.parametrize("divergence", [SkewForwardKL(0.5), SkewReverseKL(0.5), JSD(0.5)], ids=str)
 def test_logarithms_of_just_below_2(backend, divergence, excluding):

@@ -70,6 +70,16 @@ struct Mixture : Defaults {
     return select(difference < 0.0f, -growth, growth);
   }
 
+  // Of the other model's in a mixture: with less, what is left of `own` is nearly 1, and its
+  // logarithm nearly what it is subtracted from.
+  static constexpr float kSmallShare = 0.25f;
+
+  // own (exp(u) - 1 - u) with u = log(m / own), given m - own: the term of KL(own || m).
+  template <class F>
+  static KD_INLINE F excess(F own, F m, F difference, F u, float share_of_other) {
+    return share_of_other < kSmallShare ? bregman(own, m, u).excess : difference - own * u;
+  }
+
   template <class F>
   KD_INLINE Term<F> close(const Point<F>& x) const {
     return {close_value(x), x.q * close_slope(x)};
@@ -170,9 +180,8 @@ struct SkewForwardKL : Mixture {
   template <class F>
   KD_INLINE Term<F> operator()(const Point<F>& x) const {
     const F m = of(x), ratio = quotient(rest * bregman(x.p, x.q, x.r).difference, m);
-    const F difference = rest * (x.q - x.p);
-    return {value(x, difference - x.p * log_over(x.p, m, difference)),
-            rest * times_or_zero(x.q, ratio)};
+    const F difference = rest * (x.q - x.p), over_p = log_over(x.p, m, difference);
+    return {value(x, excess(x.p, m, difference, over_p, rest)), rest * times_or_zero(x.q, ratio)};
   }
 
   KD_INLINE double kl_from() const { return kFarFrom / (rest * rest); }
@@ -197,12 +206,17 @@ struct SkewReverseKL : Mixture {
   template <class F>
   KD_INLINE Term<F> operator()(const Point<F>& x) const {
     const F m = of(x), difference = share * (x.p - x.q);
-    const F over_q = log_over(x.q, m, difference);
-    return {value(x, difference - x.q * over_q), slope(x, rest * quotient(difference, m) - over_q)};
+    const F over_q = log_over(x.q, m, difference), ratio = quotient(difference, m);
+    F slope = rest * ratio - over_q;
+    if (share < kSmallShare) {  // then these nearly cancel
+      const F series = phi_over_x(-over_q) * over_q - share * ratio;
+      slope = select(abs(over_q) < kSeriesRadius, series, slope);
+    }
+    return {value(x, excess(x.q, m, difference, over_q, share)), this->slope(x, slope)};
   }
 
   // Where the student's share is large, slopes nearly cancel, and what is off in p and q counts.
-  KD_INLINE bool has_far() const { return share >= 0.25f && rest >= kLeastShare; }
+  KD_INLINE bool has_far() const { return share >= kSmallShare && rest >= kLeastShare; }
 
   KD_INLINE double kl_from() const { return kFarFrom / (share * share); }
 
