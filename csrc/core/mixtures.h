@@ -70,14 +70,17 @@ struct Mixture : Defaults {
     return select(difference < 0.0f, -growth, growth);
   }
 
-  // Of the other model's in a mixture: with less, what is left of `own` is nearly 1, and its
-  // logarithm nearly what it is subtracted from.
-  static constexpr float kSmallShare = 0.25f;
+  // Below this |u| the term of KL(own || m) is a polynomial: m is nearly `own`, and what its
+  // logarithm u is subtracted from nearly u.
+  static constexpr float kNearlyOwn = 1.0f / 8;
 
   // own (exp(u) - 1 - u) with u = log(m / own), given m - own: the term of KL(own || m).
   template <class F>
-  static KD_INLINE F excess(F own, F m, F difference, F u, float share_of_other) {
-    return share_of_other < kSmallShare ? bregman(own, m, u).excess : difference - own * u;
+  static KD_INLINE F excess(F own, F difference, F u) {
+    const F own_u = own * u;
+    F series = u * (1.0f / 120) + (1.0f / 24 + kNearlyOwn * kNearlyOwn / 720);
+    series = (series * u + 1.0f / 6) * u + 0.5f;
+    return select(abs(u) < kNearlyOwn, series * u * own_u, difference - own_u);
   }
 
   template <class F>
@@ -90,10 +93,9 @@ struct Mixture : Defaults {
     return select(abs(x.r) < close_radius, close_value(x), far);
   }
 
-  // Given slope / q away from the teacher.
   template <class F>
-  KD_INLINE F slope(const Point<F>& x, F far_over_q) const {
-    return times_or_zero(x.q, select(abs(x.r) < close_radius, close_slope(x), far_over_q));
+  KD_INLINE F slope(const Point<F>& x, F far) const {
+    return select(abs(x.r) < close_radius, x.q * close_slope(x), far);
   }
 
  private:
@@ -154,7 +156,7 @@ struct JSD : Mixture {
                   select(p_is_larger, splat<F>(log_share), splat<F>(log_rest));
     const F over_p = select(p_is_larger, log, log + x.r);
     const F over_q = select(p_is_larger, log - x.r, log);
-    const F slope = this->slope(x, -rest * over_q);
+    const F slope = this->slope(x, -rest * times_or_zero(x.q, over_q));
     return {value(x, slope - share * times_or_zero(x.p, over_p)), slope};
   }
 
@@ -181,7 +183,7 @@ struct SkewForwardKL : Mixture {
   KD_INLINE Term<F> operator()(const Point<F>& x) const {
     const F m = of(x), ratio = quotient(rest * bregman(x.p, x.q, x.r).difference, m);
     const F difference = rest * (x.q - x.p), over_p = log_over(x.p, m, difference);
-    return {value(x, excess(x.p, m, difference, over_p, rest)), rest * times_or_zero(x.q, ratio)};
+    return {value(x, excess(x.p, difference, over_p)), rest * times_or_zero(x.q, ratio)};
   }
 
   KD_INLINE double kl_from() const { return kFarFrom / (rest * rest); }
@@ -207,16 +209,15 @@ struct SkewReverseKL : Mixture {
   KD_INLINE Term<F> operator()(const Point<F>& x) const {
     const F m = of(x), difference = share * (x.p - x.q);
     const F over_q = log_over(x.q, m, difference), ratio = quotient(difference, m);
-    F slope = rest * ratio - over_q;
-    if (share < kSmallShare) {  // then these nearly cancel
-      const F series = phi_over_x(-over_q) * over_q - share * ratio;
-      slope = select(abs(over_q) < kSeriesRadius, series, slope);
-    }
-    return {value(x, excess(x.q, m, difference, over_q, share)), this->slope(x, slope)};
+    const F excess = this->excess(x.q, difference, over_q);
+    // The same, but where the parts of the second nearly cancel.
+    const F far = select(abs(over_q) < kNearlyOwn, excess - share * x.p * ratio,
+                         times_or_zero(x.q, rest * ratio - over_q));
+    return {value(x, excess), slope(x, far)};
   }
 
   // Where the student's share is large, slopes nearly cancel, and what is off in p and q counts.
-  KD_INLINE bool has_far() const { return share >= kSmallShare && rest >= kLeastShare; }
+  KD_INLINE bool has_far() const { return share >= 0.25f && rest >= kLeastShare; }
 
   KD_INLINE double kl_from() const { return kFarFrom / (share * share); }
 
