@@ -10,12 +10,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 from . import ops
 from .options import LinearOptions, LogitsOptions, replaced
-from .watchers import (
-    goes_straight,
-    hides_gradient,
-    is_legacy_batchedtensor,
-    transforms_active,
-)
+from .watchers import goes_straight, hides_gradient, is_legacy_batchedtensor, transforms_active
 
 _ops = torch.ops.kdkernels
 

@@ -1,8 +1,8 @@
 """Operators of the logits level: a schema and a fake each; the backend is an argument.
 
 They carry no autograd formula; :mod:`kdkernels.autograd` wraps them, through :func:`loss`,
-:func:`loss_and_grad` and :func:`scale_gradient`. Operators that write
-into an argument are separate ones and do not return it.
+:func:`loss_and_grad` and :func:`scale_gradient`. Operators that write into an argument are separate
+ones and do not return it.
 """
 
 from __future__ import annotations
@@ -123,6 +123,7 @@ def impl_overwriting(name: str, implementation: Callable) -> None:
 library.impl("logits_loss", _logits_loss, "CompositeExplicitAutograd")
 library.impl("logits_loss_and_grad", _logits_loss_and_grad, "CompositeExplicitAutograd")
 impl_overwriting("logits_loss_and_grad_", _logits_loss_and_grad_)
+library.impl("scale_gradient_", _scale_gradient_, "CompositeExplicitAutograd")
 library.impl("touch_", lambda x: None, "CompositeExplicitAutograd")
 torch.library.register_fake("kdkernels::touch_", lambda x: None, lib=library)
 
@@ -135,9 +136,6 @@ def finish_reads_of(tensor: Tensor) -> None:
     """
     if torch.compiler.is_compiling():
         _ops.touch_.default(tensor)
-
-
-library.impl("scale_gradient_", _scale_gradient_, "CompositeExplicitAutograd")
 
 
 def fake_outputs(student: Tensor, options: LogitsOptions) -> tuple[Tensor, Tensor]:
