@@ -70,17 +70,23 @@ struct Mixture : Defaults {
     return select(difference < 0.0f, -growth, growth);
   }
 
-  // Below this |u| the term of KL(own || m) is a polynomial: m is nearly `own`, and what its
-  // logarithm u is subtracted from nearly u.
-  static constexpr float kNearlyOwn = 1.0f / 8;
+  // Whether terms of an m that is nearly `own`, where u = log(m / own) and (m - own) / m cancel,
+  // come from polynomials. CUDA's kernels have no registers left for these: there a skew with alpha
+  // of 0.99 is off by 2e-6, of 0.9999 by 2e-4.
+#if defined(KD_OWN_MATH)
+  static constexpr bool kNearlyOwn = false;
+#else
+  static constexpr bool kNearlyOwn = true;
+#endif
 
-  // own (exp(u) - 1 - u) with u = log(m / own), given m - own: the term of KL(own || m).
+  // own (exp(u) - 1 - u), the term of KL(own || m), given m - own.
   template <class F>
   static KD_INLINE F excess(F own, F difference, F u) {
-    const F own_u = own * u;
-    F series = u * (1.0f / 120) + (1.0f / 24 + kNearlyOwn * kNearlyOwn / 720);
-    series = (series * u + 1.0f / 6) * u + 0.5f;
-    return select(abs(u) < kNearlyOwn, series * u * own_u, difference - own_u);
+    const F plain = difference - own * u;
+    if constexpr (kNearlyOwn)
+      return select(abs(u) < kSeriesRadius, phi_over_x(u) * (own * u), plain);
+    else
+      return plain;
   }
 
   template <class F>
@@ -93,9 +99,10 @@ struct Mixture : Defaults {
     return select(abs(x.r) < close_radius, close_value(x), far);
   }
 
+  // Given slope / q away from the teacher.
   template <class F>
-  KD_INLINE F slope(const Point<F>& x, F far) const {
-    return select(abs(x.r) < close_radius, x.q * close_slope(x), far);
+  KD_INLINE F slope(const Point<F>& x, F far_over_q) const {
+    return times_or_zero(x.q, select(abs(x.r) < close_radius, close_slope(x), far_over_q));
   }
 
  private:
@@ -156,7 +163,7 @@ struct JSD : Mixture {
                   select(p_is_larger, splat<F>(log_share), splat<F>(log_rest));
     const F over_p = select(p_is_larger, log, log + x.r);
     const F over_q = select(p_is_larger, log - x.r, log);
-    const F slope = this->slope(x, -rest * times_or_zero(x.q, over_q));
+    const F slope = this->slope(x, -rest * over_q);
     return {value(x, slope - share * times_or_zero(x.p, over_p)), slope};
   }
 
@@ -209,11 +216,12 @@ struct SkewReverseKL : Mixture {
   KD_INLINE Term<F> operator()(const Point<F>& x) const {
     const F m = of(x), difference = share * (x.p - x.q);
     const F over_q = log_over(x.q, m, difference), ratio = quotient(difference, m);
-    const F excess = this->excess(x.q, difference, over_q);
-    // The same, but where the parts of the second nearly cancel.
-    const F far = select(abs(over_q) < kNearlyOwn, excess - share * x.p * ratio,
-                         times_or_zero(x.q, rest * ratio - over_q));
-    return {value(x, excess), slope(x, far)};
+    F slope = rest * ratio - over_q;
+    if constexpr (kNearlyOwn) {
+      const F series = phi_over_x(-over_q) * over_q - share * ratio;
+      slope = select(abs(over_q) < kSeriesRadius, series, slope);
+    }
+    return {value(x, excess(x.q, difference, over_q)), this->slope(x, slope)};
   }
 
   // Where the student's share is large, slopes nearly cancel, and what is off in p and q counts.
