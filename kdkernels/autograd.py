@@ -231,9 +231,10 @@ def linear_loss(
         teacher = tuple(None if x is None else x.detach() for x in teacher)
     tensors = (*student, *teacher, *per_token, normalizer, row_index)
     count = len(student_hidden)
-    check_no_transform("linear_kd_loss")
     if not any(needs_grad):
         _check_no_tangent("linear_kd_loss", *student, *teacher)
+    check_no_transform("linear_kd_loss")
+    if not any(needs_grad):
         return _linear_loss(count, tensors, needs_grad, linear, options)[:2]
     function = LinearLossPerToken if options.reduction == "none" else LinearLoss
     return function.apply(count, needs_grad, linear, options, *tensors)
