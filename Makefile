@@ -72,12 +72,13 @@ $(VENV)/.built: $(VENV)/.torch $(BUILD_INPUTS)
 	$(BIN)/pip install --quiet --editable .
 	touch $@
 
+# Of the package as installed: a path would be built again.
 $(VENV)/.test: $(VENV)/.built pyproject.toml
-	$(BIN)/pip install --quiet --editable ".[test]"
+	$(BIN)/pip install --quiet "kdkernels[test]"
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.built pyproject.toml
-	$(BIN)/pip install --quiet --editable ".[bench]"
+	$(BIN)/pip install --quiet "kdkernels[bench]"
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.torch pyproject.toml

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 #: same name divides in one model and multiplies in another: docs/linear.md has a table.
 _CHANGE = re.compile(
     r"(final_)?logits?_(soft_?cap|scal|mup)|lm_head_multiplier|output_multiplier|dim_model_base"
+    r"|scale_decoder_outputs"
 )
 
 _LORA = ("lora_A", "lora_B", "lora_dropout")  # of layers, by adapter
@@ -89,7 +90,8 @@ class LinearKDHead(_HeadModule):
     Raises:
         ValueError: a model whose config mentions a scale or cap of its logits, without the options
             ``student_scale`` or ``student_softcap`` (for the teacher, ``teacher_scale`` or
-            ``teacher_softcap``).
+            ``teacher_softcap``); or one with layers between its last hidden states and its head,
+            such as BERT.
         TypeError: a head it cannot take: whose forward is not that of ``nn.Linear`` (its logits
             may be more than the product), such as quantized heads, DoRA and other adapters, a LoRA
             layer with a bias, FSDP1's wrapper (wrap this module instead) or a head sharded over the
@@ -223,7 +225,7 @@ class LinearSparseKDHead(_HeadModule):
 
 
 def _head_of(side: str, model: Any, options: Mapping[str, Any]) -> nn.Module:
-    """The head of a model, or the head itself; raises if the model changes logits after it."""
+    """The head of a model, or the head itself; raises if the model does more than call it."""
     if not hasattr(model, "get_output_embeddings"):
         return model
     config: Any = getattr(model, "config", None)
@@ -231,7 +233,7 @@ def _head_of(side: str, model: Any, options: Mapping[str, Any]) -> nn.Module:
         config = config.get_text_config(decoder=True)
     none = (None, 0, 1, getattr(config, "hidden_size", None))
     changes = {name: getattr(config, name) for name in dir(config) if _CHANGE.match(name)}
-    changes = {name: value for name, value in changes.items() if value not in none}
+    changes = {name: x for name, x in changes.items() if x is True or x not in none}
     if changes and not {f"{side}_scale", f"{side}_softcap"} & options.keys():
         found = ", ".join(f"{name}={value!r}" for name, value in changes.items())
         raise ValueError(
@@ -239,7 +241,24 @@ def _head_of(side: str, model: Any, options: Mapping[str, Any]) -> nn.Module:
             f"{type(model).__name__}, whose config has {found}: its logits are not those of its "
             f"head. docs/linear.md says what to pass; {side}_scale=1.0 where nothing changes them"
         )
-    return model.get_output_embeddings()
+    head = model.get_output_embeddings()
+    if head is not None and _is_last_of_several_layers(model, head):
+        raise ValueError(
+            f"the {side} is a {type(model).__name__}, expected a model whose logits are those of "
+            "its head for its last hidden states: here they pass other layers in between. Pass the "
+            "head itself, and to the call what it receives"
+        )
+    return head
+
+
+def _is_last_of_several_layers(model: Any, head: nn.Module) -> bool:
+    """Whether a model calls more than its head, as that of BERT: a dense layer and a norm."""
+    if "MaskedLM" in type(model).__name__:
+        return True
+    # A causal BERT holds a module of them all, others their head itself, perhaps as a part of a
+    # model of images, or inside adapters.
+    holders = (m for m in model.modules() if any(child is head for child in m.children()))
+    return not any(hasattr(holder, "get_output_embeddings") for holder in holders)
 
 
 def _call(module: nn.Module, forward: Callable, *inputs: Tensor) -> Any:

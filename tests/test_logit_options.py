@@ -11,12 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kdkernels import LinearKDHead
 
 from .documents import text_of
 
+IDS = torch.arange(3, 27).view(2, 12)
 TINY = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -89,7 +90,8 @@ MODELS = [
         },
     ),
 ]
-NAMES = [name for name, *_ in MODELS]
+#: These multiply hidden states in between where their embeddings are tied.
+ENCODER_DECODERS = ["T5", "LongT5"]
 
 
 def rows() -> list[tuple[str, str]]:
@@ -99,28 +101,55 @@ def rows() -> list[tuple[str, str]]:
 
 def options_of(name: str, config) -> dict[str, float]:
     """What the table says, evaluated."""
-    (code,) = [code for models, code in rows() if re.search(rf"(^|, ){name}(,|$)", models)]
+    (code,) = [code for models, code in rows() if re.search(rf"(^|, ){name}(,| with |$)", models)]
     return eval(f"dict({code})", {"config": config})
 
 
 def test_every_line_of_the_table_is_checked():
-    listed = ", ".join(re.sub(", which.*", "", models) for models, _ in rows())
-    assert sorted(listed.split(", ")) == sorted(NAMES)
+    listed = ", ".join(re.sub(r", which.*| with tied.*", "", models) for models, _ in rows())
+    assert sorted(listed.split(", ")) == sorted([name for name, *_ in MODELS] + ENCODER_DECODERS)
 
 
 @pytest.mark.filterwarnings("ignore")  # of transformers, about kernels it has not
-@pytest.mark.parametrize(("name", "kind", "config"), MODELS, ids=NAMES)
+@pytest.mark.parametrize(("name", "kind", "config"), MODELS, ids=[name for name, *_ in MODELS])
 def test_options(name, kind, config):
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    if not hasattr(transformers, f"{kind}ForCausalLM"):
-        pytest.skip(f"transformers {transformers.__version__} has no {kind}ForCausalLM")
-    torch.manual_seed(0)
-    model_class = getattr(transformers, f"{kind}ForCausalLM")
-    model = model_class(model_class.config_class(**TINY | config)).eval()
-    ids = torch.arange(3, 27).view(2, 12)
+    model = transformers_model(f"{kind}ForCausalLM", TINY | config)
     with torch.no_grad():
-        hidden = model.base_model(ids, use_cache=False).last_hidden_state
-        logits = model(ids, use_cache=False).logits
+        hidden = model.base_model(IDS, use_cache=False).last_hidden_state
+        logits = model(IDS, use_cache=False).logits
+    check_options(name, model, hidden, logits)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+def test_options_of_encoder_decoders(name):
+    config = {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1}
+    model = transformers_model(f"{name}ForConditionalGeneration", config | {"num_heads": 2})
+    with torch.no_grad():
+        outputs = model(IDS, decoder_input_ids=IDS, output_hidden_states=True, use_cache=False)
+    check_options(name, model, outputs.decoder_hidden_states[-1], outputs.logits)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "ModernBertForMaskedLM", "RobertaForCausalLM"])
+def test_layers_before_the_head(name):
+    model = transformers_model(name, TINY)
+    for models in ((model,), (nn.Linear(4, 8), model)):
+        with pytest.raises(ValueError, match="here they pass other layers in between"):
+            LinearKDHead(*models)
+    LinearKDHead(model.get_output_embeddings())
+
+
+def transformers_model(name: str, config: dict) -> nn.Module:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    if not hasattr(transformers, name):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    torch.manual_seed(0)
+    model_class = getattr(transformers, name)
+    return model_class(model_class.config_class(**config)).eval()
+
+
+def check_options(name: str, model: nn.Module, hidden: Tensor, logits: Tensor) -> None:
     with pytest.raises(ValueError, match="student_scale and student_softcap are not given"):
         LinearKDHead(model)
     with pytest.raises(ValueError, match="teacher_scale and teacher_softcap are not given"):
@@ -128,6 +157,21 @@ def test_options(name, kind, config):
     options = options_of(name, model.config.get_text_config())
     assert LinearKDHead(model, **options)(hidden, teacher_logits=logits) < 1e-9
     assert LinearKDHead(model, student_scale=1.0)(hidden, teacher_logits=logits) > 1e-4
+
+
+def test_layers_before_a_head_by_structure():
+    """Without transformers: BERT's head is a part of a module that no user knows."""
+    model = model_of()
+    outer = nn.Sequential(model)  # as that of an adapter or of images
+    outer.get_output_embeddings = model.get_output_embeddings
+    assert LinearKDHead(outer).lm_head is model.head
+    model.head = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 8))
+    model.get_output_embeddings = lambda: model.head[1]
+    with pytest.raises(ValueError, match="the student is a Module, expected a model whose logits"):
+        LinearKDHead(model)
+    model.get_output_embeddings = lambda: None
+    with pytest.raises(TypeError, match="lm_head is a NoneType"):
+        LinearKDHead(model)
 
 
 def model_of(**config) -> nn.Module:
