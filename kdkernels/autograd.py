@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,6 +31,17 @@ def check_backward(ctx: Any, name: str, consumes: bool = True) -> None:
             f"saved gradient. Call {name} again, or use backend='reference'"
         )
     ctx.consumed = True
+
+
+def each_once(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Tensors of which none is another, as torch.compile wants the arguments of a Function."""
+    if not torch.compiler.is_compiling():
+        return list(tensors)
+    result: list[Tensor | None] = []
+    for x in tensors:
+        again = x is not None and any(x is other for other in result)
+        result.append(x.view_as(x) if x is not None and again else x)
+    return result
 
 
 def _check_no_tangent(name: str, *tensors: Tensor | None) -> None:
@@ -224,10 +236,10 @@ def linear_loss(
     options: LogitsOptions,
 ) -> tuple[Tensor, Tensor]:
     """Loss and stacked metrics of student logits sum(hidden @ weight.T) + bias."""
-    student = (*student_hidden, *student_weight, student_bias)
+    student = each_once((*student_hidden, *student_weight, student_bias))
     grad = torch.is_grad_enabled()
     needs_grad = [grad and x is not None and x.requires_grad for x in student]
-    if torch.compiler.is_compiling():  # which wants every tensor once, while models may share some
+    if torch.compiler.is_compiling():  # likewise: models may share tensors
         teacher = tuple(None if x is None else x.detach() for x in teacher)
     tensors = (*student, *teacher, *per_token, normalizer, row_index)
     count = len(student_hidden)

@@ -208,7 +208,7 @@ def float_tensor(name: str, tensor: Tensor) -> None:
         raise TypeError(
             f"{name} is a DTensor, expected a plain tensor: gather it with full_tensor(), or where "
             "it shards the vocabulary pass to_local() and group=; a head that FSDP shards is "
-            "reached through LinearKDHead or LinearSparseKDHead"
+            "reached through LinearKDHead or LinearSparseKDHead, inside a call of what FSDP wraps"
         )
 
 

@@ -319,8 +319,9 @@ def _check_layer(name: str, layer: nn.Module) -> None:
         raise TypeError(
             f"{name} is a {type(layer).__name__} whose forward is not that of nn.Linear: its "
             "logits may be more than hidden @ weight.T + bias. Call linear_kd_loss with the weight "
-            "that they come from; FSDP1 wraps LinearKDHead itself instead of the head; of PEFT's "
-            "modules_to_save pass the trained one, lm_head.modules_to_save['default']"
+            "that they come from, or a shard of it and group=; FSDP1 wraps LinearKDHead itself "
+            "instead of the head; of PEFT's modules_to_save pass the trained one, "
+            "lm_head.modules_to_save['default']"
         )
     if isinstance(layer.weight, nn.UninitializedParameter):
         raise TypeError(f"{name}.weight has no shape yet, expected (vocab, hidden)")

@@ -155,7 +155,7 @@ def linear_kd_loss(
     teacher_logits = linear_checks.as_tensor("teacher_logits", teacher_logits)
     teacher = teacher_hidden, teacher_weight, teacher_bias, teacher_logits
     teacher_dtype, teacher_vocab = linear_checks.check_teacher(*teacher, lead, device)
-    linear_checks.check_row_index(row_index, lead)
+    linear_checks.check_row_index(row_index)
     chunk_bytes = scalars.option("chunk_bytes", chunk_bytes)
     student_dtype = linear_checks.product_dtype(weight[0])
     if teacher_dtype == torch.float64 != student_dtype:  # NumPy's default: no reason for slow paths
@@ -252,6 +252,8 @@ def _only(
     """The token weights, 0 outside the index."""
     if row_index is None:
         return token_weight
+    if not torch.compiler.is_compiling():
+        linear_checks.check_positions(row_index, lead.numel())
     kept = torch.zeros(lead.numel(), dtype=torch.bool, device=device)
     kept = kept.index_fill(0, row_index.to(device), True).view(lead)
     return kept if token_weight is None else torch.where(kept, token_weight, 0)

@@ -21,6 +21,8 @@ def as_tensor(name: str, value: Tensor | np.ndarray | None) -> Tensor | None:
     """A NumPy array as a tensor that shares its memory; anything else unchanged."""
     if not isinstance(value, np.ndarray):
         return value
+    if torch.compiler.is_compiling():  # Dynamo cannot trace catch_warnings
+        return torch.from_numpy(value)
     try:
         with warnings.catch_warnings():  # a read-only file stays so: it is only read
             warnings.simplefilter("ignore", UserWarning)
@@ -177,8 +179,8 @@ def _check_bias(name: str, bias: Tensor | None, weight: Tensor) -> None:
         raise TypeError(f"{name} is {bias.dtype}, expected {weight.dtype}, that of the weight")
 
 
-def check_row_index(row_index: Tensor | None, lead: torch.Size) -> None:
-    """Checks that these are increasing positions in the flattened leading shape, on the host."""
+def check_row_index(row_index: Tensor | None) -> None:
+    """Checks its dtype, shape and device; of what it holds, see :func:`check_positions`."""
     if row_index is None:
         return
     if not isinstance(row_index, Tensor) or row_index.dtype != torch.int64:
@@ -189,11 +191,14 @@ def check_row_index(row_index: Tensor | None, lead: torch.Size) -> None:
             f"row_index has shape {tuple(row_index.shape)} on {row_index.device}, expected (kept,) "
             "on cpu, so that using it does not wait for the device"
         )
-    if torch.compiler.is_compiling() or row_index.numel() == 0:
+
+
+def check_positions(row_index: Tensor, rows: int) -> None:
+    """Checks that these are increasing positions of that many rows."""
+    if row_index.numel() == 0:
         return
     first, last = int(row_index[0]), int(row_index[-1])
-    if first < 0 or last >= lead.numel() or not bool((row_index.diff() > 0).all()):
+    if first < 0 or last >= rows or not bool((row_index.diff() > 0).all()):
         raise ValueError(
-            f"row_index goes from {first} to {last}, expected increasing positions of "
-            f"{lead.numel()} rows"
+            f"row_index goes from {first} to {last}, expected increasing positions of {rows} rows"
         )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import collectives, gemm, payload
 from .backends.row_plan import row_plan
+from .linear_checks import check_positions
 from .linear_plan import Plan, plan
 from .memory import empty
 from .options import LinearOptions, LogitsOptions
@@ -50,6 +51,8 @@ class Rows(SomeRows):
         row_index: Tensor | None,
         o: LogitsOptions,
     ):
+        if row_index is not None:  # here, as a compiled call has no values before
+            check_positions(row_index, lead.numel())
         super().__init__(lead, None if row_index is None else payload.to_device(row_index, device))
         self.host_index = row_index
         self.labels = self._pick(labels, self.index)

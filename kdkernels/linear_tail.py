@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .autograd import check_backward, check_no_transform
+from .autograd import check_backward, check_no_transform, each_once
 from .backends import IMPLEMENTATIONS
 from .linear_models import SomeRows, StudentHead
 from .linear_ops import check_memory, fake_gradients, split_options
@@ -203,7 +203,7 @@ class HeadStudent:
     ) -> tuple[Tensor, Tensor, Top | None]:
         """See :meth:`kdkernels.tail.Student.listed_and_tails`."""
         check_no_transform("linear_sparse_kd_loss")
-        student = *self.hidden, *self.weight, self.bias
+        student = each_once((*self.hidden, *self.weight, self.bias))
         arguments = len(self.hidden), self.linear, options, with_top, listed, kept
         listed_logits, tails, *top = _LinearListedAndTails.apply(*arguments, *student)
         return listed_logits, tails, Top(*top) if with_top else None

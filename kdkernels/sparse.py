@@ -149,8 +149,8 @@ def sparse_kd_loss(
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: an argument out of its range, a token listed twice, or listed probabilities
-            that sum to more than 1. On a GPU, where checking would wait for the device, the last
-            two, and tokens outside the vocabulary, make their row NaN.
+            that sum to more than 1. On a GPU, where checking would wait for the device, and under
+            torch.compile the last two, and tokens outside the vocabulary, make their row NaN.
         RuntimeError: in a second backward with ``inplace_grad``, or with ``create_graph``.
 
     Example:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from kdkernels import linear_kd_loss
+from kdkernels import linear_kd_loss, linear_sparse_kd_loss
 from kdkernels.options import LinearOptions
 
 from .cases import DTYPES, normal
@@ -73,7 +74,10 @@ def test_opcheck(dtype):
 
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("shared", ["head", "hidden", "frozen head and adapter", "all of a module"])
+@pytest.mark.parametrize(
+    "shared",
+    ["head", "hidden", "frozen head and adapter", "all of a module", "hidden of both terms"],
+)
 def test_models_that_share_tensors(shared, reduction):
     """A draft model's frozen head, features under two heads, an adapter beside its own base."""
     hidden, head, bias = normal(5, 8, seed=1), normal(VOCAB, 8, seed=2), normal(VOCAB, seed=3)
@@ -86,6 +90,8 @@ def test_models_that_share_tensors(shared, reduction):
             arguments = hidden, x, hidden, other
         elif shared == "frozen head and adapter":
             arguments = (hidden, low), (head, x), hidden, head
+        elif shared == "hidden of both terms":
+            arguments = (x, x), (head, other), hidden, head
         else:
             arguments = x, head, x.detach(), other
         biases = {"student_bias": bias, "teacher_bias": bias} if shared == "head" else {}
@@ -98,3 +104,41 @@ def test_models_that_share_tensors(shared, reduction):
         function(x).backward()
         gradients.append(x.grad)
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("shared", ["hidden", "weight"])
+def test_terms_that_share_tensors_beside_a_sparse_teacher(shared):
+    hidden, head, other = normal(5, 8, seed=1), normal(VOCAB, 8, seed=2), normal(VOCAB, 8, seed=3)
+    logprobs, indices = normal(5, VOCAB).log_softmax(-1).topk(3)
+
+    def step(x):
+        terms = ((x, x), (head, other)) if shared == "hidden" else ((hidden, hidden + 1), (x, x))
+        return linear_sparse_kd_loss(*terms, indices, logprobs)
+
+    gradients = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        x = (hidden if shared == "hidden" else head).clone().requires_grad_()
+        function(x).backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_row_index_that_makes_no_sense():
+    case = make_case(lead=(5,))
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    compiled(case, row_index=torch.tensor([0, 2, 3]))
+    for wrong in ([0, 0, 3], [0, 3, 2], [1, 2, 5], [-1, 2, 3]):
+        with pytest.raises(ValueError, match="expected increasing positions of 5 rows"):
+            compiled(case, row_index=torch.tensor(wrong))
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_a_teacher_in_an_array(dtype):
+    hidden, head, other = normal(5, 8, seed=1), normal(VOCAB, 8, seed=2), normal(VOCAB, 8, seed=3)
+    array = normal(5, 8, seed=4).numpy().astype(dtype)
+    expected = linear_kd_loss(hidden, head, array, other)
+    compiled = torch.compile(linear_kd_loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(hidden, head, array, other), expected)

@@ -101,8 +101,8 @@ class Bigram(torch.nn.Module):
         self.embedding = torch.nn.Embedding(VOCAB, hidden)
         self.lm_head = torch.nn.Linear(hidden, VOCAB, bias=False)
 
-    def forward(self, ids: Tensor) -> SimpleNamespace:
-        hidden = self.embedding(ids)
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> SimpleNamespace:
+        hidden = self.embedding(input_ids)
         return SimpleNamespace(logits=self.lm_head(hidden + F.pad(hidden, (0, 0, 1, -1))))
 
 
@@ -229,6 +229,40 @@ def test_hugging_face_trainer(name, tmp_path):
     )
 
 
+def test_tokens_of_tensor_parallel_processes_count_once():
+    need(*HUGGING_FACE)
+
+    class Stub(page("Hugging Face Trainer")["KDTrainer"]):
+        args = SimpleNamespace(average_tokens_across_devices=True)
+        accelerator = SimpleNamespace(num_processes=4)
+
+        def __init__(self):
+            pass
+
+        def get_tp_size(self):
+            return 2
+
+        def distil(self, model, inputs, labels, normalizer):
+            return normalizer, None
+
+    inputs = {"labels": torch.zeros(1, 3)}
+    assert Stub().compute_loss(None, inputs, num_items_in_batch=torch.tensor(12)) == 6
+
+
+def test_peft_teacher():
+    need(*HUGGING_FACE, "peft")
+    from peft import LoraConfig, get_peft_model
+
+    options = LoraConfig(target_modules=["q_proj"], r=4, init_lora_weights=False)
+    whole = get_peft_model(llama(1, hidden=24), options)
+    inputs = {"input_ids": examples(1)[0]["input_ids"][None]}
+    teacher = whole.get_base_model()  # as the page says
+    logits = teacher.lm_head(teacher.base_model(**inputs).last_hidden_state)
+    torch.testing.assert_close(logits, whole(**inputs).logits)
+    with whole.disable_adapter():
+        assert not torch.allclose(logits, whole(**inputs).logits)
+
+
 def two_ranks(rank: int, trainers: list[str], directory: Path) -> None:
     """Of gloo, in processes that were forked before autograd ran."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -345,6 +379,33 @@ def test_trl_loss(trl, beta):
         {"labels": torch.full_like(labels, -100)},
     ):
         assert_same_loss(ours, theirs, student, teacher, beta=beta, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"beta": 0.0, "student_lm_head_bias": True, "teacher_lm_head_bias": True},
+        {"beta": 0.3, "temperature": 2.0, "num_items_in_batch": torch.tensor(17)},
+        {"beta": 1.0, "student_final_logit_softcapping": 3.0, "teacher_logit_scale": 0.5},
+    ],
+    ids=str,
+)
+def test_trl_distillation_loss(trl, options):
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss as theirs
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = (3, 7, 16), (3, 7, 24), (VOCAB, 16), (VOCAB, 24)
+    tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+    tensors.append((torch.rand(3, 7, generator=generator) < 0.6).long())
+    bias = torch.randn(VOCAB, generator=generator)
+    options = {name: bias if value is True else value for name, value in options.items()}
+    results = []
+    for loss in (theirs, trl.divergence_loss):
+        leaves = [tensors[i].clone().requires_grad_() for i in (0, 2)]
+        value, *sums = loss(leaves[0], tensors[1], leaves[1], *tensors[3:], **options)
+        results.append((value, *sums, *torch.autograd.grad(value, leaves)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 #: divergence, torchtune's name and argument, and how many of the teacher's entropies it is larger
