@@ -340,12 +340,12 @@ def test_a_rare_token_makes_kl_large_and_nothing_else(divergence):
 def test_near_rows_do_not_take_them(case):
     student, teacher = close_pair(2, 512)
     if case == "drowned":
-        # Two terms of its divergence are 50 times as large: the sums are relative to a token of the
-        # first block that student and teacher choose with probabilities of 5 % and 0.5 %.
-        teacher = correlated_pair(2, 512)[1]
-        teacher[:, :128] -= 40
-        student, rest = teacher.clone(), teacher[:, 128:].logsumexp(-1)
-        student[:, 0], teacher[:, 0] = rest - 3, rest - 5.3
+        # Two terms of its divergence are 50 times as large: the sums are relative to tokens of the
+        # first block that student and teacher choose with probabilities of 6 % and 1 %.
+        teacher = 0.3 * correlated_pair(2, 512)[1]
+        rest = teacher[:, 128:].logsumexp(-1, keepdim=True) - math.log(128)
+        student = teacher.clone()
+        student[:, :128], teacher[:, :128] = rest - 2.8, rest - 4.6
     with pytest.raises(Exception, match="a near row"):
         run(TRITON, student, teacher)
 

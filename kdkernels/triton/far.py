@@ -17,7 +17,7 @@ from .math import LARGEST_FLOAT, inverse64, times_or_zero
 from .sweeps import (
     far_point,
     folded,
-    load_raw,
+    load_logits,
     no_sum,
     point,
     row_of,
@@ -84,8 +84,8 @@ def entropies(pair, of):
     t_entropy = no_sum(pair)
     for start in range(0, pair.vocab, pair.BLOCK):
         columns = start + tl.arange(0, pair.BLOCK)
-        x = transformed(load_raw(s_row, columns, pair.vocab), pair.student)
-        y = transformed(load_raw(t_row, columns, pair.vocab), pair.teacher)
+        x = transformed(load_logits(pair, s_row, columns), pair.student)
+        y = transformed(load_logits(pair, t_row, columns), pair.teacher)
         p, q, log_p, log_q, _ = point(x, y, of)
         s_entropy -= folded(pair, times_or_zero(q, log_q))
         t_entropy -= folded(pair, times_or_zero(p, log_p))
@@ -106,9 +106,9 @@ def kl_gradient(pair, state, mean_gap, of, scales):
         of_q -= s_scale * pair.divergence.far.reverse * mean_gap
     for start in range(0, pair.vocab, pair.BLOCK):
         columns = start + tl.arange(0, pair.BLOCK)
-        raw = load_raw(s_row, columns, pair.vocab)
+        raw = load_logits(pair, s_row, columns, LAST=True)
         x = transformed(raw, pair.student)
-        y = transformed(load_raw(t_row, columns, pair.vocab), pair.teacher)
+        y = transformed(load_logits(pair, t_row, columns, LAST=True), pair.teacher)
         s_shifted = x - state.s_base
         t_shifted = y - state.t_base
         s_e = tl.exp2(s_shifted * of.c)
@@ -130,8 +130,8 @@ def far_values(pair, of):
     slope = no_sum(pair)
     for start in range(0, pair.vocab, pair.BLOCK):
         columns = start + tl.arange(0, pair.BLOCK)
-        x = transformed(load_raw(s_row, columns, pair.vocab), pair.student)
-        y = transformed(load_raw(t_row, columns, pair.vocab), pair.teacher)
+        x = transformed(load_logits(pair, s_row, columns), pair.student)
+        y = transformed(load_logits(pair, t_row, columns), pair.teacher)
         points = far_point(x, y, of)
         inside = columns < pair.vocab
         here = tl.where(inside, term(pair.divergence.far.value, pair.divergence, points), 0.0)

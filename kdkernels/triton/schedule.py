@@ -32,6 +32,7 @@ class Schedule(NamedTuple):
     block: int
     num_warps: int
     registers: int = 0  # at most, per thread; 0: as many as the compiler likes
+    entries: int = FEW  # of a block, a thread's
 
 
 INTERPRETER = Device(0, 0, 0, 0)
@@ -76,7 +77,7 @@ def choose(vocab: int, pair_bytes: int, plain: bool, many: bool, device: Device)
     # short rows, which fit it anyway, 64 registers matter less than that none is spilled.
     registers = device.registers // (1024 if plain and not short else 512)
     entries = MANY if many and threads * MANY <= vocab else FEW
-    return Schedule(threads * entries, threads // device.warp_size, registers)
+    return Schedule(threads * entries, threads // device.warp_size, registers, entries)
 
 
 def _power_of_two(n: int) -> int:

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .math import LARGEST_FLOAT, LOG2E, LOWEST, exp
-from .sweeps import folded, load_raw, no_sum, row_of, this_row, transformed
+from .sweeps import folded, less, load_logits, no_sum, row_of, this_row, top_of, transformed
 
 #: How far a logit may lie above the base of a sum, in powers of two: its distance is rounded.
 HEADROOM = tl.constexpr(8.0)
@@ -48,12 +48,11 @@ def valid(sum):
 
 
 @triton.jit
-def base_for(x, base, c):
-    """What exponentials are relative to from this block on.
+def base_for(top, base, c):
+    """What exponentials are relative to from here on, where ``top`` is the largest logit.
 
     It moves only far, since that multiplies the sum so far by a rounded factor.
     """
-    top = tl.max(x, 0)
     return tl.where((top - base) * c > HEADROOM, top, base)
 
 
@@ -76,7 +75,8 @@ def states(pair):
     c = LOG2E / pair.weights.temperature
     s_row = row_of(pair.student.rows, this_row())
     t_row = row_of(pair.teacher.rows, this_row())
-    s_base = tl.full((), LOWEST, tl.float32)
+    # Each thread has bases of its own until the end, so that none waits for the others.
+    s_base = no_sum(pair) + LOWEST
     t_base = s_base
     s_top = tl.full((pair.BLOCK,), -float("inf"), tl.float32)
     t_top = s_top
@@ -91,54 +91,64 @@ def states(pair):
     s_c = tl.maximum(c, LOG2E) if pair.wanted.CROSS_ENTROPY else c
     for start in range(0, pair.vocab, pair.BLOCK):
         columns = start + tl.arange(0, pair.BLOCK)
-        s_raw = load_raw(s_row, columns, pair.vocab)
+        s_raw = load_logits(pair, s_row, columns)
         x = transformed(s_raw, pair.student)
-        climb = (x - s_base) * s_c
+        base = base_for(top_of(pair, x), s_base, s_c)
+        s_up = s_base - base
+        s_base = base
+        s_factor = tl.exp2(s_up * c)
+        x = less(pair, x, base)
         if pair.wanted.DIVERGENCE:
-            t_raw = load_raw(t_row, columns, pair.vocab)
+            t_raw = load_logits(pair, t_row, columns)
             y = transformed(t_raw, pair.teacher)
-            climb = tl.maximum(climb, (y - t_base) * c)
-        # Rare, so that the threads meet once a block instead of once for each model.
-        if tl.max(climb, 0) > HEADROOM:
-            base = base_for(x, s_base, s_c)
-            s_up = s_base - base
-            s_factor = tl.exp2(s_up * c)
-            if pair.wanted.DIVERGENCE:
-                t_before = t_base
-                t_base = base_for(y, t_base, c)
-                t_up = t_before - t_base
-                t_factor = tl.exp2(t_up * c)
-                if pair.divergence.far is not None:
-                    by = s_up - t_up
-                    forward = moved(forward, by, t_sum, t_factor)
-                    reverse = moved(reverse, by, s_sum, s_factor)
-                    entropy = moved(entropy, t_up, t_sum, t_factor)
-                t_sum *= t_factor
-            s_sum *= s_factor
-            s_sum_at_1 *= exp(s_up)
-            s_base = base
-        s_e = tl.exp2((x - s_base) * c)
+            base = base_for(top_of(pair, y), t_base, c)
+            t_up = t_base - base
+            t_base = base
+            t_factor = tl.exp2(t_up * c)
+            y = less(pair, y, base)
+            if pair.divergence.far is not None:
+                forward = moved(forward, s_up - t_up, t_sum, t_factor)
+                reverse = moved(reverse, s_up - t_up, s_sum, s_factor)
+                entropy = moved(entropy, t_up, t_sum, t_factor)
+            t_sum *= t_factor
+        s_sum *= s_factor
+        s_e = tl.exp2(x * c)
         s_sum += folded(pair, s_e)
         if pair.wanted.CROSS_ENTROPY:
-            s_sum_at_1 += folded(pair, exp(x - s_base))
-        if pair.wanted.METRICS:
-            s_token = tl.where(s_raw > s_top, columns, s_token)
-            s_top = tl.maximum(s_top, s_raw)
+            s_sum_at_1 = s_sum_at_1 * exp(s_up) + folded(pair, exp(x))
         if pair.wanted.DIVERGENCE:
-            t_e = tl.exp2((y - t_base) * c)
+            t_e = tl.exp2(y * c)
             t_sum += folded(pair, t_e)
             if pair.divergence.far is not None:
                 inside = columns < pair.vocab  # beyond, a gap would be -inf - -inf
-                gap = tl.where(inside, (x - s_base) - (y - t_base), 0.0)
+                gap = tl.where(inside, x - y, 0.0)
                 if pair.divergence.far.FORWARD:
                     forward += folded(pair, t_e * gap)
                 if pair.divergence.far.REVERSE:
                     reverse += folded(pair, s_e * gap)
                 if pair.divergence.far.ENTROPY:
-                    entropy += folded(pair, t_e * tl.where(inside, y - t_base, 0.0))
-            if pair.wanted.METRICS:
-                t_token = tl.where(t_raw > t_top, columns, t_token)
-                t_top = tl.maximum(t_top, t_raw)
+                    entropy += folded(pair, t_e * tl.where(inside, y, 0.0))
+        if pair.wanted.METRICS:
+            s_token = tl.where(s_raw > s_top, columns, s_token)
+            s_top = tl.maximum(s_top, s_raw)
+        if pair.wanted.DIVERGENCE and pair.wanted.METRICS:
+            t_token = tl.where(t_raw > t_top, columns, t_token)
+            t_top = tl.maximum(t_top, t_raw)
+    base = tl.max(s_base, 0)
+    s_up = s_base - base
+    s_factor = tl.exp2(s_up * c)
+    s_base = base
+    base = tl.max(t_base, 0)
+    t_up = t_base - base
+    t_factor = tl.exp2(t_up * c)
+    t_base = base
+    if pair.divergence.far is not None:
+        forward = moved(forward, s_up - t_up, t_sum, t_factor)
+        reverse = moved(reverse, s_up - t_up, s_sum, s_factor)
+        entropy = moved(entropy, t_up, t_sum, t_factor)
+    s_sum_at_1 *= exp(s_up)
+    s_sum *= s_factor
+    t_sum *= t_factor
     s_sum64 = tl.sum(s_sum.to(tl.float64), 0)
     t_sum64 = tl.sum(t_sum.to(tl.float64), 0)
     s_total_at_1 = tl.sum(s_sum_at_1, 0)

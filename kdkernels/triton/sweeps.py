@@ -33,9 +33,6 @@ AS_IS = tl.constexpr(0)
 SCALED = tl.constexpr(1)
 SOFTCAPPED = tl.constexpr(2)
 
-#: How many columns a thread adds up before it adds them to a sum: it has few registers for sums.
-FOLD = tl.constexpr(4)
-
 
 class Rows(NamedTuple):
     """(rows, width) at two strides, as in csrc/core/params.h: row = outer * inner_size + inner."""
@@ -130,11 +127,14 @@ class RowPair(NamedTuple):
     gradient: Rows | None  # out, may be the student's
     per_row: PerRow
     vocab: tl.tensor
+    end: tl.tensor  # of columns that are there to be read, at or after that of the vocabulary
     weights: Weights
     divergence: Divergence
     wanted: Wanted
+    PADDED: tl.constexpr  # the two ends differ: 16 divides this one only, see launch.end_of
     ALIGNED: tl.constexpr  # a thread's columns lie side by side, see launch.aligned
     BLOCK: tl.constexpr  # columns that a program holds at a time
+    FOLD: tl.constexpr  # of them what a thread loads at once, and adds up before it adds to a sum
 
 
 class Sums(NamedTuple):
@@ -193,25 +193,56 @@ def row_of(rows, row):
 
 
 @triton.jit
-def load_raw(row, columns, end):
-    """Logits of a row in float32, -inf beyond the end."""
-    return tl.load(row + columns, mask=columns < end, other=-float("inf")).to(tl.float32)
+def load_raw(row, columns, end, LAST: tl.constexpr = False):
+    """Logits of a row in float32, -inf beyond the end; LAST: the cache may forget them."""
+    POLICY: tl.constexpr = "evict_first" if LAST else ""
+    mask = columns < end
+    x = tl.load(row + columns, mask=mask, other=-float("inf"), eviction_policy=POLICY)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def load_logits(pair, row, columns, LAST: tl.constexpr = False):
+    """A block of a row in float32, -inf beyond the vocabulary."""
+    x = load_raw(row, columns, pair.end, LAST)
+    if pair.PADDED:
+        x = tl.where(columns < pair.vocab, x, -float("inf"))
+    return x
 
 
 @triton.jit
 def no_sum(pair):
     """What sums of blocks begin with."""
-    return tl.zeros((pair.BLOCK // FOLD,), tl.float32)
+    return tl.zeros((pair.BLOCK // pair.FOLD,), tl.float32)
+
+
+@triton.jit
+def by_thread(pair, x):
+    """A block with an axis along which one thread holds FOLD columns."""
+    if pair.ALIGNED:
+        x = tl.reshape(x, (pair.BLOCK // pair.FOLD, pair.FOLD))
+    else:
+        x = tl.reshape(x, (pair.FOLD, pair.BLOCK // pair.FOLD))
+    return x
 
 
 @triton.jit
 def folded(pair, x):
     """Sums over a block's columns by FOLD of them, which one thread holds."""
-    if pair.ALIGNED:
-        x = tl.sum(tl.reshape(x, (pair.BLOCK // FOLD, FOLD)), 1)
-    else:
-        x = tl.sum(tl.reshape(x, (FOLD, pair.BLOCK // FOLD)), 0)
-    return x
+    return tl.sum(by_thread(pair, x), 1 if pair.ALIGNED else 0)
+
+
+@triton.jit
+def top_of(pair, x):
+    """The largest of the columns that one thread holds."""
+    return tl.max(by_thread(pair, x), 1 if pair.ALIGNED else 0)
+
+
+@triton.jit
+def less(pair, x, base):
+    """x - base, of a base for each thread."""
+    base = tl.expand_dims(base, 1 if pair.ALIGNED else 0)
+    return tl.reshape(by_thread(pair, x) - base, (pair.BLOCK,))
 
 
 @triton.jit
@@ -314,6 +345,7 @@ def values(pair, of, scales):
     t_row = row_of(pair.teacher.rows, this_row())
     if pair.wanted.GRADIENT:
         g_row = row_of(pair.gradient, this_row())
+    LAST: tl.constexpr = pair.divergence.SLOPE_SUMS_TO_ZERO or not pair.wanted.GRADIENT
     value = no_sum(pair)
     slope = no_sum(pair)
     shift = no_sum(pair)
@@ -322,9 +354,9 @@ def values(pair, of, scales):
     t_entropy = no_sum(pair)
     for start in range(0, pair.vocab, pair.BLOCK):
         columns = start + tl.arange(0, pair.BLOCK)
-        raw = load_raw(s_row, columns, pair.vocab)
+        raw = load_logits(pair, s_row, columns, LAST)
         x = transformed(raw, pair.student)
-        y = transformed(load_raw(t_row, columns, pair.vocab), pair.teacher)
+        y = transformed(load_logits(pair, t_row, columns, LAST), pair.teacher)
         here = point(x, y, of)
         p, q, log_p, log_q, r = here
         value += folded(pair, term(pair.divergence.value, pair.divergence, here))
@@ -362,11 +394,11 @@ def slopes(pair, of, scales, slope_sum, FAR: tl.constexpr):
     g_row = row_of(pair.gradient, this_row())
     for start in range(0, pair.vocab, pair.BLOCK):
         columns = start + tl.arange(0, pair.BLOCK)
-        raw = load_raw(s_row, columns, pair.vocab)
+        raw = load_logits(pair, s_row, columns, LAST=True)
         x = transformed(raw, pair.student)
         g = tl.zeros((pair.BLOCK,), tl.float32)
         if pair.wanted.KD_GRADIENT:
-            y = transformed(load_raw(t_row, columns, pair.vocab), pair.teacher)
+            y = transformed(load_logits(pair, t_row, columns, LAST=True), pair.teacher)
             if FAR:
                 here = far_point(x, y, of)
                 slope = term(pair.divergence.far.slope, pair.divergence, here)
@@ -389,7 +421,10 @@ def store_gradient(pair, g_row, columns, g, raw, x, of, scales):
         # A row without a gradient stays NaN where the derivative is 0.
         g = times_or_zero(softcap_derivative(raw, pair.student), g) + (scales.kd + scales.ce) * 0.0
     to = g_row + columns
-    tl.store(to, g.to(to.dtype.element_ty), mask=columns < pair.vocab)
+    if pair.PADDED:
+        g = tl.where(columns < pair.vocab, g, 0.0)
+    g = g.to(to.dtype.element_ty)
+    tl.store(to, g, mask=columns < pair.end, eviction_policy="evict_first")
 
 
 @triton.jit

@@ -51,7 +51,7 @@ def write_tails(logits, listed, tails, row, rows, vocab, c, AT_1, BLOCK: tl.cons
             position += 1
             column = listed_at(listed, row, position)
         if tl.max((x - base) * widest, 0) > HEADROOM:
-            higher = base_for(x, base, widest)
+            higher = base_for(tl.max(x, 0), base, widest)
             sum *= tl.exp2((base - higher) * c)
             sum_at_1 *= exp(base - higher)
             base = higher

@@ -192,6 +192,9 @@ class Instructions:
         direction = "to" if "to" in i.modifiers else "from"
         return self._set(i.to, f"{direction}_{i.space}({self._bits(i.operands[0])})", "b64")
 
+    def _createpolicy(self, i: Instruction) -> str:
+        return self._set(i.to, "0", "b64")  # of a cache, which is not emulated
+
     def _ld(self, i: Instruction) -> str:
         registers, kind = members(i.to), i.kinds[0]
         size = f"{len(registers)} * sizeof({TYPES[kind]})"
