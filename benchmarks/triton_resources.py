@@ -73,6 +73,7 @@ class Kernel(NamedTuple):
     options: bool = False  # these, metrics and softcaps
     phase: str = ""  # of a shard of the vocabulary
     rows: int = 64
+    padding: int = 0  # columns beyond the vocabulary
 
 
 class _Driver:
@@ -105,6 +106,7 @@ def kernels() -> list[Kernel]:
             for vocab in (32000, 128256):
                 result.append(Kernel(target, divergence, "bfloat16", vocab, labels=True))
             result.append(Kernel(target, divergence, "bfloat16", 19))
+            result.append(Kernel(target, divergence, "bfloat16", 151665, padding=399))
             result.append(Kernel(target, divergence, "bfloat16", 128256, gradient=False))
             result.append(Kernel(target, divergence, "float16", 128256, options=True))
         result += shard_kernels(target)
@@ -199,7 +201,8 @@ def compile_kernel(kernel: Kernel):
     if kernel.divergence == TAILS:
         return compile_tails(kernel)
     dtype = getattr(torch, kernel.dtype)
-    student = torch.empty(kernel.rows, kernel.vocab, dtype=dtype, device="meta")
+    width = kernel.vocab + kernel.padding
+    student = torch.empty(kernel.rows, width, dtype=dtype, device="meta")
     per_row = torch.empty(kernel.rows, device="meta")
     half = kernel.gradient and dtype == torch.float16
     cap = 30.0 if kernel.options else 0.0
@@ -307,6 +310,7 @@ def resources(kernel: Kernel, *, count: bool) -> dict[str, object]:
         "labels": kernel.labels,
         "options": kernel.options,
         "phase": kernel.phase,
+        "padding": kernel.padding,
         "threads": gpu.warp_size * compiled.metadata.num_warps,
         **(
             nvidia_resources(compiled.asm["cubin"], count=count)

@@ -17,9 +17,7 @@ from ..divergences import REGISTERED, SoftCrossEntropy, kl_weights
 from ..options import SHARD_PHASES, LogitsOptions, TailOptions
 from . import schedule
 from .divergences import FUNCTIONS, Functions
-from .rows import loss_kernel, scale_kernel
-from .shard import Records, shard_kernel
-from .sweeps import (
+from .row_pair import (
     AS_IS,
     SCALED,
     SOFTCAPPED,
@@ -32,6 +30,8 @@ from .sweeps import (
     Wanted,
     Weights,
 )
+from .rows import loss_kernel, scale_kernel
+from .shard import Records, shard_kernel
 from .tail import Listed, tails_gradient_kernel, tails_kernel
 
 

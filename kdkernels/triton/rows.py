@@ -7,9 +7,9 @@ import triton.language as tl
 
 from .far import entropies, exceeds, far_values, is_far, kl_gradient, kls
 from .math import LARGEST_FLOAT, NATS_PER_BIT, log
+from .row_pair import SOFTCAPPED
 from .states import states, valid
 from .sweeps import (
-    SOFTCAPPED,
     Scales,
     Sums,
     fill,

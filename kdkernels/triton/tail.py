@@ -8,8 +8,9 @@ import triton
 import triton.language as tl
 
 from .math import LOG2E, LOWEST, exp, log, times_or_zero
+from .row_pair import SOFTCAPPED
 from .states import HEADROOM, base_for, valid
-from .sweeps import SOFTCAPPED, fill, load_raw, row_of, softcap_derivative, transformed
+from .sweeps import fill, load_raw, row_of, softcap_derivative, transformed
 
 
 class Listed(NamedTuple):
