@@ -65,11 +65,18 @@ def local_tensors(
                 f"{name} has a vocabulary of {x.shape[dim]}, expected {size} as {first_name} has, "
                 "so that their shards lie alike"
             )
+    coordinate, group = mesh.get_coordinate(), mesh.get_group(mesh_dim)
+    if coordinate is None:
+        raise ValueError(f"{first_name} is on {mesh}, expected one that has this process")
+    if group.rank() != coordinate[mesh_dim]:
+        raise ValueError(
+            f"{first_name} is on {mesh}, expected processes in ascending order, as groups have them"
+        )
     columns = -(-size // mesh.size(mesh_dim))  # as torch.chunk: the last ones may have fewer
-    start = min(mesh.get_coordinate()[mesh_dim] * columns, size)
+    start = min(coordinate[mesh_dim] * columns, size)
     values = [_local(name, x, dim) for name, x, dim in tensors]
     vocab_size = size if where.vocab_size is None else where.vocab_size
-    return values, Where(mesh.get_group(mesh_dim), start, vocab_size)
+    return values, Where(group, start, vocab_size)
 
 
 def overwritten(logits: Tensor) -> None:

@@ -53,7 +53,8 @@ class ShardedStudent:
         numbers = torch.cat(
             [listed.double(), self.same_everywhere.double().nan_to_num(0.0, 1e4, -1e4)], -1
         )
-        slot = torch.arange(1, numbers.shape[-1] + 1, device=listed.device)
+        # Of no whole numbers, of which different tokens might well have the same sum.
+        slot = torch.arange(1, numbers.shape[-1] + 1, device=listed.device).double().sin()
         checksum = (numbers * slot).sum(-1, keepdim=True)
         told = [torch.where(here, stored, 0.0), tails.movedim(0, -1), checksum]
         if top is not None:

@@ -146,6 +146,12 @@ def refused_dtensors(rank):
         kd_loss(student, _replicated(whole[1]))
     with pytest.raises(ValueError, match=r"student_logits .* expected Shard\(-1\)"):
         kd_loss(*(_replicated(x) for x in whole))
+    backwards = torch.distributed.device_mesh.DeviceMesh("cpu", [1, 0])
+    descending = [
+        type(student).from_local(x.to_local(), backwards, x.placements) for x in (student, teacher)
+    ]
+    with pytest.raises(ValueError, match="expected processes in ascending order"):
+        kd_loss(*descending)
     with pytest.raises(ValueError, match="expected neither beside DTensors"):
         kd_loss(student, teacher, group=dist.group.WORLD)
     with pytest.raises(ValueError, match="so that their shards lie alike"):

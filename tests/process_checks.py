@@ -253,6 +253,56 @@ def sparse_calls_that_are_not_alike(rank):
         ):
             with pytest.raises(ValueError, match="they differ"):
                 sparse_kd_loss(student, indices, logprobs, **options, **call)
+        # Sums by place, 10 + 2 * 20 and 8 + 2 * 21, are the same.
+        listed, equal = torch.tensor([[[10, 20]], [[8, 21]]])[rank], torch.full((1, 2), -1.0)
+        for tail in ("bucket", "sampled"):
+            with pytest.raises(ValueError, match="they differ"):
+                sparse_kd_loss(student[:1], listed, equal, tail=tail, **call)
+
+
+def compiled_sparse_calls_that_are_not_alike(rank):
+    student, teacher = correlated_pair(6, 64)
+    student, (logprobs, indices) = columns(student, rank), teacher.log_softmax(-1).topk(5)
+    call = {"group": dist.group.WORLD, "tail": "drop"}
+    compiled = torch.compile(sparse_kd_loss, fullgraph=True, backend="aot_eager")
+    for options in (
+        {"temperature": 1.0 + rank},
+        {"divergence": ("jsd", "tvd")[rank]},
+        {"divergence": JSD((0.2, 0.4)[rank])},
+        {"tail": ("bucket", "drop")[rank]},
+    ):
+        assert compiled(student, indices, logprobs, **call | options).isnan()
+    # One process may run eagerly what another has compiled.
+    for temperature in (1.0, 1.5, 2.5):  # the last ones perhaps by one graph
+        loss = (sparse_kd_loss, compiled)[rank]
+        shared = loss(student, indices, logprobs, temperature=temperature, **call)
+        assert shared == sparse_kd_loss(student, indices, logprobs, temperature=temperature, **call)
+
+
+def compiled_losses_side_by_side(rank):
+    """Inductor orders operators by their sizes, which differ here: processes have to agree."""
+    ends = {4000: (0, 3990, 4000), 64: (0, 32, 64)}
+    pairs = {vocab: correlated_pair(6, vocab) for vocab in ends}
+    lists = {vocab: pairs[vocab][1].log_softmax(-1).topk(5) for vocab in ends}
+
+    def step(*shards, **of_all):
+        losses = []
+        for x, vocab in zip(shards, ends, strict=True):
+            where = {"vocab_start": ends[vocab][rank], "vocab_size": vocab} if of_all else {}
+            logprobs, indices = lists[vocab]
+            losses.append(sparse_kd_loss(2 * x, indices, logprobs, **where, **of_all))
+        return losses[0] + losses[1]
+
+    whole = [student.clone().requires_grad_() for student, _ in pairs.values()]
+    expected = step(*whole)
+    expected.backward()
+    cuts = [slice(*at[rank : rank + 2]) for at in ends.values()]
+    mine = [x.detach()[:, cut].clone().requires_grad_() for x, cut in zip(whole, cuts, strict=True)]
+    shared = torch.compile(step, fullgraph=True)(*mine, group=dist.group.WORLD)
+    shared.backward()
+    torch.testing.assert_close(shared, expected, rtol=5e-6, atol=0)
+    for x, all_of_it, cut in zip(mine, whole, cuts, strict=True):
+        torch.testing.assert_close(x.grad, all_of_it.grad[:, cut], rtol=1e-5, atol=1e-7)
 
 
 def no_second_derivative(rank):
@@ -292,6 +342,8 @@ CHECKS = [
     shards_that_are_no_whole,
     calls_that_are_not_alike,
     sparse_calls_that_are_not_alike,
+    compiled_sparse_calls_that_are_not_alike,
+    compiled_losses_side_by_side,
     no_second_derivative,
     gradients_are_consumed,
 ]

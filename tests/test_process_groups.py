@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from . import dtensor_checks, process_checks, upstream
 from .process_checks import SIZE
+from .test_compile import COMPILER
 
 CHECKS = process_checks.CHECKS + dtensor_checks.CHECKS
 
@@ -70,9 +71,12 @@ IN_PLACE = dtensor_checks.compiled_dtensors_in_place
 OVERWRITES_NONE = upstream.before("torch", 2, 11, reason="cannot overwrite a DTensor it is given")
 
 
+MARKS = {IN_PLACE: OVERWRITES_NONE, process_checks.compiled_losses_side_by_side: COMPILER}
+
+
 @pytest.mark.parametrize(
     "check",
-    [pytest.param(x, marks=OVERWRITES_NONE) if x is IN_PLACE else x for x in CHECKS],
+    [pytest.param(x, marks=MARKS[x]) if x in MARKS else x for x in CHECKS],
     ids=lambda check: check.__name__,
 )
 def test_two_processes(processes, check):
