@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,10 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import watchers
-from .options import LogitsOptions
-
-if TYPE_CHECKING:
-    from .divergences import Divergence
+from .divergences import DIVERGENCES, Divergence
+from .options import LogitsOptions, replaced
 
 
 def _group_of(name: str) -> Any:
@@ -57,19 +55,19 @@ def header_of(like: Tensor, o: LogitsOptions, *others: Divergence | str) -> Tens
     return header
 
 
-#: Options that are each process's own, or of which columns tell.
-_OWN = ("vocab", "group", "rank", "vocab_start", "vocab_size")
-
-
 def _checksum(o: LogitsOptions, others: tuple[Divergence | str, ...]) -> float:
     """Of all that processes have to agree on, by arithmetic that torch.compile can trace too."""
-    fields: list[Any] = [x for name, x in zip(o._fields, o, strict=True) if name not in _OWN]
+    fields: list[Any] = list(replaced(o, vocab=0, group="", rank=0, vocab_start=0))
     for other in others:
         if isinstance(other, str):
             fields.append(other)
-        else:  # other fields than numbers might not be the same in all processes
+        elif DIVERGENCES.get(other.name) is type(other):
+            fields += other.kernel()
+        else:
             fields.append(other.name)
-            fields += [x for x in vars(other).values() if isinstance(x, (bool, int, float))]
+            if not torch.compiler.is_compiling():  # which cannot see fields in torch 2.8
+                # Others than numbers might not be the same in all processes.
+                fields += [x for x in vars(other).values() if isinstance(x, (bool, int, float))]
     total = 0.0
     for i, x in enumerate(fields):
         if isinstance(x, str):
