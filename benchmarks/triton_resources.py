@@ -2,6 +2,7 @@
 
     python -m benchmarks.triton_resources --output benchmarks/results/triton_resources.json
     python -m benchmarks.triton_resources --check      fail where a kernel spills
+    python -m benchmarks.triton_resources --check --every 7
 
 Registers, spilled bytes, instructions and those of float64 come from the compiled code, for
 NVIDIA's GPUs through the disassembler in Triton's package. It takes half as long as compiling, so
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import itertools
 import os
 import re
@@ -143,6 +145,13 @@ def shard_kernels(target: Target) -> list[Kernel]:
             ("float16", False, True),
         )
     ]
+
+
+def sources() -> str:
+    """What tells whether the kernels have changed since they were compiled for a file."""
+    package = Path(launch.__file__).parents[1]
+    files = [*sorted((package / "triton").glob("*.py")), package / "constants.py"]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def device_of(target: Target) -> schedule.Device:
@@ -325,6 +334,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--every", type=int, default=1, help="compile one of so many kernels")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--output", type=Path, help="a JSON file to write")
     arguments = parser.parse_args()
@@ -333,8 +343,8 @@ def main() -> None:
 
     with ProcessPoolExecutor(arguments.processes, get_context("spawn")) as pool:
         measure = functools.partial(resources, count=arguments.output is not None)
-        compiled = list(pool.map(measure, kernels(), chunksize=4))
-    report = {"triton": triton.__version__, "kernels": compiled}
+        compiled = list(pool.map(measure, kernels()[:: arguments.every], chunksize=4))
+    report = {"triton": triton.__version__, "sources": sources(), "kernels": compiled}
     if arguments.output:
         arguments.output.write_text(json_text(report))
     spilled = [k for k in compiled if k["stack"] or k["local"]]
