@@ -244,3 +244,15 @@ def test_label_of_probability_0(backend):
     actual = run(backend, student, teacher, **options)
     assert actual.loss[0] == INF
     assert_as_oracle(actual, student, teacher, **options)
+
+
+@pytest.mark.parametrize("beta", [0.5, 0.99])
+def test_jsd_of_what_the_teacher_masks_and_the_student_all_but_masks(backend, beta):
+    """(1 - beta) q underflows in some row before q does."""
+    masked = torch.linspace(-105.0, -80.0, 11 if backend.interpreted else 201)
+    student = torch.tensor([[0.0, -1.0, 0.0]]).repeat(len(masked), 1)
+    student[:, 2] = masked
+    teacher = torch.tensor([[0.0, -1.5, -INF]]).repeat(len(masked), 1)
+    options = {"divergence": JSD(beta), "reduction": "none"}
+    actual = run(backend, student, teacher, **options)
+    assert_as_oracle(actual, student, teacher, **options)

@@ -155,9 +155,9 @@ struct JSD : Mixture {
   template <class F>
   KD_INLINE Term<F> operator()(const Point<F>& x) const {
     // Relative to the larger part of m: relative to the smaller one, the other logarithm would be a
-    // small difference of large numbers.
+    // small difference of large numbers. Where p is 0 and that of q underflows q is.
     const F of_p = share * x.p, of_q = rest * x.q;
-    const auto p_is_larger = of_p >= of_q;
+    const auto p_is_larger = (of_p >= of_q) & (x.p > 0.0f);
     const F smaller = select(p_is_larger, of_q, of_p), larger = select(p_is_larger, of_p, of_q);
     const F log = log1p(quotient(smaller, larger + FLT_MIN)) +
                   select(p_is_larger, splat<F>(log_share), splat<F>(log_rest));

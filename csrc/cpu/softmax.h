@@ -55,8 +55,8 @@ class Softmax {
       : reference_(larger(reference, kLowestLogit)), c_(c), exponent_(reference_, c) {}
 
   // Adds n logits, padded with -inf to whole pairs of vectors, and keeps their exponentials.
-  // Fetches what comes next meanwhile. False where one is so far above the reference that it might
-  // overflow: the row has to start again from its largest logit.
+  // Fetches what comes next meanwhile. False where one is so far above the reference that its
+  // exponential would lose digits: the row has to start again from its largest logit.
   template <class Source>
   bool push(Source x, int n, float* kept, Upcoming row, int64_t next) {
     const Exponent exponent = exponent_;
@@ -91,7 +91,9 @@ class Softmax {
       sums.add(first + second);
     }
     sum_ += sums.value() * exponent.correction();
-    constexpr float kHeadroom = 40;  // in powers of two
+    // Exponents are rounded at their own size, but for fast ones with fused multiply-adds.
+    constexpr float kHeadroom = 8;
+    if (!kFusedMultiplyAdd && sums.value() > 0x1p13) return false;
     return !((largest(top) - reference_) * c_ > kHeadroom);
   }
 
@@ -217,7 +219,7 @@ struct KLSums {
 };
 
 // A KL divergence is a sum of two numbers; where one is more than 32 times the result, too few
-// digits are left and the row counts as near. As in kdkernels/divergences.py.
+// digits are left and the row counts as near. As in kdkernels/constants.py.
 constexpr double kMostCancelled = 32;
 
 // KL(p || q), KL(q || p) and the entropy of p, in nats, of a row pair without infinite logits; with
