@@ -34,7 +34,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
-            f"-DKDKERNELS_CUDA={os.environ.get('KDKERNELS_CUDA', 'AUTO')}",
+            f"-DKDKERNELS_CUDA={os.environ.get('KDKERNELS_CUDA') or 'AUTO'}",
         ]
         if archs := os.environ.get("KDKERNELS_CUDA_ARCHS"):
             options.append(f"-DCMAKE_CUDA_ARCHITECTURES={archs}")

@@ -74,7 +74,7 @@ int main() {
         params.parameters[1] = 0.75;
         params.temperature = 2;
         params.loss = &loss;
-        cpu::logits(params, 1);
+        cpu::logits(params, cpu::chosen(), 1);
         std::printf("%s %s %s\n", divergences[divergence].c_str(), kDTypes[dtype],
                     with_gradient ? "loss+gradient" : "loss");
       }

@@ -65,7 +65,7 @@ class Counts(NamedTuple):
 
 def count(driver: Path, instruction_set: str) -> Counts:
     operations = flops.of_program(driver)
-    function = "kd::cpu::logits(kd::LogitsParams const&, int)"
+    function = "kd::cpu::logits(kd::LogitsParams const&, kd::InstructionSet const*, int)"
     with tempfile.TemporaryDirectory() as folder:
         command = [
             "valgrind",

@@ -68,14 +68,32 @@ bool read(py::handle from, T& to) {
   }
 }
 
+template <class Params>
+Params params_of(py::handle tuple) {
+  Params params;
+  if (!read(tuple, params)) throw py::type_error("a field of the parameters is not as expected");
+  return params;
+}
+
 // A function of the kernels for Python.
 template <class Params, class Result, class... Where>
 auto bound(Result (*run)(const Params&, Where...)) {
   return [run](py::handle tuple, Number<Where>... where) {
-    Params params;
-    if (!read(tuple, params)) throw py::type_error("a field of the parameters is not as expected");
+    const Params params = params_of<Params>(tuple);
     py::gil_scoped_release release;
     return run(params, (Where)where...);
+  };
+}
+
+// One that follows what the environment asks for. Without the GIL another thread might be setting
+// os.environ, which moves what getenv() reads.
+template <class Params, class Choice, class Result, class... Where>
+auto bound(Result (*run)(const Params&, Choice, Where...), Choice (*choose)()) {
+  return [run, choose](py::handle tuple, Number<Where>... where) {
+    const Params params = params_of<Params>(tuple);
+    const Choice choice = choose();
+    py::gil_scoped_release release;
+    return run(params, choice, (Where)where...);
   };
 }
 
@@ -86,7 +104,7 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   module.def("instruction_sets", kd::cpu::instruction_sets,
              "CPU instruction sets of this build that this machine runs, best first.");
   module.def("divergences", kd::cpu::divergences, "Names of the divergences, in kernel order.");
-  module.def("logits_cpu", kd::bound(kd::cpu::logits),
+  module.def("logits_cpu", kd::bound(kd::cpu::logits, kd::cpu::chosen),
              "Loss, and gradient where one is given, of all rows.");
   py::class_<kd::cpu::Memory>(module, "Memory", py::buffer_protocol(), py::module_local(),
                               "Bytes for a large tensor, with undefined content.")
@@ -96,16 +114,16 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
       });
   module.def("release_kept_memory", kd::cpu::release_kept_memory,
              "Gives memory that is kept for the next call back to the system; returns its bytes.");
-  module.def("shard_cpu", kd::bound(kd::cpu::shard),
+  module.def("shard_cpu", kd::bound(kd::cpu::shard, kd::cpu::chosen),
              "One phase; whether the gradient is written then.");
-  module.def("tail_cpu", kd::bound(kd::cpu::tail),
+  module.def("tail_cpu", kd::bound(kd::cpu::tail, kd::cpu::chosen),
              "Log-sum-exps of the columns that are not listed, or their gradient.");
-  module.def("scale_cpu", kd::bound(kd::cpu::scale),
+  module.def("scale_cpu", kd::bound(kd::cpu::scale, kd::cpu::chosen),
              "gradient *= grad_output * row_scale, row by row.");
 #if defined(KD_WITH_CUDA)
   module.def("cuda_why_not", kd::cuda::why_not,
              "Why a CUDA device cannot be served, or an empty string.");
-  module.def("logits_cuda", kd::bound(kd::cuda::logits),
+  module.def("logits_cuda", kd::bound(kd::cuda::logits, kd::cuda::forced_tile),
              "Launches loss, and gradient where one is given.");
   module.def("shard_cuda", kd::bound(kd::cuda::shard),
              "Launches one phase; whether the gradient is written then.");

@@ -76,7 +76,8 @@ def _logits_loss_and_grad_(student, teacher, labels, token_weight, normalizer, b
 
 def _scale_gradient_(gradient, grad_output, row_scale, backend):
     if gradient.numel() > 0:  # a shard may have no columns
-        IMPLEMENTATIONS[backend].scale_gradient(gradient, grad_output, row_scale)
+        # Autograd's tensors of zeros arrive expanded.
+        IMPLEMENTATIONS[backend].scale_gradient(gradient, grad_output.contiguous(), row_scale)
     # Even if nothing changed: the gradient is handed out, and a second backward must not reuse it.
     torch.autograd.graph.increment_version(gradient)
 

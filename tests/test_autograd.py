@@ -7,6 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import kdkernels
+from kdkernels import kd_loss
 
 from . import tolerances
 from .cases import DTYPES, correlated_pair, labels_for, normal
@@ -264,3 +265,17 @@ def test_a_backward_without_a_gradient_gives_none(kernel):
     student.requires_grad_()
     Unused.apply(loss_of(kernel, student, torch.randn(2, 4))).backward()
     assert student.grad is None
+
+
+def test_zeros_of_autograd(kernel):
+    """Tensors of zeros without memory, such as forward-mode AD makes, reach operators expanded."""
+    x, zeros, plain = (
+        make.to(kernel.device)
+        for make in (normal(5, 50), torch._efficientzerotensor((5, 50)), torch.zeros(5, 50))
+    )
+    options = {"reduction": "none", "backend": kernel.backend}
+    assert torch.equal(kd_loss(zeros, x, **options), kd_loss(plain, x, **options))
+    assert torch.equal(kd_loss(x, zeros, **options), kd_loss(x, plain, **options))
+    loss = kd_loss(x.requires_grad_(), plain, **options)
+    (gradient,) = torch.autograd.grad(loss, x, torch._efficientzerotensor((5,)).to(loss))
+    assert not gradient.any()

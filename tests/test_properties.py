@@ -118,6 +118,26 @@ def test_same_bits_with_any_number_of_threads(kernel, threads, divergence, dtype
         assert_same_bits(other, results[0])
 
 
+@pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=str)
+def test_same_bits_where_subnormals_are_flushed(kernel, threads, divergence):
+    """Whether they are belongs to a thread: those that work take it from the one that calls."""
+    if kernel.backend != "cpu" or not torch.set_flush_denormal(False):
+        pytest.skip(f"{kernel.name}: it has no such mode")
+    student, teacher = (30 * x for x in correlated_pair(23, 5003))
+    threads(2)
+    run(kernel, student, teacher, divergence=divergence)  # its threads have started now
+    torch.set_flush_denormal(True)
+    try:
+        results = []
+        for count in (1, 2, 2, 2, 2):
+            threads(count)
+            results.append(run(kernel, student, teacher, divergence=divergence))
+    finally:
+        torch.set_flush_denormal(False)
+    for other in results[1:]:
+        assert_same_bits(other, results[0])
+
+
 @given(divergence=divergences, seed=seeds, vocab=vocabularies)
 def test_loss_without_gradient_has_the_same_bits(kernel, divergence, seed, vocab):
     student, teacher = correlated_pair(3, vocab, seed=seed)

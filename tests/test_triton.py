@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import types
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ import torch
 
 import kdkernels
 from kdkernels import ForwardKL, extension, kd_loss
+from kdkernels.backends import triton as triton_backend
 from kdkernels.options import LogitsOptions
 
 from . import compiled_triton, interpreter, tolerances, upstream
@@ -94,6 +96,11 @@ except ValueError as error:
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.startswith("0.0\n")
     assert "triton: Triton is not installed" in result.stdout
+
+
+def test_what_stands_in_for_triton_is_not_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
+    assert not triton_backend._installed()
 
 
 def test_float64_by_few_operations():

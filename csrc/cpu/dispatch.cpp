@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cfenv>
 #include <cmath>
 #include <cstdlib>
 #include <memory>
@@ -45,21 +46,6 @@ std::vector<const InstructionSet*> supported() {
 #endif
   result.push_back(&kBaseline);
   return result;
-}
-
-// Read at every call, so that a test can run each instruction set in one process.
-const InstructionSet& active() {
-  static const std::vector<const InstructionSet*> sets = supported();
-  const char* wanted = std::getenv(kOverride);
-  if (!wanted || !*wanted) return *sets.front();
-  std::string known;
-  for (const InstructionSet* set : sets) {
-    if (std::string(wanted) == set->name) return *set;
-    known += std::string(known.empty() ? "" : ", ") + set->name;
-  }
-  throw std::invalid_argument(std::string(kOverride) + "=" + wanted +
-                              " is not an instruction set of this machine and build; it has " +
-                              known);
 }
 
 // Each row's weight, 0 for ignored rows.
@@ -128,13 +114,11 @@ void for_rows(int64_t rows, int64_t width, int64_t floats, int threads, Body bod
   const int64_t chunks = (rows + chunk - 1) / chunk;
   threads = (int)std::min<int64_t>(std::max(1, threads), chunks);
   std::atomic<int64_t> taken{0};
-  std::atomic<bool> out_of_memory{false};
+  std::atomic<bool> served{false};
   const auto work = [&] {
     float* const scratch = floats ? thread_scratch(floats * sizeof(float)) : nullptr;
-    if (floats && !scratch) {
-      out_of_memory = true;
-      return;
-    }
+    if (floats && !scratch) return;  // other threads take the rows
+    served = true;
     for (int64_t begin = chunk * taken++, next; begin < rows; begin = next) {
       next = std::min(rows, chunk * taken++);
       body(begin, std::min(rows, begin + chunk), next, scratch);
@@ -144,10 +128,19 @@ void for_rows(int64_t rows, int64_t width, int64_t floats, int threads, Body bod
   if (threads <= 1) {
     work();
   } else {
+    // Rounding and what becomes of subnormals belong to a thread: all take those of the caller.
+    std::fenv_t mode;
+    std::fegetenv(&mode);
 #pragma omp parallel num_threads(threads)
-    work();
+    {
+      std::fenv_t own;
+      std::fegetenv(&own);
+      std::fesetenv(&mode);
+      work();
+      std::fesetenv(&own);
+    }
   }
-  if (out_of_memory) throw std::bad_alloc();
+  if (!served) throw std::bad_alloc();  // and nothing is written
 }
 
 }  // namespace
@@ -158,14 +151,27 @@ std::vector<std::string> instruction_sets() {
   return names;
 }
 
+const InstructionSet* chosen() {
+  static const std::vector<const InstructionSet*> sets = supported();
+  const char* wanted = std::getenv(kOverride);
+  if (!wanted || !*wanted) return sets.front();
+  std::string known;
+  for (const InstructionSet* set : sets) {
+    if (std::string(wanted) == set->name) return set;
+    known += std::string(known.empty() ? "" : ", ") + set->name;
+  }
+  throw std::invalid_argument(std::string(kOverride) + "=" + wanted +
+                              " is not an instruction set of this machine and build; it has " +
+                              known);
+}
+
 std::vector<std::string> divergences() { return {kNames, kNames + kDivergences}; }
 
-void logits(const LogitsParams& params, int threads) {
+void logits(const LogitsParams& params, const InstructionSet* set, int threads) {
   const std::vector<float> weights = row_weights(params);
   const double normalizer = normalizer_of(params, weights);
   const bool with_gradient = params.gradient.data != nullptr;
-  const InstructionSet& set = active();
-  const RowsFunction rows = (with_gradient ? set.loss_and_gradient : set.loss)[params.divergence];
+  const RowsFunction rows = (with_gradient ? set->loss_and_gradient : set->loss)[params.divergence];
 
   std::vector<double> row_loss(params.rows);
   const RowPlan plan{weights.data(), normalizer, row_loss.data(), streams_past_caches(params)};
@@ -183,8 +189,8 @@ void logits(const LogitsParams& params, int threads) {
   if (params.reduction != Reduction::kNone) *params.loss = (float)(total / normalizer);
 }
 
-bool shard(const ShardParams& params, int threads) {
-  const ShardFunction rows = active().shard[params.divergence];
+bool shard(const ShardParams& params, const InstructionSet* set, int threads) {
+  const ShardFunction rows = set->shard[params.divergence];
   const RowPlan plan{params.token_weight, 1, nullptr, streams_past_caches(params)};
   for_rows(params.rows, params.vocab, 2 * scratch_row(params.vocab), threads,
            [&](int64_t begin, int64_t end, int64_t next, float* scratch) {
@@ -193,17 +199,17 @@ bool shard(const ShardParams& params, int threads) {
   return KD_NAMESPACE::writes_gradient(params);
 }
 
-void tail(const TailParams& params, int threads) {
-  const TailFunction rows = active().tail;
+void tail(const TailParams& params, const InstructionSet* set, int threads) {
+  const TailFunction rows = set->tail;
   const bool streams = streams_past_caches(params);
   for_rows(params.rows, params.vocab, 0, threads,
            [&](int64_t begin, int64_t end, int64_t, float*) { rows(params, begin, end, streams); });
 }
 
-void scale(const ScaleParams& params, int threads) {
+void scale(const ScaleParams& params, const InstructionSet* set, int threads) {
   if (params.rows == 0) return;
   if (!params.row_scale && params.grad_output_stride == 0 && *params.grad_output == 1) return;
-  const ScaleFunction rows = active().scale;
+  const ScaleFunction rows = set->scale;
   for_rows(params.rows, params.gradient.width, 0, threads,
            [&](int64_t begin, int64_t end, int64_t, float*) { rows(params, begin, end); });
 }

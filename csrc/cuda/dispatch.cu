@@ -26,36 +26,6 @@ namespace {
 
 constexpr const char* kOverride = "KDKERNELS_CUDA_TILE";
 
-// For benchmarks and tests, such as "registers:8x256" or "streaming:1x256". Read at every call, so
-// that one process can compare them.
-std::optional<Tile> forced_tile() {
-  const char* wanted = std::getenv(kOverride);
-  if (!wanted || !*wanted) return {};
-  const std::string text = wanted, name = text.substr(0, text.find(':'));
-  Tile tile;
-  int max_threads = 0, used = 0;
-  const auto is = [&](const char* its_name, Kernel kernel, int its_max_threads) {
-    if (name != its_name) return;
-    tile.kernel = kernel;
-    max_threads = its_max_threads;
-  };
-  is("registers", Kernel::kRegisters, kMaxRegisterThreads);
-  is("shared", Kernel::kShared, kMaxSharedThreads);
-  is("streaming", Kernel::kStreaming, kMaxStreamingThreads);
-  const bool parsed =
-      std::sscanf(wanted + name.size(), ":%dx%d%n", &tile.cluster, &tile.threads, &used) == 2 &&
-      name.size() + used == text.size();
-  bool cluster = false;
-  for (const int known : kClusters) cluster |= tile.cluster == known;
-  if (tile.kernel == Kernel::kStreaming) cluster = tile.cluster == 1;
-  if (!parsed || !cluster || tile.threads < 32 || tile.threads > max_threads || tile.threads % 32)
-    throw std::invalid_argument(
-        std::string(kOverride) + " is " + text +
-        ", expected KERNEL:CLUSTERxTHREADS such as registers:8x256 (at most 512 threads), "
-        "shared:8x256 or streaming:1x256 (at most 256)");
-  return tile;
-}
-
 void check_vocab(int64_t vocab) {
   if (vocab > kMaxVocab)
     throw std::invalid_argument("a vocabulary of " + std::to_string(vocab) + " is above " +
@@ -80,15 +50,44 @@ constexpr ShardFunction kShards[] = {KD_DIVERGENCES(KD_RUN_SHARD)};
 
 }  // namespace
 
+// Such as "registers:8x256" or "streaming:1x256".
+std::optional<Tile> forced_tile() {
+  const char* wanted = std::getenv(kOverride);
+  if (!wanted || !*wanted) return {};
+  const std::string text = wanted, name = text.substr(0, text.find(':'));
+  Tile tile;
+  int max_threads = 0, used = 0;
+  const auto is = [&](const char* its_name, Kernel kernel, int its_max_threads) {
+    if (name != its_name) return;
+    tile.kernel = kernel;
+    max_threads = its_max_threads;
+  };
+  is("registers", Kernel::kRegisters, kMaxRegisterThreads);
+  is("shared", Kernel::kShared, kMaxSharedThreads);
+  is("streaming", Kernel::kStreaming, kMaxStreamingThreads);
+  const bool parsed =
+      std::sscanf(wanted + name.size(), ":%dx%d%n", &tile.cluster, &tile.threads, &used) == 2 &&
+      name.size() + used == text.size();
+  bool cluster = false;
+  for (const int known : kClusters) cluster |= tile.cluster == known;
+  if (tile.kernel == Kernel::kStreaming) cluster = tile.cluster == 1;
+  if (!parsed || !cluster || tile.threads < 32 || tile.threads > max_threads || tile.threads % 32)
+    throw std::invalid_argument(
+        std::string(kOverride) + " is " + text +
+        ", expected KERNEL:CLUSTERxTHREADS such as registers:8x256 or streaming:1x256 (at "
+        "most 512 threads), or shared:8x256 (at most 256)");
+  return tile;
+}
+
 std::string why_not(int device) { return why_not(scale_kernel, device); }
 
-void logits(const LogitsParams& params, int device, void* stream) {
+void logits(const LogitsParams& params, std::optional<Tile> forced, int device, void* stream) {
   if (params.rows == 0) return;
   check_vocab(params.vocab);
   check_rows(params.rows);
   const Capturable capturable;
   use_device(device);
-  kRows[params.divergence](params, device_of(scale_kernel, device), forced_tile(), stream);
+  kRows[params.divergence](params, device_of(scale_kernel, device), forced, stream);
 }
 
 bool shard(const ShardParams& call, int device, void* stream) {

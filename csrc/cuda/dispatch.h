@@ -1,7 +1,10 @@
 // What the extension module calls; declared without CUDA's headers.
 #pragma once
 
+#include <optional>
 #include <string>
+
+#include "tiles.h"
 
 #include "../core/params.h"
 
@@ -10,10 +13,14 @@ namespace kd::cuda {
 // Why calls on a device cannot be served, or an empty string.
 std::string why_not(int device);
 
+// The tile that the environment asks for, as for benchmarks and tests, read anew each time. Not
+// while other threads may change the environment.
+std::optional<Tile> forced_tile();
+
 // Launches on `stream`, a cudaStream_t, and returns at once. Beside the comments of LogitsParams:
 // token_weight is 0 for rows that take no part, labels need not be in range and are not compared
 // with ignore_index, a null normalizer is 1, reduction is none.
-void logits(const LogitsParams& params, int device, void* stream);
+void logits(const LogitsParams& params, std::optional<Tile> forced, int device, void* stream);
 
 // One phase; true where it writes the gradient.
 bool shard(const ShardParams& params, int device, void* stream);

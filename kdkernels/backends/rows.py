@@ -59,8 +59,12 @@ def _in_two_strides(tensor: Tensor) -> bool:
 
 
 def in_rows(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy where its rows do not lie at two strides."""
-    return tensor if _in_two_strides(tensor) else tensor.contiguous()
+    """The tensor, or a copy where its rows are not contiguous or do not lie at two strides.
+
+    Autograd's tensors of zeros, whose stride is 0, turn up in operators only.
+    """
+    fits = tensor.shape[-1] <= 1 or tensor.stride(-1) == 1
+    return tensor if fits and _in_two_strides(tensor) else tensor.contiguous()
 
 
 def gradient_like(

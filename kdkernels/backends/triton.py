@@ -13,7 +13,15 @@ from ..divergences import DIVERGENCES, REGISTERED, Divergence
 from ..options import METRICS, LogitsOptions, TailOptions
 from .rows import address, dtype_refusals, has_row_scale
 
-_INSTALLED = importlib.util.find_spec("triton") is not None
+
+def _installed() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ValueError:  # something stands in for it, as in programs that mock Triton
+        return False
+
+
+_INSTALLED = _installed()
 
 
 def _interpreted() -> bool:
