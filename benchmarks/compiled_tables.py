@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from .tables import source, table
 
 
@@ -39,6 +41,11 @@ def cpu_flops(report: dict, file: str) -> str:
     return table(header, rows) + note
 
 
+def snake_case(name: str) -> str:
+    """A divergence's name from that of its struct."""
+    return re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower()
+
+
 def cuda_instructions(report: dict, file: str) -> str:
     """Of the kernel that serves a plain call, per pair of logits; their time over the 3U floor."""
     names = dict.fromkeys(case["divergence"] for case in report["cases"])
@@ -61,7 +68,12 @@ def cuda_instructions(report: dict, file: str) -> str:
     for kind in ("far rows, bfloat16", "near rows, bfloat16", "far rows, float32"):
         header += [f"{kind}: instructions, FLOPs a pair", "issue, special functions / floor"]
     rows = [
-        [f"`{name}`", *cells(name, 2, "far"), *cells(name, 2, "near"), *cells(name, 4, "far")]
+        [
+            f"`{snake_case(name)}`",
+            *cells(name, 2, "far"),
+            *cells(name, 2, "near"),
+            *cells(name, 4, "far"),
+        ]
         for name in names
     ]
     e = report["environment"]

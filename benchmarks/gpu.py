@@ -41,6 +41,7 @@ TILES = [
     *(f"shared:{cluster}x256" for cluster in (1, 2, 4, 8, 16)),
     *(f"shared:{cluster}x128" for cluster in (2, 4, 8, 16)),
     "streaming:1x256",
+    "streaming:1x512",
 ]
 TABLE_PROVIDERS = 8  # that a line of the table holds
 SMALL_TILES = ("", "registers:2x64", "registers:8x64", "shared:4x64", "streaming:1x64")
@@ -79,7 +80,7 @@ def shared_with_nobody() -> Iterator[None]:
 
 
 def shard(case: LogitsCase) -> Step:
-    """The kernels of a shared vocabulary, which hold all of it."""
+    """The kernels of a sharded vocabulary, whose only shard is all of it."""
 
     def loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
         with shared_with_nobody():
@@ -116,14 +117,22 @@ def check(device: Cpu | Cuda) -> int:
                     wrong += 1
                     print(name, dtype_name, divergence, vocab, error)
                 except ValueError as error:
-                    if "cannot hold" not in str(error):  # registers hold KL divergences only
-                        raise
+                    raise_unless_refused(error)  # registers hold KL divergences only
         wrong += check_tails(dtype, vocab, device)
     for tile in SMALL_TILES:
-        run_options(device, "" if tile.startswith("registers") else tile)
+        try:
+            run_options(device, "" if tile.startswith("registers") else tile)
+        except ValueError as error:
+            raise_unless_refused(error)  # without clusters there are streaming tiles only
     device.synchronize()
     print("check:", f"{wrong} wrong" if wrong else "all right")
     return wrong
+
+
+def raise_unless_refused(error: ValueError) -> None:
+    """A tile that cannot hold a row on this device is no failure."""
+    if "cannot hold" not in str(error):
+        raise error
 
 
 def on_device(case: LogitsCase, device: Cpu | Cuda, make: Callable[[LogitsCase], Step]) -> Step:

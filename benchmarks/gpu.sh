@@ -90,7 +90,8 @@ timed() {
     python3 -m benchmarks --device cuda --budget "$budget" --output "$out/$name.json" "$@"
 }
 
-capability="$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)"
+# Of the device that torch calls the first; nvidia-smi may count in another order.
+capability="$(python3 -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())' || true)"
 {
   nvidia-smi
   nvcc --version

@@ -12,7 +12,7 @@ import torch
 from benchmarks import device, gpu
 from benchmarks.case import Step
 from benchmarks.providers import textbook
-from kdkernels import sharded
+from kdkernels import kd_loss, sharded
 
 from .test_benchmarks import bench, small_device  # noqa: F401  a fixture
 
@@ -99,6 +99,20 @@ def test_check(monkeypatch, capsys):
     assert error.value.code == 1  # rounds every intermediate
     assert "bfloat16 forward_kl 1003 the loss is off by" in capsys.readouterr().out
     assert gpu.TILE not in os.environ
+
+
+@pytest.mark.usefixtures("cpu_in_its_place")
+def test_check_goes_on_where_a_tile_is_refused(monkeypatch, capsys):
+    def without_clusters(*tensors, **options):
+        if os.environ.get(gpu.TILE, "").startswith(("registers", "shared")):
+            raise ValueError("the tile that was asked for cannot hold this row pair here")
+        return kd_loss(*tensors, **options)
+
+    monkeypatch.setattr(gpu, "kd_loss", without_clusters)
+    with pytest.raises(SystemExit) as error:
+        gpu.main(["check"])
+    assert error.value.code == 0
+    assert "all right" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("cpu_in_its_place")

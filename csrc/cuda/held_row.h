@@ -180,6 +180,11 @@ class HeldRow {
     if (columns_.edge >= 0) step(columns_.edge_place(), s, t);
   }
 
+  template <class Step>
+  KD_DEVICE void for_each_at_last(Step step) {
+    for_each(step);
+  }
+
   // Takes the place of the teacher's logits.
   KD_DEVICE void keep(const Place<kCount>& place, const float (&slopes)[kCount]) {
     storage_.keep(place.slot, slopes);

@@ -106,7 +106,9 @@ Device device_of(void (*kernel)(Params), int device) {
   cudaFuncAttributes code;
   check(cudaFuncGetAttributes(&code, (const void*)kernel), "asking what a kernel was built for");
   return {code.ptxVersion / 10, code.ptxVersion % 10,
-          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};
+          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+          attribute(cudaDevAttrMultiProcessorCount, device),
+          attribute(cudaDevAttrL2CacheSize, device)};
 }
 
 // Why this build has no code for the device, or an empty string.

@@ -48,6 +48,15 @@ KD_DEVICE uint4 load_16(const void* from) {
   return x;
 }
 
+// 16 bytes that this kernel does not read again: the first to be evicted.
+KD_DEVICE uint4 load_16_at_last(const void* from) {
+  uint4 x;
+  asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(from));
+  return x;
+}
+
 // 32 bytes. Through the first-level cache: the halves of a warp's 32-byte sectors are asked for in
 // turn, and the second ones are to find what the first ones brought.
 KD_DEVICE void load_32(const char* from, uint4& first, uint4& second) {

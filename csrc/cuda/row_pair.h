@@ -136,7 +136,7 @@ class RowPair : protected RowOptions<Divergence, Row, kOptions> {
     constexpr bool kFeelsShift = Divergence::kFeelsShift && !is_far_v<Points>;
     Sums sums;
     row_.refresh();
-    row_.for_each([&](const auto& place, auto& s, auto& t) {
+    const auto add = [&](const auto& place, auto& s, auto& t) {
       constexpr int n = std::decay_t<decltype(place)>::kCount;
       float raw[n];
       this->transform(s, t, raw);
@@ -164,7 +164,11 @@ class RowPair : protected RowOptions<Divergence, Row, kOptions> {
       } else if constexpr (Row::kKeeps) {
         row_.keep(place, slopes);
       }
-    });
+    };
+    if constexpr (Divergence::kSlopeSumsToZero)
+      row_.for_each_at_last(add);
+    else
+      row_.for_each(add);
     return add_up<is_far_v<Points>>(sums, with_gradient);
   }
 
@@ -205,7 +209,7 @@ class RowPair : protected RowOptions<Divergence, Row, kOptions> {
     const float range = Divergence::kReverse ? fit_float16_range(of_logits.reverse_kl) : 1;
     of_logits.scale(kd_scale_ * range);
     row_.refresh();
-    row_.for_each([&](const auto& place, auto& s, auto& t) {
+    row_.for_each_at_last([&](const auto& place, auto& s, auto& t) {
       constexpr int n = std::decay_t<decltype(place)>::kCount;
       float raw[n], gradient[n];
       this->transform(s, t, raw);
@@ -245,7 +249,7 @@ class RowPair : protected RowOptions<Divergence, Row, kOptions> {
         this->finish_gradient(place, raw, s, slopes);
       });
     } else {
-      row_.for_each([&](const auto& place, auto& s, auto& t) {
+      row_.for_each_at_last([&](const auto& place, auto& s, auto& t) {
         constexpr int n = std::decay_t<decltype(place)>::kCount;
         float raw[n], gradient[n];
         this->transform(s, t, raw);

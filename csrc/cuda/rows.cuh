@@ -43,7 +43,8 @@ Problem problem_of(const LogitsParams& params) {
           params.student.dtype == params.teacher.dtype,
           uses_options(params),
           kRegisterVectors<Divergence>,
-          vectors_of_slot(item, kKeepsSlopes<Divergence>)};
+          vectors_of_slot(item, kKeepsSlopes<Divergence>),
+          kStreamingThreads<Divergence>};
 }
 
 // With the forced tile, or else the chooser's.
@@ -53,13 +54,13 @@ void run_rows(const LogitsParams& call, const Device& device, std::optional<Tile
   RowsParams<Divergence> params(call);
   const Problem problem = problem_of<Divergence>(call);
   constexpr int64_t kSlotBytes = sizeof(WarpSlot);
-  Tile tile = forced ? *forced : choose(problem, device, kSlotBytes);
-  const bool serves = holds(problem, tile, device, kSlotBytes) &&
-                      (tile.cluster == 1 || fits(kernel_of<Divergence>(problem, tile.kernel),
-                                                 grid_of(problem, tile, 1)));
-  if (!serves && forced)
+  const auto has_room = [&](const Tile& tile) {
+    return tile.cluster == 1 ||
+           fits(kernel_of<Divergence>(problem, tile.kernel), grid_of(problem, tile, 1));
+  };
+  if (forced && !(holds(problem, *forced, device, kSlotBytes) && has_room(*forced)))
     throw std::invalid_argument("the tile that was asked for cannot hold this row pair here");
-  if (!serves) tile = streaming_tile(problem.vocab);
+  const Tile tile = forced ? *forced : choose(problem, device, kSlotBytes, has_room);
   const auto kernel = kernel_of<Divergence>(problem, tile.kernel);
   launch_in_parts(params, params.rows, [&](int64_t rows) {
     launch(kernel, grid_of(problem, tile, rows), stream, params);

@@ -62,6 +62,10 @@ struct RowsParams : LaunchParams {
 template <class Divergence>
 constexpr int kCtasOfAnSm = std::is_same_v<Divergence, AlphaBeta> ? 1 : 2;
 
+// Threads of the streaming kernel, with the registers that two CTAs of 256 have.
+template <class Divergence>
+constexpr int kStreamingThreads = 256 * kCtasOfAnSm<Divergence>;
+
 // Whether a call needs a kernel with options.
 inline bool uses_options(const LogitsParams& params) {
   const auto transforms = [](const Transform& x) { return x.scale != 1 || x.softcap != 0; };

@@ -130,7 +130,7 @@ KD_DEVICE void write_masked_shard(const LaunchParams& params, const Team& team, 
 }
 
 template <class Divergence>
-__global__ void __launch_bounds__(kMaxStreamingThreads, kCtasOfAnSm<Divergence>)
+__global__ void __launch_bounds__(kMaxShardThreads, kCtasOfAnSm<Divergence>)
     shard_sums_kernel(const ShardLaunch<Divergence> params) {
   const Team team(1);
   const int64_t index = params.first_row + blockIdx.x;
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kMaxStreamingThreads, kCtasOfAnSm<Divergence>)
 }
 
 template <class Divergence>
-__global__ void __launch_bounds__(kMaxStreamingThreads, kCtasOfAnSm<Divergence>)
+__global__ void __launch_bounds__(kMaxShardThreads, kCtasOfAnSm<Divergence>)
     shard_gradient_kernel(const ShardLaunch<Divergence> params) {
   const Team team(1);
   const int64_t index = params.first_row + blockIdx.x;
@@ -162,7 +162,7 @@ void run_shard(ShardParams call, void* stream) {
   }
   const auto kernel = call.phase == ShardPhase::kSums ? shard_sums_kernel<Divergence>
                                                       : shard_gradient_kernel<Divergence>;
-  const unsigned threads = streaming_tile(call.vocab).threads;
+  const unsigned threads = streaming_threads(call.vocab);
   const size_t shared_bytes = sizeof(WarpSlot) * (threads / 32 + 1);
   ShardLaunch<Divergence> params(call);
   launch_in_parts(params, call.rows, [&](int64_t rows) {

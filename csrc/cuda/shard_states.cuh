@@ -30,7 +30,7 @@ template <class Divergence>
 using SumsOf = std::conditional_t<Divergence::kIsKL, Divergence, NoSums>;
 
 template <class Divergence>
-__global__ void __launch_bounds__(kMaxStreamingThreads, 3)
+__global__ void __launch_bounds__(kMaxShardThreads, 3)
     shard_states_kernel(const ShardStatesLaunch params) {
   const Team team(1);
   const int64_t index = params.first_row + blockIdx.x;
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kMaxStreamingThreads, 3)
 template <class Divergence>
 void run_shard_states(ShardParams call, void* stream) {
   call.gradient = {};
-  const unsigned threads = streaming_tile(call.vocab).threads;
+  const unsigned threads = streaming_threads(call.vocab);
   ShardStatesLaunch params(call);
   launch_in_parts(params, call.rows, [&](int64_t rows) {
     launch(shard_states_kernel<Divergence>,

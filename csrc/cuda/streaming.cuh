@@ -39,29 +39,15 @@ class StreamingRow {
   }
 
   // Calls step(place, student's logits, teacher's logits), while the next place's are on their way.
+  // The last sweep's 16-bit logits are the first to be evicted; float32 ones come in two halves,
+  // between which they have to stay.
   template <class Step>
   KD_DEVICE void for_each(Step step) const {
-    Vectors next_s, next_t;
-    const auto fetch_both = [&](const Place<kCount>& place) {
-      if (!columns_.holds(place)) return;
-      fetch(student, dtype_, place, next_s);
-      if (reads_teacher) fetch(teacher_, teacher_dtype_, place, next_t);
-    };
-    Place<kCount> place = columns_.place(0);
-    fetch_both(place);
-    while (columns_.holds(place)) {
-      const Place<kCount> here = place;
-      float s[kCount], t[kCount] = {};
-      read(student, dtype_, here, next_s, s);
-      if (reads_teacher) read(teacher_, teacher_dtype_, here, next_t, t);
-      place.begin += columns_.pace();
-      fetch_both(place);
-      step(here, s, t);
-    }
-    if (columns_.edge < 0) return;
-    float s[1] = {load_1(student, columns_.edge, dtype_)}, t[1] = {};
-    if (reads_teacher) t[0] = load_1(teacher_, columns_.edge, teacher_dtype_);
-    step(columns_.edge_place(), s, t);
+    sweep<false>(step);
+  }
+  template <class Step>
+  KD_DEVICE void for_each_at_last(Step step) const {
+    sweep<true>(step);
   }
 
   KD_DEVICE void put_gradient(const Place<kCount>& place, const float (&x)[kCount]) const {
@@ -95,13 +81,38 @@ class StreamingRow {
     uint4 first, second;
   };
 
+  template <bool kLast, class Step>
+  KD_DEVICE void sweep(Step step) const {
+    Vectors next_s, next_t;
+    const auto fetch_both = [&](const Place<kCount>& place) {
+      if (!columns_.holds(place)) return;
+      fetch<kLast>(student, dtype_, place, next_s);
+      if (reads_teacher) fetch<kLast>(teacher_, teacher_dtype_, place, next_t);
+    };
+    Place<kCount> place = columns_.place(0);
+    fetch_both(place);
+    while (columns_.holds(place)) {
+      const Place<kCount> here = place;
+      float s[kCount], t[kCount] = {};
+      read(student, dtype_, here, next_s, s);
+      if (reads_teacher) read(teacher_, teacher_dtype_, here, next_t, t);
+      place.begin += columns_.pace();
+      fetch_both(place);
+      step(here, s, t);
+    }
+    if (columns_.edge < 0) return;
+    float s[1] = {load_1(student, columns_.edge, dtype_)}, t[1] = {};
+    if (reads_teacher) t[0] = load_1(teacher_, columns_.edge, teacher_dtype_);
+    step(columns_.edge_place(), s, t);
+  }
+
   template <class Step>
   KD_DEVICE void for_each_of(const char* row, DType dtype, Step step) const {
     for (int slot = 0; columns_.holds(columns_.place(slot)); ++slot) {
       const Place<kCount> place = columns_.place(slot);
       Vectors vectors;
       float x[kCount];
-      fetch(row, dtype, place, vectors);
+      fetch<false>(row, dtype, place, vectors);
       read(row, dtype, place, vectors, x);
       step(place, x);
     }
@@ -111,6 +122,7 @@ class StreamingRow {
   }
 
   // Loads a place, unless its columns have to be read one by one.
+  template <bool kLast>
   KD_DEVICE void fetch(const char* row, DType dtype, const Place<kCount>& place,
                        Vectors& vectors) const {
     if (!columns_.aligned) return;
@@ -118,7 +130,7 @@ class StreamingRow {
     if (dtype == DType::kFloat32)
       load_32(from, vectors.first, vectors.second);
     else
-      vectors.first = load_16(from);
+      vectors.first = kLast ? load_16_at_last(from) : load_16(from);
   }
 
   KD_DEVICE void read(const char* row, DType dtype, const Place<kCount>& place,
@@ -146,7 +158,7 @@ class StreamingRow {
 };
 
 template <class Divergence, bool kOptions>
-__global__ void __launch_bounds__(kMaxStreamingThreads, kCtasOfAnSm<Divergence>)
+__global__ void __launch_bounds__(kStreamingThreads<Divergence>, 1)
     streaming_kernel(const RowsParams<Divergence> params) {
   const Team team(1);
   run_row<StreamingRow, kOptions>(params, team, params.first_row + blockIdx.x);

@@ -4,12 +4,15 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 
 namespace kd::cuda {
 
 struct Device {
   int major = 0, minor = 0;  // compute capability
   int64_t shared_bytes = 0;  // that a CTA may have
+  int sms = 0;
+  int64_t cache_bytes = 0;  // of the last level
 };
 
 enum class Kernel { kRegisters, kShared, kStreaming };
@@ -22,15 +25,17 @@ struct Tile {
 
 struct Problem {
   int64_t vocab;
-  int item_size;         // of a logit
-  bool same_dtypes;      // student and teacher
-  bool options;          // see uses_options
-  int register_vectors;  // 16-byte vectors of each tensor that a thread can hold in registers
-  int shared_vectors;    // that it needs in shared memory for one of each tensor
+  int item_size;          // of a logit
+  bool same_dtypes;       // student and teacher
+  bool options;           // see uses_options
+  int register_vectors;   // 16-byte vectors of each tensor that a thread can hold in registers
+  int shared_vectors;     // that it needs in shared memory for one of each tensor
+  int streaming_threads;  // the most of its streaming kernel
 };
 
 // Threads of a CTA, by the kernel's launch bounds.
-constexpr int kMaxRegisterThreads = 512, kMaxSharedThreads = 256, kMaxStreamingThreads = 256;
+constexpr int kMaxRegisterThreads = 512, kMaxSharedThreads = 256, kMaxStreamingThreads = 512;
+constexpr int kMaxShardThreads = 256;  // as streaming_threads() has them
 
 // Columns are counted in 32 bits, with room for a team's stride.
 constexpr int64_t kMaxVocab = 1 << 30;
@@ -64,7 +69,7 @@ constexpr int64_t shared_bytes(const Problem& problem, const Tile& tile, int64_t
 }
 
 constexpr bool holds(const Problem& problem, const Tile& tile, int64_t shared, int64_t slot_bytes) {
-  if (tile.kernel == Kernel::kStreaming) return true;
+  if (tile.kernel == Kernel::kStreaming) return tile.threads <= problem.streaming_threads;
   if (!problem.same_dtypes) return false;
   if (tile.kernel == Kernel::kShared) return shared_bytes(problem, tile, slot_bytes) <= shared;
   return !problem.options &&
@@ -75,7 +80,7 @@ constexpr bool holds(const Problem& problem, const Tile& tile, int64_t shared, i
 // a second CTA, whose loads overlap the first one's arithmetic: 256 threads of 128 registers, or
 // half of the shared memory. One CTA alone only where nothing else holds the row. One warp takes
 // the shortest rows, whose fixed cost is each warp's.
-constexpr Tile resident_tile(const Problem& problem, Kernel kernel, int64_t half,
+constexpr Tile resident_tile(const Problem& problem, Kernel kernel, int most_ctas, int64_t half,
                              int64_t slot_bytes) {
   for (int threads = 32; threads < 256; threads *= 2) {
     const Tile tile{kernel, 1, threads};
@@ -85,15 +90,24 @@ constexpr Tile resident_tile(const Problem& problem, Kernel kernel, int64_t half
   }
   for (const int cluster : kClusters) {
     const Tile tile{kernel, cluster, 256};
-    if (holds(problem, tile, half, slot_bytes)) return tile;
+    if (cluster <= most_ctas && holds(problem, tile, half, slot_bytes)) return tile;
   }
-  return {kernel, 16, kernel == Kernel::kRegisters ? 512 : 256};
+  return {kernel, most_ctas, kernel == Kernel::kRegisters ? 512 : 256};
 }
 
-constexpr Tile streaming_tile(int64_t vocab) {
+constexpr int streaming_threads(int64_t vocab) {
   int threads = 32;
   while (threads < 256 && threads * 16 < vocab) threads *= 2;
-  return {Kernel::kStreaming, 1, threads};
+  return threads;
+}
+
+// Two CTAs on an SM, or one of twice the threads where the cache cannot keep two row pairs for
+// each SM from one sweep to the next.
+constexpr Tile streaming_tile(const Problem& problem, const Device& device) {
+  const int threads = streaming_threads(problem.vocab);
+  const int64_t pair_bytes = 2 * problem.vocab * problem.item_size;
+  const bool alone = threads == 256 && 2 * device.sms * pair_bytes > device.cache_bytes;
+  return {Kernel::kStreaming, 1, alone ? problem.streaming_threads : threads};
 }
 
 // Shared memory of one of two CTAs on an SM.
@@ -109,12 +123,23 @@ constexpr bool holds(const Problem& problem, const Tile& tile, const Device& dev
          holds(problem, tile, device.shared_bytes, slot_bytes);
 }
 
-constexpr Tile choose(const Problem& problem, const Device& device, int64_t slot_bytes) {
-  if (device.major < 9) return streaming_tile(problem.vocab);
-  const bool registers = !problem.options && problem.register_vectors > 0;
-  const Tile tile = resident_tile(problem, registers ? Kernel::kRegisters : Kernel::kShared,
-                                  one_of_two(device), slot_bytes);
-  return holds(problem, tile, device, slot_bytes) ? tile : streaming_tile(problem.vocab);
+struct AlwaysFits {
+  constexpr bool operator()(const Tile&) const { return true; }
+};
+
+// fits(tile) says whether the device has room for such a cluster: those of 16 exist on some only.
+template <class Fits = AlwaysFits>
+constexpr Tile choose(const Problem& problem, const Device& device, int64_t slot_bytes,
+                      Fits fits = {}) {
+  if (device.major >= 9) {
+    for (const Kernel kernel : {Kernel::kRegisters, Kernel::kShared}) {
+      for (const int most_ctas : {16, 8}) {
+        const Tile tile = resident_tile(problem, kernel, most_ctas, one_of_two(device), slot_bytes);
+        if (holds(problem, tile, device, slot_bytes) && fits(tile)) return tile;
+      }
+    }
+  }
+  return streaming_tile(problem, device);
 }
 
 }  // namespace kd::cuda

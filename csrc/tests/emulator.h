@@ -168,6 +168,8 @@ inline uint4 load_16(const void* address, KD_HERE) {
   return *static_cast<const uint4*>(address);
 }
 
+inline uint4 load_16_at_last(const void* address, KD_HERE) { return load_16(address, where); }
+
 inline void load_32(const char* address, uint4& first, uint4& second, KD_HERE) {
   first = load_16(address, where);
   second = load_16(address + 16, where);

@@ -26,7 +26,7 @@ constexpr int index_of(const char* name) {
 constexpr int kIndex = index_of(KD_DIVERGENCE);
 using Divergence = std::tuple_element_t<kIndex, std::tuple<KD_DIVERGENCES(KD_STRUCT) void>>;
 
-constexpr cuda::Device kH100{9, 0, 227 << 10};
+constexpr cuda::Device kH100{9, 0, 227 << 10, 132, 50 << 20};
 constexpr int64_t kSlotBytes = sizeof(cuda::WarpSlot);  // as run_rows has it
 
 }  // namespace
@@ -43,7 +43,9 @@ cuda::Problem problem_of(const LogitsParams& params) {
 }
 
 cuda::Tile choose(const cuda::Problem& problem, int compute_capability) {
-  return cuda::choose(problem, {compute_capability, 0, kH100.shared_bytes}, kSlotBytes);
+  cuda::Device device = kH100;
+  device.major = compute_capability;
+  return cuda::choose(problem, device, kSlotBytes);
 }
 
 bool holds(const cuda::Problem& problem, const cuda::Tile& tile) {

@@ -10,14 +10,20 @@ using namespace kd::cuda;
 
 namespace {
 
-constexpr Device kAmpere{8, 0, 163 * 1024}, kHopper{9, 0, 227 * 1024};
+constexpr Device kAmpere{8, 0, 163 * 1024, 108, 40 << 20}, kHopper{9, 0, 227 * 1024, 132, 50 << 20};
 constexpr int64_t kSlot = 192;  // bytes
 
 constexpr Problem forward_kl(int64_t vocab, int item_size) {
-  return {vocab, item_size, true, false, 10, 2};
+  return {vocab, item_size, true, false, 10, 2, 512};
 }
 constexpr Problem jsd(int64_t vocab, int item_size) {
-  return {vocab, item_size, true, false, 0, item_size == 2 ? 3 : 2};
+  return {vocab, item_size, true, false, 0, item_size == 2 ? 3 : 2, 512};
+}
+constexpr Problem tvd(int64_t vocab, int item_size) {
+  return {vocab, item_size, true, false, 8, 2, 512};
+}
+constexpr Problem alpha_beta(int64_t vocab, int item_size) {
+  return {vocab, item_size, true, false, 0, item_size == 2 ? 3 : 2, 256};
 }
 constexpr Problem with_options(Problem problem) {
   problem.options = true;
@@ -43,6 +49,23 @@ static_assert(is(on_hopper(forward_kl(256000, 4)), Kernel::kRegisters, 16, 512))
 static_assert(is(on_hopper(forward_kl(19, 2)), Kernel::kRegisters, 1, 32));
 static_assert(is(on_hopper(forward_kl(1000, 2)), Kernel::kRegisters, 1, 64));
 static_assert(on_hopper(forward_kl(1 << 20, 4)).kernel == Kernel::kStreaming);
+// Shared memory where registers do not hold the row.
+static_assert(is(on_hopper(tvd(262144, 4)), Kernel::kShared, 16, 256));
+
+// A part of a device, or another one, may have no clusters of 16, or none but of one CTA.
+template <int kMost>
+struct AtMost {
+  constexpr bool operator()(const Tile& tile) const { return tile.cluster <= kMost; }
+};
+template <int kMost>
+constexpr Tile on_part(const Problem& problem) {
+  return choose(problem, kHopper, kSlot, AtMost<kMost>());
+}
+static_assert(is(on_part<8>(forward_kl(128256, 2)), Kernel::kRegisters, 8, 256));
+static_assert(is(on_part<8>(forward_kl(256000, 2)), Kernel::kRegisters, 8, 512));
+static_assert(is(on_part<8>(jsd(151936, 2)), Kernel::kShared, 8, 256));
+static_assert(is(on_part<8>(jsd(256000, 2)), Kernel::kShared, 8, 256));
+static_assert(on_part<1>(forward_kl(128256, 2)).kernel == Kernel::kStreaming);
 
 // Two CTAs of an SM fit beside each other.
 static_assert(2 * (one_of_two(kHopper) + 1024) <= 228 * 1024);
@@ -51,7 +74,13 @@ static_assert(is(on_hopper(jsd(256000, 2)), Kernel::kShared, 16, 256));
 static_assert(on_hopper(with_options(forward_kl(128256, 2))).kernel == Kernel::kShared);
 
 static_assert(on_hopper(mixed(forward_kl(32000, 2))).kernel == Kernel::kStreaming);
-static_assert(choose(forward_kl(32000, 2), kAmpere, kSlot).kernel == Kernel::kStreaming);
+// Two row pairs for each SM while the cache holds them; then one, of as many threads.
+constexpr Tile on_ampere(const Problem& problem) { return choose(problem, kAmpere, kSlot); }
+static_assert(is(on_ampere(forward_kl(1000, 2)), Kernel::kStreaming, 1, 64));
+static_assert(is(on_ampere(forward_kl(32000, 2)), Kernel::kStreaming, 1, 256));
+static_assert(is(on_ampere(forward_kl(128256, 2)), Kernel::kStreaming, 1, 512));
+static_assert(is(on_ampere(alpha_beta(128256, 2)), Kernel::kStreaming, 1, 256));
+static_assert(!holds(alpha_beta(1000, 2), {Kernel::kStreaming, 1, 512}, kAmpere, kSlot));
 static_assert(!holds(forward_kl(1000, 2), {Kernel::kRegisters, 1, 256}, kAmpere, kSlot));
 
 void check(bool condition, const Problem& problem, const Tile& tile) {
@@ -86,6 +115,8 @@ int main() {
     for (int64_t vocab = 1; vocab < 2000000; vocab += 1 + vocab / 97) {
       check_any(forward_kl(vocab, item_size));
       check_any(jsd(vocab, item_size));
+      check_any(tvd(vocab, item_size));
+      check_any(alpha_beta(vocab, item_size));
       check_any(with_options(forward_kl(vocab, item_size)));
       check_any(mixed(jsd(vocab, item_size)));
     }
