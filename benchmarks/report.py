@@ -87,7 +87,7 @@ def beside_eager(report: dict, file: str) -> str:
         f"{ours} in place",
         FLOOR_NAMES[level]["floor"],
         f"eager / {ours}",
-        "in place",
+        "eager / in place",
     ]
     return table(header, rows) + _source(report, file)
 

@@ -1,4 +1,4 @@
-"""Times losses of a vocabulary that processes share, on CPUs and gloo.
+"""Times losses of a sharded vocabulary, on CPUs and gloo.
 
     python -m benchmarks.sharded --output benchmarks/results/cpu_sharded.json
 

@@ -26,6 +26,7 @@ from .linear import linear_kd_loss
 from .linear_sparse import linear_sparse_kd_loss
 from .memory import release_memory
 from .modules import KDLoss, LinearKDLoss, LinearSparseKDLoss, SparseKDLoss
+from .options import Metrics
 from .sparse import sparse_kd_loss
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "LinearKDLoss",
     "LinearSparseKDHead",
     "LinearSparseKDLoss",
+    "Metrics",
     "ReverseKL",
     "SkewForwardKL",
     "SkewReverseKL",

@@ -218,7 +218,9 @@ def logits_tensor(name: str, logits: Tensor, *, least: int = 1) -> None:
     if logits.dim() == 0:
         raise ValueError(f"{name} has shape (), expected (..., vocab)")
     if logits.shape[-1] < least:
-        raise ValueError(f"{name} has shape {tuple(logits.shape)}, a vocabulary of 0")
+        raise ValueError(
+            f"{name} has shape {tuple(logits.shape)}, expected a vocabulary of at least 1"
+        )
     if logits.stride(-1) != 1 and logits.shape[-1] > 1 and logits.numel() > 0:
         raise ValueError(
             f"{name} has stride {logits.stride(-1)} in its last dimension, expected 1: pass "
@@ -257,7 +259,10 @@ def inplace_grad(value: bool, student: Tensor) -> None:
     if not student.requires_grad or not torch.is_grad_enabled():
         return
     if student.is_leaf:
-        raise ValueError("inplace_grad: student_logits is a leaf, whose data would be overwritten")
+        raise ValueError(
+            "inplace_grad: student_logits is a leaf, whose data would be overwritten; "
+            "expected the output of an operation"
+        )
     if torch.compiler.is_compiling():
         torch.ops.kdkernels.no_view_of_a_leaf.default(student)
     else:
@@ -267,7 +272,10 @@ def inplace_grad(value: bool, student: Tensor) -> None:
 def _no_view_of_a_leaf(student: Tensor) -> None:
     base = student._base
     if base is not None and base.is_leaf and base.requires_grad:
-        raise ValueError("inplace_grad: student_logits is a view of a leaf that requires grad")
+        raise ValueError(
+            "inplace_grad: student_logits is a view of a leaf that requires grad; "
+            "expected the output of an operation"
+        )
 
 
 # Under torch.compile by an operator: tensors of a graph do not know their base.

@@ -84,7 +84,7 @@ def do_not_fit(headers: Tensor, o: LogitsOptions) -> Tensor:
     bad = differ.any()
     if watchers.may_look(headers) and bad:
         if not differ[:, 0].any():
-            raise ValueError("group: its processes do not pass the same options")
+            raise ValueError("group: its processes pass different options, expected the same")
         starts, ends = here[:, 0].long().tolist(), following[:, 0].long().tolist()
         ends[-1] += o.vocab_size
         shards = [f"{start} to {end}" for start, end in zip(starts, ends, strict=True)]

@@ -59,8 +59,8 @@ def _vocab_size(vocab_size: int | None, student: int, teacher: int) -> int:
     smaller = min(student, teacher)
     if smaller == 0:
         raise ValueError(
-            f"the logits have {student} (student) and {teacher} (teacher) columns, "
-            "a vocabulary of 0"
+            f"student_logits and teacher_logits have {student} and {teacher} columns, expected a "
+            "vocabulary of at least 1"
         )
     if vocab_size is None:
         return smaller

@@ -1,4 +1,4 @@
-"""Constants of the definition of rows and states, as in csrc/core; a test compares them."""
+"""Constants of the definition of rows and states, as in csrc; a test compares them."""
 
 #: Where the base of an empty sum of exponentials starts: finite, so that a row of -inf needs no
 #: guard, and low enough to count as -inf.

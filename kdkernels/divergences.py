@@ -388,5 +388,7 @@ def as_divergence(divergence: str | Divergence) -> Divergence:
         names = ", ".join([*DIVERGENCES, *REGISTERED])
         raise ValueError(f"divergence is {divergence!r}, expected one of {names}")
     if divergence == AlphaBeta.name:
-        raise ValueError("divergence 'alpha_beta' has no defaults; pass AlphaBeta(alpha, beta)")
+        raise ValueError(
+            "divergence is 'alpha_beta', which has no defaults, expected AlphaBeta(alpha, beta)"
+        )
     return _DEFAULTS[divergence]

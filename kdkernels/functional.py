@@ -86,8 +86,8 @@ def kd_loss(
             reference backend). Leading dimensions may have any strides, the last one is contiguous.
             Log-probabilities are logits too.
         teacher_logits: ``(..., vocab_t)``, the same leading shape, its own dtype and vocabulary
-            padding. A constant: it must not require grad. In float64 it makes the call run on the
-            reference backend too, many times slower: cast what NumPy left in its default dtype.
+            padding. A constant: it must not require grad. A float64 teacher, NumPy's default, sends
+            the whole call to the reference backend, many times slower: cast it first.
         divergence: a name (``forward_kl``, ``reverse_kl``, ``jsd``, ``skew_forward_kl``,
             ``skew_reverse_kl``, ``symmetric_kl``, ``tvd``, ``soft_cross_entropy``) or an instance
             such as ``JSD(beta=0.1)`` or ``AlphaBeta(0.2, 0.7)``;
@@ -99,12 +99,13 @@ def kd_loss(
         kd_weight: weight of the divergence; at 0 it is not evaluated.
         ce_weight: weight of the cross-entropy against ``labels``; at 0 it is not evaluated.
         ignore_index: the label of rows to leave out.
-        token_weight: ``(...)``, bool or floating, constant. A row of weight 0 gives exactly 0 loss
-            and gradient whatever its logits hold.
+        token_weight: ``(...)``, bool or of a logits dtype, constant. A row of weight 0 gives
+            exactly 0 loss and gradient whatever its logits hold.
         reduction: ``"mean"``, the weighted sum over ``normalizer``; ``"sum"``; or ``"none"``, per
             token.
         normalizer: a positive number or 0-d tensor for ``"mean"``, such as the number of tokens of
-            an accumulated batch. Default: the sum of the kept rows' weights (1 if not positive).
+            an accumulated batch; the other reductions ignore it. Default: the sum of the kept rows'
+            weights (1 if not positive).
             Under torch.compile each new float compiles anew; an int or a tensor does not.
         temperature_squared: multiply the divergence by T^2 (Hinton et al. 2015), so that its
             gradient keeps its size as T grows.
@@ -119,8 +120,8 @@ def kd_loss(
             everywhere, and so is the loss. DTensors sharded over their last dimension say so
             themselves.
         vocab_start: the first column of this process's shard in the whole vocabulary, of
-            ``vocab_size``; shards follow each other in the order of ranks. Default: rank times
-            width, of shards of one width.
+            ``vocab_size``; shards follow each other in the order of ranks. Default: rank * width,
+            which needs shards of equal width.
         inplace_grad: the gradient overwrites ``student_logits``, whose content is undefined
             afterwards; saves one (tokens, vocab) tensor. Not for leaves (a compiled graph checks
             this only while it is compiled).

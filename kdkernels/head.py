@@ -81,7 +81,7 @@ class LinearKDHead(_HeadModule):
     Args:
         lm_head: an ``nn.Linear``, parametrized or with hooks as it may be; or a LoRA layer like
             those of PEFT, whose frozen weight gets no gradient work. A weight tied to embeddings
-            gets the sum of both gradients, as always. Or a Hugging Face model, whose head it is.
+            gets the sum of both gradients, as always. Or a Hugging Face model, whose head is used.
         teacher_head: the frozen teacher's ``nn.Linear``, where its weight too must be gathered
             by a call, or the model. It does not become a submodule. Or pass ``teacher_weight`` to
             the call.
@@ -158,7 +158,9 @@ class LinearKDHead(_HeadModule):
         if teacher_head is None or teacher_logits is not None:
             return loss(teacher_weight, teacher_bias)
         if teacher_weight is not None or teacher_bias is not None:
-            raise ValueError("teacher_weight or teacher_bias is given beside teacher_head")
+            raise ValueError(
+                "teacher_weight or teacher_bias is given, expected neither beside teacher_head"
+            )
         results = []  # no output of the teacher's call, or its hooks would wait for a backward
 
         def inside() -> None:
@@ -305,7 +307,9 @@ def _active_adapters(head: Any) -> list[str]:
     names = [name for name in head.active_adapters if name in head.lora_A]
     for name in names:
         if getattr(head, "use_dora", {}).get(name) or name in getattr(head, "lora_variant", {}):
-            raise TypeError(f"lm_head: adapter {name!r} is a variant of LoRA (such as DoRA)")
+            raise TypeError(
+                f"lm_head: adapter {name!r} is a variant of LoRA such as DoRA, expected plain LoRA"
+            )
         _check_layer(f"lm_head.lora_B[{name!r}]", head.lora_B[name])
         if head.lora_B[name].bias is not None:
             raise TypeError(f"lm_head: adapter {name!r} has a bias, expected none")

@@ -109,16 +109,18 @@ def linear_kd_loss(
             through :class:`kdkernels.LinearKDHead`.
         teacher_hidden: ``(..., hidden_t)``, the same leading shape; a tensor or NumPy array on the
             student's device or, also memory-mapped, on the host, from which it is streamed in
-            blocks; of any floating dtype, cast to that of the weight. A constant, like all of the
-            teacher: it must not require grad.
+            blocks; float32, bfloat16, float16 or float64, cast to the weight's dtype. A constant,
+            like all of the teacher: it must not require grad.
         teacher_weight: ``(vocab_t, hidden_t)``, on the student's device.
         teacher_logits: ``(..., vocab_t)`` instead of hidden states and weight, also on the host.
-            A float64 teacher counts as float32 beside a student of another dtype, block by block.
+            A float64 teacher, NumPy's default, counts as float32 beside a student of another dtype,
+            block by block.
         student_bias: ``(vocab_s,)``.
         teacher_bias: ``(vocab_t,)``.
         row_index: int64 ``(kept,)`` positions in the flattened leading shape, increasing; on the
-            host. Other rows take no part, as if ignored, and cost nothing. On a CPU rows that
-            labels or weights mask cost nothing anyway; a GPU would have to be waited for.
+            host. Other rows take no part, as if ignored, and cost nothing. Needed on GPUs only,
+            where to find the rows that labels or weights mask would mean to wait for the device;
+            on a CPU they are skipped anyway.
         chunk_bytes: what both models' logits may take at a time. Default: on a GPU 1 GiB; on a CPU
             a quarter of all of them, but at least 128 rows and at most 1 GiB. With a 16-bit weight
             whose gradient is needed, more than one chunk also takes ``4 * vocab_s * hidden_s``
@@ -158,7 +160,9 @@ def linear_kd_loss(
     linear_checks.check_row_index(row_index)
     chunk_bytes = scalars.option("chunk_bytes", chunk_bytes)
     student_dtype = linear_checks.product_dtype(weight[0])
-    if teacher_dtype == torch.float64 != student_dtype:  # NumPy's default: no reason for slow paths
+    if (
+        teacher_dtype == torch.float64 and student_dtype != torch.float64
+    ):  # NumPy's default: no reason for slow paths
         teacher_dtype = torch.float32
     linear_checks.check_logits_dtype(logits_dtype, student_dtype)
     # Logits without rows: their dtype, device and width are checked.

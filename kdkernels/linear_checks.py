@@ -159,7 +159,9 @@ def _check_head(model: str, hidden: Tensor, weight: Tensor) -> None:
             "LinearSparseKDHead"
         )
     if weight.shape[0] == 0:
-        raise ValueError(f"{model}_weight has shape {tuple(weight.shape)}, a vocabulary of 0")
+        raise ValueError(
+            f"{model}_weight has shape {tuple(weight.shape)}, expected a vocabulary of at least 1"
+        )
     if hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{model}_hidden has shape {tuple(hidden.shape)}, expected a last dimension of "

@@ -107,7 +107,7 @@ def linear_sparse_kd_loss(
         chunk_bytes, logits_dtype: see :func:`kdkernels.linear_kd_loss`.
         tail, divergence, labels, ...: the other options of :func:`kdkernels.sparse_kd_loss`.
         token_weight: likewise. On a CPU rows of weight 0 and ignored ones cost nothing; on a GPU
-            finding them would wait for the device: there, do not pass such rows.
+            finding them would wait for the device: leave them out of all arguments there.
         group: likewise. Weights and bias hold this process's rows of the head; hidden states are
             the same everywhere, and their gradient is summed over the group.
         backend: likewise; ``"reference"`` computes all logits at once.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from .sparse import sparse_kd_loss
 from .sparse_entries import check_tail
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from typing_extensions import Unpack
 
 
@@ -34,8 +37,12 @@ class LossModule(nn.Module):
                 f"name: {', '.join(self.known)}"
             )
         for name, value in options.items():
+            if name in inspect.signature(self.forward).parameters:
+                raise TypeError(
+                    f"{name} is an argument of each call, expected loss(..., {name}={name})"
+                )
             if name not in self.known:
-                raise TypeError(f"{name} is not an option; expected {', '.join(self.known)}")
+                raise TypeError(f"{name} is not an option, expected {', '.join(self.known)}")
             scalars.option(name, value)
         if "divergence" in options:
             options["divergence"] = as_divergence(options["divergence"])
@@ -49,7 +56,7 @@ class KDLoss(LossModule):
     """:func:`kdkernels.kd_loss` with its options fixed.
 
     Args:
-        **options: any keyword of :func:`kdkernels.kd_loss` but the per-call tensors ``labels``,
+        **options: any keyword of :func:`kdkernels.kd_loss` but the per-call ``labels``,
             ``token_weight`` and ``normalizer``.
 
     Example:
@@ -93,7 +100,8 @@ class LinearKDLoss(LossModule):
     """:func:`kdkernels.linear_kd_loss` with its options fixed.
 
     Args:
-        **options: any keyword of :func:`kdkernels.linear_kd_loss` but the tensors of a call.
+        **options: any keyword of :func:`kdkernels.linear_kd_loss` but the arguments of a
+            call: tensors, ``normalizer`` and ``row_index``.
 
     Example:
         >>> import torch
@@ -112,8 +120,8 @@ class LinearKDLoss(LossModule):
 
     def forward(
         self,
-        student_hidden: Tensor,
-        student_weight: Tensor,
+        student_hidden: Tensor | Sequence[Tensor],
+        student_weight: Tensor | Sequence[Tensor],
         teacher_hidden: Tensor | np.ndarray | None = None,
         teacher_weight: Tensor | None = None,
         *,
@@ -198,7 +206,8 @@ class LinearSparseKDLoss(_SparseLoss):
     """:func:`kdkernels.linear_sparse_kd_loss` with its options fixed.
 
     Args:
-        **options: any keyword of :func:`kdkernels.linear_sparse_kd_loss` but the tensors of a call.
+        **options: any keyword of :func:`kdkernels.linear_sparse_kd_loss` but the arguments of a
+            call: tensors, ``normalizer`` and ``row_index``.
 
     Example:
         >>> import torch
@@ -218,8 +227,8 @@ class LinearSparseKDLoss(_SparseLoss):
 
     def forward(
         self,
-        student_hidden: Tensor,
-        student_weight: Tensor,
+        student_hidden: Tensor | Sequence[Tensor],
+        student_weight: Tensor | Sequence[Tensor],
         teacher_indices: Tensor,
         teacher_logprobs: Tensor,
         *,

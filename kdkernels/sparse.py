@@ -116,23 +116,13 @@ def sparse_kd_loss(
             reference backend). Leading dimensions may have any strides, the last one is contiguous.
         teacher_indices: ``(..., k)`` int64 or int32 token ids, different ones in a row, in any
             order; -1 marks an empty slot.
-        teacher_logprobs: ``(..., k)``, floating, at ``temperature``: log softmax(teacher / T) at
-            the listed tokens. That of an empty slot may be anything.
+        teacher_logprobs: ``(..., k)``, of a logits dtype, at ``temperature``:
+            log softmax(teacher / T) at the listed tokens. That of an empty slot may be anything.
         tail: ``"bucket"``, ``"renormalize"``, ``"drop"`` or ``"sampled"``.
         divergence: as for :func:`kdkernels.kd_loss`; every one works on every backend.
         temperature: T > 0, dividing the student's logits in the divergence.
-        labels: see :func:`kdkernels.kd_loss` for this and the other options. The cross-entropy is
-            over the whole vocabulary.
-        kd_weight: weight of the divergence.
-        ce_weight: weight of the cross-entropy against ``labels``.
-        ignore_index: the label of rows to leave out.
-        token_weight: ``(...)``; a row of weight 0 gives exactly 0, whatever it holds.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        normalizer: for ``"mean"``, default the sum of the kept rows' weights.
-        temperature_squared: multiply the divergence by T^2.
-        vocab_size: the number of leading columns that take part, default all.
-        student_scale: multiplies the student's logits before softcap and temperature.
-        student_softcap: cap of ``cap * tanh(x / cap)`` on the scaled logits, None for none.
+        labels, kd_weight, ce_weight, ...: the other options of :func:`kdkernels.kd_loss`. The
+            cross-entropy is over the whole vocabulary, of ``vocab_size`` columns.
         group: a process group over which the vocabulary is sharded, see :func:`kdkernels.kd_loss`;
             tokens are numbered in the whole vocabulary, and the same everywhere.
         vocab_start: see :func:`kdkernels.kd_loss`.

@@ -1,4 +1,4 @@
-"""The benchmark of a shared vocabulary, in two processes of its own."""
+"""The benchmark of a sharded vocabulary, in two processes of its own."""
 
 from __future__ import annotations
 

@@ -53,8 +53,8 @@ LOGITS = [
     (S, T[:1], ValueError, r"teacher_logits has shape \(1, 3, 8\), expected .* \(2, 3\)"),
     (S, T[0], ValueError, r"teacher_logits has shape \(3, 8\), expected .* \(2, 3\)"),
     (S.view(6, 8), T, ValueError, r"teacher_logits has shape \(2, 3, 8\), expected .* \(6,\)"),
-    (S[..., :0], T, ValueError, "student_logits.*vocabulary of 0"),
-    (S, T[..., :0], ValueError, "teacher_logits.*vocabulary of 0"),
+    (S[..., :0], T, ValueError, "student_logits.*vocabulary of at least 1"),
+    (S, T[..., :0], ValueError, "teacher_logits.*vocabulary of at least 1"),
     (
         STRIDED,
         T,
@@ -103,7 +103,7 @@ OPTIONS = [
     ("ce_weight", 0.5, ValueError, "ce_weight is 0.5, which needs labels"),
     ("ce_weight", -0.5, ValueError, "ce_weight is -0.5, which needs labels"),
     ("divergence", "kl", ValueError, "divergence is 'kl', expected one of forward_kl, reverse_kl"),
-    ("divergence", "alpha_beta", ValueError, r"divergence 'alpha_beta'.*AlphaBeta\(alpha, beta\)"),
+    ("divergence", "alpha_beta", ValueError, r"which has no defaults, expected AlphaBeta\(a"),
     ("divergence", None, TypeError, "divergence is a NoneType, expected a name or a Divergence"),
     (
         "divergence",

@@ -92,7 +92,7 @@ ARGUMENTS = [
     (
         {"student_weight": CASE.student_weight[:0]},
         ValueError,
-        r"student_weight .*a vocabulary of 0",
+        r"student_weight .*a vocabulary of at least 1",
     ),
     (
         {"teacher_hidden": CASE.teacher_hidden[:1]},

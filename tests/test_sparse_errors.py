@@ -52,7 +52,7 @@ ERRORS = [
         P,
         {"labels": IDS[..., 0] + 8, "ce_weight": 1.0},
         ValueError,
-        "labels: got 8, expected",
+        "labels holds 8, expected",
     ),
     (
         S.clone().requires_grad_(),
@@ -83,8 +83,12 @@ def test_modules_check_their_options_when_made(make):
             make(**options)
     with pytest.raises(TypeError, match=f"{make.__name__} got 'bucket' by position, expected"):
         make("bucket")
-    for option in ("teacher_softcap", "labels", "teacher_indices"):
-        with pytest.raises(TypeError, match=f"{option} is not an option"):
+    for option, problem in (
+        ("teacher_softcap", "not an option, expected divergence"),
+        ("labels", r"an argument of each call, expected loss\(\.\.\., labels=labels\)"),
+        ("teacher_indices", "an argument of each call"),
+    ):
+        with pytest.raises(TypeError, match=f"{option} is {problem}"):
             make(**{option: 1.0})
 
 

@@ -218,7 +218,7 @@ def write_kept_row(pair, rows):
 
 @triton.jit(do_not_specialize=["rows"])  # which change with every batch
 def loss_kernel(pair, rows: tl.int64):
-    """One program per row; see the structs of sweeps.py."""
+    """One program per row; see row_pair.py."""
     if weight_of(pair) == 0.0:
         write_masked_row(pair, rows)
     else:
