@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import watchers
-from .divergences import DIVERGENCES, Divergence
+from .divergences import Divergence, is_built_in
 from .options import LogitsOptions, replaced
 
 
@@ -61,7 +61,7 @@ def _checksum(o: LogitsOptions, others: tuple[Divergence | str, ...]) -> float:
     for other in others:
         if isinstance(other, str):
             fields.append(other)
-        elif DIVERGENCES.get(other.name) is type(other):
+        elif is_built_in(other):
             fields += other.kernel()
         else:
             fields.append(other.name)

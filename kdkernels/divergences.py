@@ -194,10 +194,11 @@ class AlphaBeta(Divergence):
 
     Its limits are taken at a = 0, b = 0 and a + b = 0; (1, 0) is forward KL and (0, 1) reverse KL.
     A parameter within 2^-15 of 0 counts as 0: it would divide powers that cancel. Finite on -inf
-    logits for positive parameters. With a negative one, kernels multiply max(p, q)^(a+b) by a power
-    of the ratio: where these leave float32's range (p^2 / q with p below 1e-38) a term counts as 0
-    or infinite, which ``backend="reference"`` has in float64. ABKD, Wang et al. 2025,
-    arXiv:2505.04560; Cichocki et al. 2011.
+    logits for positive parameters. With a negative one, those of one model alone make it infinite
+    or NaN, and kernels multiply max(p, q)^(a+b) by a power of the ratio: where these leave
+    float32's range (p^2 / q with p below 1e-38) a term counts as 0 or infinite, which
+    ``backend="reference"`` has in float64. ABKD, Wang et al. 2025, arXiv:2505.04560; Cichocki et
+    al. 2011.
     """
 
     name: ClassVar[str] = "alpha_beta"
@@ -270,6 +271,11 @@ DIVERGENCES: dict[str, type[Divergence]] = {
         SoftCrossEntropy,
     )
 }
+
+
+def is_built_in(divergence: Divergence) -> bool:
+    """Whether kernels know it. By type: a subclass of a built-in one may define another value."""
+    return DIVERGENCES.get(divergence.name) is type(divergence)
 
 
 def kl_weights(kernel: str, parameter: float) -> tuple[float, float] | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .divergences import DIVERGENCES, Divergence
+from .divergences import Divergence, is_built_in
 from .options import METRICS, LogitsOptions
 
 #: The log tail of a teacher where rounding hides it: half a unit in the last place of 1.0f.
@@ -62,8 +62,7 @@ def values_of(
     few: FewTokens, divergence: Divergence, entropies: bool, backend: str
 ) -> tuple[Tensor, ...]:
     """The divergence ``(...)`` and, if asked for, the entropies of teacher and student."""
-    # By type: a subclass of a built-in divergence may define another value.
-    compiled = backend != "reference" and DIVERGENCES.get(divergence.name) is type(divergence)
+    compiled = backend != "reference" and is_built_in(divergence)
     # The kernels compare whole distributions, which "drop" does not.
     if compiled and few.tail != "drop":
         return _by_kernel(few, divergence, entropies, backend)

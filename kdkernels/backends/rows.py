@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..divergences import DIVERGENCES, Divergence
+from ..divergences import DIVERGENCES, Divergence, is_built_in
 from ..memory import dense_strides
 from ..options import REDUCTIONS, SHARD_PHASES, LogitsOptions, TailOptions
 
@@ -35,8 +35,7 @@ def dtype_refusals(student: Tensor, teacher: Tensor) -> list[str]:
 def extension_refusals(student: Tensor, teacher: Tensor, divergence: Divergence) -> list[str]:
     """Why ``kdkernels._C`` cannot serve a call on any device; empty if it can."""
     reasons = dtype_refusals(student, teacher)
-    # By type: a subclass of a built-in divergence may define another value.
-    if DIVERGENCES.get(divergence.name) is not type(divergence):
+    if not is_built_in(divergence):
         reasons.append(f"divergence {type(divergence).__name__} is not compiled")
     return reasons
 

@@ -9,7 +9,7 @@ import os
 import torch
 from torch import Tensor
 
-from ..divergences import DIVERGENCES, REGISTERED, Divergence
+from ..divergences import REGISTERED, Divergence, is_built_in
 from ..options import METRICS, LogitsOptions, TailOptions
 from .rows import address, dtype_refusals, has_row_scale
 
@@ -40,8 +40,8 @@ def why_not(student: Tensor, teacher: Tensor, divergence: Divergence) -> list[st
         reasons.append(f"the tensors are on {student.device}")
     reasons += dtype_refusals(student, teacher)
     registered = REGISTERED.get(divergence.name)
-    kind = type(registered.divergence) if registered else DIVERGENCES.get(divergence.name)
-    if kind is not type(divergence):
+    is_registered = registered is not None and type(registered.divergence) is type(divergence)
+    if not (is_registered or is_built_in(divergence)):
         reasons.append(
             f"divergence {type(divergence).__name__} has no Triton functions; "
             "kdkernels.register_divergence gives it some"
