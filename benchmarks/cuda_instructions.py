@@ -32,7 +32,7 @@ MULTIPROCESSORS, CLOCK, ISSUED, SPECIAL, BANDWIDTH = 132, 1.7e9, 4, 16, 3.0e12
 VOCAB = 128256
 #: Shared memory of one of two CTAs on a multiprocessor, and of what a warp tells others, as in
 #: csrc/cuda/tiles.h and team.h.
-SHARED_BYTES, SLOT_BYTES = (227 * 1024 - 1024) // 2, 176
+SHARED_BYTES, SLOT_BYTES = (227 * 1024 - 1024) // 2, 128
 
 #: Operations of a thread; special functions are counted apart.
 FLOPS = {"FADD": 1, "FMUL": 1, "FFMA": 2}

@@ -48,9 +48,7 @@ class Shared {
   static constexpr bool kKeeps = kKeepsSlopes;
 
   KD_DEVICE explicit Shared(const Team& team)
-      : mine_(reinterpret_cast<char*>(shared_memory<WarpSlot>() + team.size * team.warps + 1) +
-              16 * threadIdx.x),
-        pace_(16 * blockDim.x) {}
+      : mine_(team.end_of_slots() + 16 * threadIdx.x), pace_(16 * blockDim.x) {}
 
   template <class Columns, class Step>
   KD_DEVICE void for_each_place(const Columns& columns, Step step) const {

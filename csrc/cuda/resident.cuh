@@ -26,7 +26,7 @@ template <class Divergence, int kItem>
 __global__ void __launch_bounds__(kMaxRegisterThreads)
     registers_kernel(const RowsParams<Divergence> params) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  const Team team(cluster_size());
+  const Team team(cluster_size(), false);
   run_row<HeldRow<kItem, Registers<kRegisterVectors<Divergence>>>, false>(
       params, team, params.first_row + cluster_index());
 #endif
@@ -37,7 +37,7 @@ template <class Divergence, int kItem, bool kOptions>
 __global__ void __launch_bounds__(kMaxSharedThreads, kCtasOfAnSm<Divergence>)
     shared_kernel(const RowsParams<Divergence> params) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  const Team team(cluster_size());
+  const Team team(cluster_size(), kOptions);
   run_row<HeldRow<kItem, Shared<kItem, kKeepsSlopes<Divergence>>>, kOptions>(
       params, team, params.first_row + cluster_index());
 #endif

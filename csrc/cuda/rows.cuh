@@ -13,7 +13,7 @@ namespace kd::cuda {
 
 inline Grid grid_of(const Problem& problem, const Tile& tile, int64_t rows) {
   return {(unsigned)(rows * tile.cluster), (unsigned)tile.threads, (unsigned)tile.cluster,
-          (size_t)shared_bytes(problem, tile, sizeof(WarpSlot))};
+          (size_t)shared_bytes(problem, tile)};
 }
 
 template <class Divergence>
@@ -53,14 +53,13 @@ void run_rows(const LogitsParams& call, const Device& device, std::optional<Tile
               void* stream) {
   RowsParams<Divergence> params(call);
   const Problem problem = problem_of<Divergence>(call);
-  constexpr int64_t kSlotBytes = sizeof(WarpSlot);
   const auto has_room = [&](const Tile& tile) {
     return tile.cluster == 1 ||
            fits(kernel_of<Divergence>(problem, tile.kernel), grid_of(problem, tile, 1));
   };
-  if (forced && !(holds(problem, *forced, device, kSlotBytes) && has_room(*forced)))
+  if (forced && !(holds(problem, *forced, device) && has_room(*forced)))
     throw std::invalid_argument("the tile that was asked for cannot hold this row pair here");
-  const Tile tile = forced ? *forced : choose(problem, device, kSlotBytes, has_room);
+  const Tile tile = forced ? *forced : choose(problem, device, has_room);
   const auto kernel = kernel_of<Divergence>(problem, tile.kernel);
   launch_in_parts(params, params.rows, [&](int64_t rows) {
     launch(kernel, grid_of(problem, tile, rows), stream, params);

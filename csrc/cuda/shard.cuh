@@ -132,7 +132,7 @@ KD_DEVICE void write_masked_shard(const LaunchParams& params, const Team& team, 
 template <class Divergence>
 __global__ void __launch_bounds__(kMaxShardThreads, kCtasOfAnSm<Divergence>)
     shard_sums_kernel(const ShardLaunch<Divergence> params) {
-  const Team team(1);
+  const Team team(1, true);
   const int64_t index = params.first_row + blockIdx.x;
   StreamingRow row(params, team, index);
   if (params.token_weight[index] != 0)
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kMaxShardThreads, kCtasOfAnSm<Divergence>)
 template <class Divergence>
 __global__ void __launch_bounds__(kMaxShardThreads, kCtasOfAnSm<Divergence>)
     shard_gradient_kernel(const ShardLaunch<Divergence> params) {
-  const Team team(1);
+  const Team team(1, true);
   const int64_t index = params.first_row + blockIdx.x;
   if (is_far_row<Divergence>(params.states + index * kShardStates)) return;  // it is written
   StreamingRow row(params, team, index);
@@ -163,7 +163,7 @@ void run_shard(ShardParams call, void* stream) {
   const auto kernel = call.phase == ShardPhase::kSums ? shard_sums_kernel<Divergence>
                                                       : shard_gradient_kernel<Divergence>;
   const unsigned threads = streaming_threads(call.vocab);
-  const size_t shared_bytes = sizeof(WarpSlot) * (threads / 32 + 1);
+  const size_t shared_bytes = slots_bytes(threads / 32, true);
   ShardLaunch<Divergence> params(call);
   launch_in_parts(params, call.rows, [&](int64_t rows) {
     launch(kernel, Grid{(unsigned)rows, threads, 1, shared_bytes}, stream, params);

@@ -32,7 +32,7 @@ using SumsOf = std::conditional_t<Divergence::kIsKL, Divergence, NoSums>;
 template <class Divergence>
 __global__ void __launch_bounds__(kMaxShardThreads, 3)
     shard_states_kernel(const ShardStatesLaunch params) {
-  const Team team(1);
+  const Team team(1, true);
   const int64_t index = params.first_row + blockIdx.x;
   double* const states = params.states + index * kShardStates;
   StreamingRow row(params, team, index);

@@ -160,7 +160,7 @@ class StreamingRow {
 template <class Divergence, bool kOptions>
 __global__ void __launch_bounds__(kStreamingThreads<Divergence>, 1)
     streaming_kernel(const RowsParams<Divergence> params) {
-  const Team team(1);
+  const Team team(1, kOptions);
   run_row<StreamingRow, kOptions>(params, team, params.first_row + blockIdx.x);
 }
 

@@ -78,7 +78,7 @@ KD_DEVICE void write_log_sum(const Team& team, const State& mine, float c, float
 
 __global__ void __launch_bounds__(kTailThreads) tails_kernel(const TailLaunch launch) {
   const TailParams& params = launch.tail;
-  const Team team(1);
+  const Team team(1, true);
   const int64_t index = launch.first_row + blockIdx.x;
   float* const reference = params.tails + index;
   float* const log_sum = reference + params.rows;
@@ -133,7 +133,7 @@ struct TailFactor {
 
 __global__ void __launch_bounds__(kTailThreads) tails_gradient_kernel(const TailLaunch launch) {
   const TailParams& params = launch.tail;
-  const Team team(1);
+  const Team team(1, true);
   const int64_t index = launch.first_row + blockIdx.x;
   StreamingRow row(launch, team, index);
   row.reads_teacher = false;

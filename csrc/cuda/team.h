@@ -1,7 +1,10 @@
 // The threads that share a row pair: one CTA, or the CTAs of a cluster.
 #pragma once
 
+#include <cstddef>
+
 #include "pair.h"
+#include "tiles.h"
 
 namespace kd::cuda {
 
@@ -26,12 +29,15 @@ struct alignas(16) WarpStates {
 enum Exchange { kOfStates, kOfEntropies, kOfNearSums, kOfFarSums, kExchanges };
 
 // What one warp tells the others. Every exchange has a place of its own here, and an mbarrier of
-// its own: a fast CTA may be one exchange ahead of a slow one.
+// its own: a fast CTA may be one exchange ahead of a slow one. Calls without options have no memory
+// for what only those with options tell.
 struct alignas(16) WarpSlot {
-  WarpStates states;
   TermSums sums[2];  // of near and of far terms: a row may need both
+  WarpStates states;
   Entropies entropies;
 };
+static_assert(sizeof(WarpSlot) == kSlotBytes);
+static_assert(offsetof(WarpSlot, states) + sizeof(PairState) == kPlainSlotBytes);
 
 // Every warp writes its slot in every CTA; then one warp, or every warp, waits and reads all slots
 // of its own CTA in the same order, so that all have the same bits. In a cluster an mbarrier of
@@ -39,12 +45,13 @@ struct alignas(16) WarpSlot {
 // exits before it has them all.
 class Team {
  public:
-  KD_DEVICE explicit Team(unsigned size)
+  KD_DEVICE Team(unsigned size, bool options)
       : size(size),
         lane(threadIdx.x % 32),
         warps(blockDim.x / 32),
         stride(size * blockDim.x),
-        slots_(shared_memory<WarpSlot>()) {}
+        slots_(shared_memory<char>()),
+        slot_bytes_(options ? kSlotBytes : kPlainSlotBytes) {}
 
   // Of this CTA. Asked for anew each time, as no register is left to keep it in.
   KD_DEVICE unsigned rank() const { return size == 1 ? 0 : cluster_rank(); }
@@ -67,7 +74,7 @@ class Team {
     if (size > 1) cluster_wait();
   }
 
-  KD_DEVICE WarpSlot& mine() const { return slots_[rank() * warps + threadIdx.x / 32]; }
+  KD_DEVICE WarpSlot& mine() const { return slot(rank() * warps + threadIdx.x / 32); }
 
   // Writes `value`, the same in every lane, at `place` of mine() in every CTA: all that this warp
   // tells in this exchange.
@@ -98,7 +105,7 @@ class Team {
   template <class Read>
   KD_DEVICE void for_slots(Read read) const {
 #pragma unroll 1  // a few slots a lane, while a row may fill all other registers
-    for (unsigned i = lane; i < size * warps; i += 32) read(slots_[i]);
+    for (unsigned i = lane; i < size * warps; i += 32) read(slot(i));
   }
 
   // What each CTA's first warp fills for the others, in the place of one more slot.
@@ -106,7 +113,11 @@ class Team {
   template <class T>
   KD_DEVICE T& summary() const {
     static_assert(sizeof(T) + kExchanges * sizeof(uint64_t) <= sizeof(WarpSlot));
-    return *reinterpret_cast<T*>(slots_ + size * warps);
+    return reinterpret_cast<T&>(slot(size * warps));
+  }
+
+  KD_DEVICE char* end_of_slots() const {
+    return slots_ + size * warps * slot_bytes_ + sizeof(WarpSlot);
   }
 
   const unsigned size;         // CTAs
@@ -116,10 +127,15 @@ class Team {
  private:
   // The mbarrier of an exchange, at the end of that slot; used once, so its phase is the first.
   KD_DEVICE uint64_t* arrived(Exchange which) const {
-    return reinterpret_cast<uint64_t*>(slots_ + size * warps + 1) - kExchanges + which;
+    return reinterpret_cast<uint64_t*>(end_of_slots()) - kExchanges + which;
   }
 
-  WarpSlot* const slots_;
+  KD_DEVICE WarpSlot& slot(unsigned i) const {
+    return *reinterpret_cast<WarpSlot*>(slots_ + i * slot_bytes_);
+  }
+
+  char* const slots_;
+  const unsigned slot_bytes_;
 };
 
 // Merges a state of each warp of the only CTA and calls write(state) in one thread. Shared memory

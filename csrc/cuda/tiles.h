@@ -63,15 +63,22 @@ constexpr int64_t row_bytes(const Problem& problem, const Tile& tile) {
          problem.shared_vectors * 16;
 }
 
-// What warps tell each other lies beside it: a slot for each of the cluster's, and one for all.
-constexpr int64_t shared_bytes(const Problem& problem, const Tile& tile, int64_t slot_bytes) {
-  return row_bytes(problem, tile) + slot_bytes * (tile.cluster * (tile.threads / 32) + 1);
+// What warps tell each other lies before it: a slot for each of the team's, and a whole one for
+// all. A call without options has no use for the end of a slot.
+constexpr int kSlotBytes = 176, kPlainSlotBytes = 128;  // see WarpSlot
+constexpr int64_t slots_bytes(int64_t warps, bool options) {
+  return warps * (options ? kSlotBytes : kPlainSlotBytes) + kSlotBytes;
 }
 
-constexpr bool holds(const Problem& problem, const Tile& tile, int64_t shared, int64_t slot_bytes) {
+constexpr int64_t shared_bytes(const Problem& problem, const Tile& tile) {
+  return slots_bytes(tile.cluster * (tile.threads / 32), problem.options) +
+         row_bytes(problem, tile);
+}
+
+constexpr bool holds(const Problem& problem, const Tile& tile, int64_t shared) {
   if (tile.kernel == Kernel::kStreaming) return tile.threads <= problem.streaming_threads;
   if (!problem.same_dtypes) return false;
-  if (tile.kernel == Kernel::kShared) return shared_bytes(problem, tile, slot_bytes) <= shared;
+  if (tile.kernel == Kernel::kShared) return shared_bytes(problem, tile) <= shared;
   return !problem.options &&
          vectors_per_thread(problem, tile.cluster * tile.threads) <= problem.register_vectors;
 }
@@ -80,17 +87,15 @@ constexpr bool holds(const Problem& problem, const Tile& tile, int64_t shared, i
 // a second CTA, whose loads overlap the first one's arithmetic: 256 threads of 128 registers, or
 // half of the shared memory. One CTA alone only where nothing else holds the row. One warp takes
 // the shortest rows, whose fixed cost is each warp's.
-constexpr Tile resident_tile(const Problem& problem, Kernel kernel, int most_ctas, int64_t half,
-                             int64_t slot_bytes) {
+constexpr Tile resident_tile(const Problem& problem, Kernel kernel, int most_ctas, int64_t half) {
   for (int threads = 32; threads < 256; threads *= 2) {
     const Tile tile{kernel, 1, threads};
     const int64_t most = threads == 32 ? 2 : 8;
-    if (vectors_per_thread(problem, threads) <= most && holds(problem, tile, half, slot_bytes))
-      return tile;
+    if (vectors_per_thread(problem, threads) <= most && holds(problem, tile, half)) return tile;
   }
   for (const int cluster : kClusters) {
     const Tile tile{kernel, cluster, 256};
-    if (cluster <= most_ctas && holds(problem, tile, half, slot_bytes)) return tile;
+    if (cluster <= most_ctas && holds(problem, tile, half)) return tile;
   }
   return {kernel, most_ctas, kernel == Kernel::kRegisters ? 512 : 256};
 }
@@ -117,10 +122,9 @@ constexpr int64_t one_of_two(const Device& device) {
 }
 
 // Whether a tile can serve a problem at all.
-constexpr bool holds(const Problem& problem, const Tile& tile, const Device& device,
-                     int64_t slot_bytes) {
+constexpr bool holds(const Problem& problem, const Tile& tile, const Device& device) {
   return (device.major >= 9 || tile.kernel == Kernel::kStreaming) &&
-         holds(problem, tile, device.shared_bytes, slot_bytes);
+         holds(problem, tile, device.shared_bytes);
 }
 
 struct AlwaysFits {
@@ -129,13 +133,12 @@ struct AlwaysFits {
 
 // fits(tile) says whether the device has room for such a cluster: those of 16 exist on some only.
 template <class Fits = AlwaysFits>
-constexpr Tile choose(const Problem& problem, const Device& device, int64_t slot_bytes,
-                      Fits fits = {}) {
+constexpr Tile choose(const Problem& problem, const Device& device, Fits fits = {}) {
   if (device.major >= 9) {
     for (const Kernel kernel : {Kernel::kRegisters, Kernel::kShared}) {
       for (const int most_ctas : {16, 8}) {
-        const Tile tile = resident_tile(problem, kernel, most_ctas, one_of_two(device), slot_bytes);
-        if (holds(problem, tile, device, slot_bytes) && fits(tile)) return tile;
+        const Tile tile = resident_tile(problem, kernel, most_ctas, one_of_two(device));
+        if (holds(problem, tile, device) && fits(tile)) return tile;
       }
     }
   }

@@ -27,7 +27,6 @@ constexpr int kIndex = index_of(KD_DIVERGENCE);
 using Divergence = std::tuple_element_t<kIndex, std::tuple<KD_DIVERGENCES(KD_STRUCT) void>>;
 
 constexpr cuda::Device kH100{9, 0, 227 << 10, 132, 50 << 20};
-constexpr int64_t kSlotBytes = sizeof(cuda::WarpSlot);  // as run_rows has it
 
 }  // namespace
 
@@ -45,11 +44,11 @@ cuda::Problem problem_of(const LogitsParams& params) {
 cuda::Tile choose(const cuda::Problem& problem, int compute_capability) {
   cuda::Device device = kH100;
   device.major = compute_capability;
-  return cuda::choose(problem, device, kSlotBytes);
+  return cuda::choose(problem, device);
 }
 
 bool holds(const cuda::Problem& problem, const cuda::Tile& tile) {
-  return cuda::holds(problem, tile, kH100, kSlotBytes);
+  return cuda::holds(problem, tile, kH100);
 }
 
 }  // namespace kd::tests

@@ -11,7 +11,6 @@ using namespace kd::cuda;
 namespace {
 
 constexpr Device kAmpere{8, 0, 163 * 1024, 108, 40 << 20}, kHopper{9, 0, 227 * 1024, 132, 50 << 20};
-constexpr int64_t kSlot = 192;  // bytes
 
 constexpr Problem forward_kl(int64_t vocab, int item_size) {
   return {vocab, item_size, true, false, 10, 2, 512};
@@ -37,7 +36,7 @@ constexpr Problem mixed(Problem problem) {
 constexpr bool is(const Tile& tile, Kernel kernel, int cluster, int threads) {
   return tile.kernel == kernel && tile.cluster == cluster && tile.threads == threads;
 }
-constexpr Tile on_hopper(const Problem& problem) { return choose(problem, kHopper, kSlot); }
+constexpr Tile on_hopper(const Problem& problem) { return choose(problem, kHopper); }
 
 static_assert(is(on_hopper(forward_kl(32000, 2)), Kernel::kRegisters, 2, 256));
 static_assert(is(on_hopper(forward_kl(50257, 2)), Kernel::kRegisters, 4, 256));
@@ -59,7 +58,7 @@ struct AtMost {
 };
 template <int kMost>
 constexpr Tile on_part(const Problem& problem) {
-  return choose(problem, kHopper, kSlot, AtMost<kMost>());
+  return choose(problem, kHopper, AtMost<kMost>());
 }
 static_assert(is(on_part<8>(forward_kl(128256, 2)), Kernel::kRegisters, 8, 256));
 static_assert(is(on_part<8>(forward_kl(256000, 2)), Kernel::kRegisters, 8, 512));
@@ -71,17 +70,18 @@ static_assert(on_part<1>(forward_kl(128256, 2)).kernel == Kernel::kStreaming);
 static_assert(2 * (one_of_two(kHopper) + 1024) <= 228 * 1024);
 static_assert(is(on_hopper(jsd(128256, 2)), Kernel::kShared, 8, 256));
 static_assert(is(on_hopper(jsd(256000, 2)), Kernel::kShared, 16, 256));
+static_assert(shared_bytes(jsd(256000, 2), {Kernel::kShared, 16, 256}) <= one_of_two(kHopper));
 static_assert(on_hopper(with_options(forward_kl(128256, 2))).kernel == Kernel::kShared);
 
 static_assert(on_hopper(mixed(forward_kl(32000, 2))).kernel == Kernel::kStreaming);
 // Two row pairs for each SM while the cache holds them; then one, of as many threads.
-constexpr Tile on_ampere(const Problem& problem) { return choose(problem, kAmpere, kSlot); }
+constexpr Tile on_ampere(const Problem& problem) { return choose(problem, kAmpere); }
 static_assert(is(on_ampere(forward_kl(1000, 2)), Kernel::kStreaming, 1, 64));
 static_assert(is(on_ampere(forward_kl(32000, 2)), Kernel::kStreaming, 1, 256));
 static_assert(is(on_ampere(forward_kl(128256, 2)), Kernel::kStreaming, 1, 512));
 static_assert(is(on_ampere(alpha_beta(128256, 2)), Kernel::kStreaming, 1, 256));
-static_assert(!holds(alpha_beta(1000, 2), {Kernel::kStreaming, 1, 512}, kAmpere, kSlot));
-static_assert(!holds(forward_kl(1000, 2), {Kernel::kRegisters, 1, 256}, kAmpere, kSlot));
+static_assert(!holds(alpha_beta(1000, 2), {Kernel::kStreaming, 1, 512}, kAmpere));
+static_assert(!holds(forward_kl(1000, 2), {Kernel::kRegisters, 1, 256}, kAmpere));
 
 void check(bool condition, const Problem& problem, const Tile& tile) {
   if (condition) return;
@@ -92,7 +92,7 @@ void check(bool condition, const Problem& problem, const Tile& tile) {
 
 void check_any(const Problem& problem) {
   const Tile tile = on_hopper(problem);
-  check(holds(problem, tile, kHopper, kSlot), problem, tile);
+  check(holds(problem, tile, kHopper), problem, tile);
   check(tile.threads % 32 == 0 && tile.threads >= 32, problem, tile);
   const int most = tile.kernel == Kernel::kRegisters ? kMaxRegisterThreads
                    : tile.kernel == Kernel::kShared  ? kMaxSharedThreads
@@ -105,7 +105,7 @@ void check_any(const Problem& problem) {
   // No smaller cluster would do.
   const Tile smaller{tile.kernel, tile.cluster / 2, tile.threads};
   if (tile.cluster > 1 && tile.threads == 256)
-    check(!holds(problem, smaller, one_of_two(kHopper), kSlot), problem, tile);
+    check(!holds(problem, smaller, one_of_two(kHopper)), problem, tile);
 }
 
 }  // namespace
