@@ -178,6 +178,7 @@ class HeldRow {
     if (columns_.edge >= 0) step(columns_.edge_place(), s, t);
   }
 
+  // Like any other sweep, as the row is on chip.
   template <class Step>
   KD_DEVICE void for_each_at_last(Step step) {
     for_each(step);
