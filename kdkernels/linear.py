@@ -160,10 +160,8 @@ def linear_kd_loss(
     linear_checks.check_row_index(row_index)
     chunk_bytes = scalars.option("chunk_bytes", chunk_bytes)
     student_dtype = linear_checks.product_dtype(weight[0])
-    if (
-        teacher_dtype == torch.float64 and student_dtype != torch.float64
-    ):  # NumPy's default: no reason for slow paths
-        teacher_dtype = torch.float32
+    if teacher_dtype == torch.float64 and student_dtype != torch.float64:
+        teacher_dtype = torch.float32  # float64 is NumPy's default: no reason for slow paths
     linear_checks.check_logits_dtype(logits_dtype, student_dtype)
     # Logits without rows: their dtype, device and width are checked.
     student_like = weight[0].new_empty(0, weight[0].shape[0], dtype=logits_dtype or student_dtype)

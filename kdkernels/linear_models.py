@@ -82,7 +82,7 @@ class Rows(SomeRows):
             row = int(outside.nonzero()[0])
             place = row if self.index is None else int(self.index[row])
             raise ValueError(
-                f"labels, row {place}, holds {int(labels[row])}, expected 0 to {o.vocab_size - 1} "
+                f"labels: row {place} holds {int(labels[row])}, expected 0 to {o.vocab_size - 1} "
                 f"or ignore_index ({o.ignore_index})"
             )
 

@@ -36,8 +36,9 @@ class LossModule(nn.Module):
                 f"{type(self).__name__} got {positional[0]!r} by position, expected options by "
                 f"name: {', '.join(self.known)}"
             )
+        of_a_call = inspect.signature(self.forward).parameters
         for name, value in options.items():
-            if name in inspect.signature(self.forward).parameters:
+            if name in of_a_call:
                 raise TypeError(
                     f"{name} is an argument of each call, expected loss(..., {name}={name})"
                 )
@@ -207,7 +208,7 @@ class LinearSparseKDLoss(_SparseLoss):
 
     Args:
         **options: any keyword of :func:`kdkernels.linear_sparse_kd_loss` but the arguments of a
-            call: tensors, ``normalizer`` and ``row_index``.
+            call: tensors and ``normalizer``.
 
     Example:
         >>> import torch

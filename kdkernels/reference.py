@@ -151,7 +151,7 @@ def are_outside(labels: Tensor, o: LogitsOptions) -> Tensor:
     outside = labels != labels.clamp(0, o.vocab_size - 1)
     if watchers.may_look(labels) and bool(outside.any()):
         raise ValueError(
-            f"labels holds {int(labels[outside][0])}, expected 0 to {o.vocab_size - 1} or "
+            f"labels: a row holds {int(labels[outside][0])}, expected 0 to {o.vocab_size - 1} or "
             f"ignore_index ({o.ignore_index})"
         )
     return outside

@@ -52,7 +52,7 @@ ERRORS = [
         P,
         {"labels": IDS[..., 0] + 8, "ce_weight": 1.0},
         ValueError,
-        "labels holds 8, expected",
+        "labels: a row holds 8, expected",
     ),
     (
         S.clone().requires_grad_(),
