@@ -92,7 +92,7 @@ class Softmax {
     }
     sum_ += sums.value() * exponent.correction();
     // Exponents are rounded at their own size, but for fast ones with fused multiply-adds.
-    constexpr float kHeadroom = 8;
+    constexpr float kHeadroom = 8;  // in powers of two
     if (!kFusedMultiplyAdd && sums.value() > 0x1p13) return false;
     return !((largest(top) - reference_) * c_ > kHeadroom);
   }
