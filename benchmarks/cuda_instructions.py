@@ -30,6 +30,8 @@ from .output import json_text
 #: thread that one issues in a cycle, bytes a second of a device copy.
 MULTIPROCESSORS, CLOCK, ISSUED, SPECIAL, BANDWIDTH = 132, 1.7e9, 4, 16, 3.0e12
 VOCAB = 128256
+#: At most as long is the code that fetches later rows, in bytes.
+FETCH_BYTES = 0xC00
 #: Shared memory of one of two CTAs on a multiprocessor, and of what a warp tells others, as in
 #: csrc/cuda/tiles.h and team.h.
 SHARED_BYTES, SLOT_BYTES = (227 * 1024 - 1024) // 2, 128
@@ -197,7 +199,8 @@ def near_blocks(
 
 
 def one_warp_only(code: list[Instruction]) -> set[int]:
-    """Where it branches by the question whether this is the first warp of the CTA."""
+    """Where it branches by the question whether this is the first warp of the CTA, or the one that
+    fetches later rows into the cache."""
     asks = re.compile(r"\s*(P\d), PT, R\d+, 0x1f, PT\s*")
     asked: dict[str, bool] = {}  # of a predicate, in the order of addresses
     found = set()
@@ -206,6 +209,14 @@ def one_warp_only(code: list[Instruction]) -> set[int]:
             found.add(x.address)
         elif written := re.match(r"\s*(P\d),", x.operands):
             asked[written[1]] = bool(asks.fullmatch(x.operands))
+    fetches = [x.address for x in code if x.name.startswith("UBLKPF")]
+    over = 0  # the end of what the last of these branches leaves out
+    for x in code:
+        if x.target is None or not over <= x.address < x.target < x.address + FETCH_BYTES:
+            continue
+        if any(x.address < fetch < x.target for fetch in fetches):
+            found.add(x.address)
+            over = x.target
     return found
 
 

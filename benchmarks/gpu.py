@@ -37,8 +37,10 @@ BACKEND = "cuda"
 TILE = "KDKERNELS_CUDA_TILE"
 TILES = [
     *(f"registers:{cluster}x256" for cluster in (1, 2, 4, 8, 16)),
+    *(f"registers:{cluster}x256+ahead" for cluster in (1, 2, 4, 8, 16)),
     *(f"registers:{cluster}x512" for cluster in (1, 2, 4, 8, 16)),
     *(f"shared:{cluster}x256" for cluster in (1, 2, 4, 8, 16)),
+    *(f"shared:{cluster}x256+ahead" for cluster in (1, 2, 4, 8, 16)),
     *(f"shared:{cluster}x128" for cluster in (2, 4, 8, 16)),
     "streaming:1x256",
     "streaming:1x512",

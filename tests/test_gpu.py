@@ -295,10 +295,29 @@ def test_matches_on_rows_of_several_clusters(gpu):
         assert_as_oracle(run(gpu, student, teacher), student, teacher)
 
 
-@pytest.mark.parametrize("tile", ["registers:1x64", "registers:8x512", "shared:8x256"])
-def test_this_build_has_clusters_for_this_device(gpu, monkeypatch, tile):
+def skip_without_clusters(gpu: Backend) -> None:
     if gpu.name != "cuda" or torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("they are of the CUDA backend and devices from 9.0 on")
+
+
+@pytest.mark.parametrize("tile", ["registers:2x256", "shared:2x256"])
+def test_what_is_fetched_ahead_changes_no_bit(gpu, monkeypatch, tile):
+    """Rows beyond those that any device works on at once, aligned and not, some without weight."""
+    skip_without_clusters(gpu)
+    for vocab in (4096, 4099):
+        pair_of_rows = [x.bfloat16() for x in correlated_pair(1000, vocab)]
+        weight = (torch.arange(1000) % 3).float()
+        results = []
+        for ahead in ("", "+ahead"):
+            monkeypatch.setenv("KDKERNELS_CUDA_TILE", tile + ahead)
+            results.append(run(gpu, *pair_of_rows, token_weight=weight))
+        assert torch.equal(results[0].loss, results[1].loss)
+        assert torch.equal(results[0].gradient, results[1].gradient)
+
+
+@pytest.mark.parametrize("tile", ["registers:1x64", "registers:8x512", "shared:8x256"])
+def test_this_build_has_clusters_for_this_device(gpu, monkeypatch, tile):
+    skip_without_clusters(gpu)
     monkeypatch.setenv("KDKERNELS_CUDA_TILE", tile)  # raises where it cannot be had
     pair_of_rows = correlated_pair(ROWS, 517 if "1x" in tile else VOCAB)
     assert_as_oracle(run(gpu, *pair_of_rows), *pair_of_rows)

@@ -50,7 +50,7 @@ constexpr ShardFunction kShards[] = {KD_DIVERGENCES(KD_RUN_SHARD)};
 
 }  // namespace
 
-// Such as "registers:8x256" or "streaming:1x256".
+// Such as "registers:8x256", "registers:8x256+ahead" or "streaming:1x256".
 std::optional<Tile> forced_tile() {
   const char* wanted = std::getenv(kOverride);
   if (!wanted || !*wanted) return {};
@@ -65,9 +65,11 @@ std::optional<Tile> forced_tile() {
   is("registers", Kernel::kRegisters, kMaxRegisterThreads);
   is("shared", Kernel::kShared, kMaxSharedThreads);
   is("streaming", Kernel::kStreaming, kMaxStreamingThreads);
-  const bool parsed =
-      std::sscanf(wanted + name.size(), ":%dx%d%n", &tile.cluster, &tile.threads, &used) == 2 &&
-      name.size() + used == text.size();
+  const int found =
+      std::sscanf(wanted + name.size(), ":%dx%d%n", &tile.cluster, &tile.threads, &used);
+  const std::string rest = text.substr(name.size() + used);
+  tile.ahead = rest == "+ahead" && tile.kernel != Kernel::kStreaming;
+  const bool parsed = found == 2 && (rest.empty() || tile.ahead);
   bool cluster = false;
   for (const int known : kClusters) cluster |= tile.cluster == known;
   if (tile.kernel == Kernel::kStreaming) cluster = tile.cluster == 1;
@@ -75,7 +77,8 @@ std::optional<Tile> forced_tile() {
     throw std::invalid_argument(
         std::string(kOverride) + " is " + text +
         ", expected KERNEL:CLUSTERxTHREADS such as registers:8x256 or streaming:1x256 (at "
-        "most 512 threads), or shared:8x256 (at most 256)");
+        "most 512 threads), or shared:8x256 (at most 256); +ahead after the first or last fetches "
+        "later rows into the cache");
   return tile;
 }
 

@@ -92,6 +92,18 @@ class Shared {
   const int pace_;  // bytes that the CTA's threads hold of one vector each
 };
 
+// Asks the last-level cache for the CTA's share of a row, of its whole 16-byte vectors.
+KD_DEVICE void fetch_share(const Team& team, const char* row, uint32_t bytes) {
+  const uint32_t head = -(uintptr_t)row % 16;
+  if (bytes < head) return;
+  const uint32_t vectors = (bytes - head) / 16;
+  const uint32_t share = (vectors + team.size - 1) >> (31 - __clz(team.size));
+  const uint32_t first = team.rank() * share;
+  if (first >= vectors) return;
+  fetch_into_cache(row + head + first * 16,
+                   16 * (vectors - first < share ? vectors - first : share));
+}
+
 template <int kItem, class Storage>
 class HeldRow {
   static constexpr int kCount = kLanes<kItem>;
@@ -133,6 +145,17 @@ class HeldRow {
     if (reads_teacher) teacher_edge_[0] = load_1(teacher_, columns_.edge, dtype());
   }
   KD_DEVICE void wait_until_loaded() { storage_.wait(); }
+
+  // Memory works while the CTAs of an SM compute: the row pair that one will hold later is on its
+  // way to the last-level cache.
+  KD_DEVICE void fetch_later(const LaunchParams& params, const Team& team, int64_t row) const {
+    const int64_t later = row + params.ahead;
+    if (params.ahead == 0 || later >= params.rows || threadIdx.x != blockDim.x - 1) return;
+    if (params.token_weight && params.token_weight[later] == 0) return;
+    const uint32_t bytes = columns_.vocab * kItem;
+    fetch_share(team, params.student_rows[later], bytes);
+    if (reads_teacher) fetch_share(team, params.teacher_rows[later], bytes);
+  }
 
   // After something else took their place.
   KD_DEVICE void reload_teacher() {

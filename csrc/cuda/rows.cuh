@@ -60,6 +60,7 @@ void run_rows(const LogitsParams& call, const Device& device, std::optional<Tile
   if (forced && !(holds(problem, *forced, device) && has_room(*forced)))
     throw std::invalid_argument("the tile that was asked for cannot hold this row pair here");
   const Tile tile = forced ? *forced : choose(problem, device, has_room);
+  if (tile.ahead) params.ahead = rows_in_flight(problem, tile, device);
   const auto kernel = kernel_of<Divergence>(problem, tile.kernel);
   launch_in_parts(params, params.rows, [&](int64_t rows) {
     launch(kernel, grid_of(problem, tile, rows), stream, params);

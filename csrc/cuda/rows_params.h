@@ -33,6 +33,7 @@ struct LaunchParams : LogitsParams {
   RowPlaces student_rows, teacher_rows, gradient_rows;
   int head = kByRow;      // see head_of, where it is the same for all rows
   int64_t first_row = 0;  // of this launch
+  int64_t ahead = 0;  // each CTA fetches its share of the row so far ahead into the cache; 0: none
 
   explicit LaunchParams(const LogitsParams& params)
       : LogitsParams(params),

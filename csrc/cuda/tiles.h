@@ -19,8 +19,9 @@ enum class Kernel { kRegisters, kShared, kStreaming };
 
 struct Tile {
   Kernel kernel = Kernel::kStreaming;
-  int cluster = 1;  // CTAs that share a row pair
-  int threads = 0;  // of a CTA
+  int cluster = 1;     // CTAs that share a row pair
+  int threads = 0;     // of a CTA
+  bool ahead = false;  // fetches a later row pair into the last-level cache; not for kStreaming
 };
 
 struct Problem {
@@ -94,10 +95,10 @@ constexpr Tile resident_tile(const Problem& problem, Kernel kernel, int most_cta
     if (vectors_per_thread(problem, threads) <= most && holds(problem, tile, half)) return tile;
   }
   for (const int cluster : kClusters) {
-    const Tile tile{kernel, cluster, 256};
+    const Tile tile{kernel, cluster, 256, true};
     if (cluster <= most_ctas && holds(problem, tile, half)) return tile;
   }
-  return {kernel, most_ctas, kernel == Kernel::kRegisters ? 512 : 256};
+  return {kernel, most_ctas, kernel == Kernel::kRegisters ? 512 : 256, true};
 }
 
 constexpr int streaming_threads(int64_t vocab) {
@@ -121,9 +122,16 @@ constexpr int64_t one_of_two(const Device& device) {
   return (device.shared_bytes - kReserved) / 2;
 }
 
+// Row pairs that the device works on at once: how far ahead a later one is worth fetching.
+constexpr int64_t rows_in_flight(const Problem& problem, const Tile& tile, const Device& device) {
+  const bool two = tile.threads <= 256 && shared_bytes(problem, tile) <= one_of_two(device);
+  const int64_t rows = (two ? 2 : 1) * device.sms / tile.cluster;
+  return rows > 1 ? rows : 1;
+}
+
 // Whether a tile can serve a problem at all.
 constexpr bool holds(const Problem& problem, const Tile& tile, const Device& device) {
-  return (device.major >= 9 || tile.kernel == Kernel::kStreaming) &&
+  return (tile.kernel == Kernel::kStreaming ? !tile.ahead : device.major >= 9) &&
          holds(problem, tile, device.shared_bytes);
 }
 

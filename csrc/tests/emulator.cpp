@@ -185,6 +185,18 @@ OwnCopy next_put_off() {
   return self.late_copies ? self.late[--self.late_copies] : OwnCopy{};
 }
 
+// ---- What the cache is asked for ----
+
+std::vector<Fetched>* fetched = nullptr;
+
+void fetch_into_cache(const void* from, uint32_t bytes, Where where) {
+  check_aligned(from, 16, "fetch_into_cache", where);
+  if (bytes == 0 || bytes % 16) fail(where, "fetch_into_cache of %u bytes", bytes);
+  if (__asan_region_is_poisoned && __asan_region_is_poisoned(const_cast<void*>(from), bytes))
+    fail(where, "fetch_into_cache of %u bytes, not all of which may be read", bytes);
+  if (fetched) fetched->push_back({(const char*)from, bytes});
+}
+
 // ---- mbarriers and asynchronous stores ----
 
 namespace {

@@ -18,6 +18,7 @@
 #include <cstdint>
 #include <cstring>
 #include <string>
+#include <vector>
 
 #include "../cuda/tiles.h"
 
@@ -77,6 +78,13 @@ struct OwnCopy {
 };
 bool put_off(OwnCopy copy, Where where);
 OwnCopy next_put_off();  // of the running thread; null where there is none
+// Nothing but a note in `fetched`, which is null or a test's.
+struct Fetched {
+  const char* from;
+  uint32_t bytes;
+};
+extern std::vector<Fetched>* fetched;
+void fetch_into_cache(const void* from, uint32_t bytes, Where where);
 
 }  // namespace kd::emulator
 
@@ -102,6 +110,7 @@ struct alignas(8) float2 {
 
 inline void __syncthreads(KD_HERE) { kd::emulator::sync_threads(where); }
 inline void __syncwarp(unsigned mask = ~0u, KD_HERE) { kd::emulator::sync_warp(mask, where); }
+inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
 inline uint64_t __umul64hi(uint64_t x, uint64_t y) {
   return (uint64_t)((unsigned __int128)x * y >> 64);
 }
@@ -178,6 +187,11 @@ inline void load_32(const char* address, uint4& first, uint4& second, KD_HERE) {
 inline void copy_16(void* shared, const void* global, KD_HERE) {
   if (!emulator::put_off({shared, global}, where))
     *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
+}
+
+// Nothing comes of it but that all of it must be memory.
+inline void fetch_into_cache(const void* from, uint32_t bytes, KD_HERE) {
+  emulator::fetch_into_cache(from, bytes, where);
 }
 
 inline void wait_for_copies() {
@@ -298,7 +312,7 @@ struct Capturable {
 
 template <class Params>
 Device device_of(void (*)(Params), int) {
-  return {9, 0, 227 * 1024};
+  return {9, 0, 227 * 1024, 1, 50 << 20};  // of one SM, so that few rows are in flight
 }
 
 template <class Params>

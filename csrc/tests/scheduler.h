@@ -12,6 +12,7 @@ KD_WEAK void __sanitizer_start_switch_fiber(void** fake_stack, const void* botto
 KD_WEAK void __sanitizer_finish_switch_fiber(void* fake_stack, const void** bottom, size_t* size);
 KD_WEAK void __asan_poison_memory_region(const volatile void* address, size_t size);
 KD_WEAK void __asan_unpoison_memory_region(const volatile void* address, size_t size);
+KD_WEAK void* __asan_region_is_poisoned(void* begin, size_t size);
 KD_WEAK void* __tsan_get_current_fiber();
 KD_WEAK void* __tsan_create_fiber(unsigned flags);
 KD_WEAK void __tsan_destroy_fiber(void* fiber);

@@ -72,7 +72,8 @@ std::vector<TileUse> tiles_of(const Case& c) {
       return choose(problem, compute_capability);
     };
     const auto same = [](const cuda::Tile& x, const cuda::Tile& y) {
-      return x.kernel == y.kernel && x.cluster == y.cluster && x.threads == y.threads;
+      return x.kernel == y.kernel && x.cluster == y.cluster && x.threads == y.threads &&
+             x.ahead == y.ahead;
     };
     for (int64_t vocab = 1; vocab < kVocabularies;) {
       const cuda::Tile tile = tile_of(vocab);
@@ -167,7 +168,10 @@ Case mixture(std::array<double, 2> parameters, uint64_t seed) {
   // Any tile that holds the row; whole numbers of threads are the business of check_tiles.
   do {
     c.tile = {(cuda::Kernel)below(3), cuda::kClusters[below(5)], 32 << below(2)};
-    if (c.tile.kernel == cuda::Kernel::kStreaming) c.tile.cluster = 1;
+    if (c.tile.kernel == cuda::Kernel::kStreaming)
+      c.tile.cluster = 1;
+    else
+      c.tile.ahead = maybe(2);
   } while (!holds(problem_of(c), c.tile));
   return c;
 }
