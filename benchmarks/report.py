@@ -30,21 +30,14 @@ from .tables import (
 )
 from .training import training_table
 
-DOCUMENTS = (
-    "README.md",
-    "docs/linear.md",
-    "docs/numerics.md",
-    "docs/parallel.md",
-    "docs/performance.md",
-    "docs/sparse.md",
-)
+DOCUMENTS = ("README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")))
 MARKED = re.compile(r"(<!-- table (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def _milliseconds(result: dict | None) -> str:
     if result is None:
         return ""
-    return reason(result) or f"{result['ms']:.0f} ms"
+    return reason(result) or f"{milliseconds(result['ms'])} ms"
 
 
 def _memory(result: dict, case: dict) -> str:
@@ -77,7 +70,7 @@ def beside_eager(report: dict, file: str) -> str:
             if name != "floor" and "peak_mib" in r.get(name, {}):
                 cell += f", {_memory(r[name], case)}"
             row.append(cell)
-        row += [_ratio(r["eager"], r[name]) for name in ("kdkernels", "kdkernels in place")]
+        row += [_ratio(r[name], r["kdkernels"]) for name in ("eager", "torch.compile")]
         rows.append(row)
     header = [
         "logits",
@@ -87,7 +80,7 @@ def beside_eager(report: dict, file: str) -> str:
         f"{ours} in place",
         FLOOR_NAMES[level]["floor"],
         f"eager / {ours}",
-        "eager / in place",
+        f"torch.compile / {ours}",
     ]
     return table(header, rows) + _source(report, file)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +24,7 @@ from kdkernels import (
 )
 
 from .cases import normal
-from .documents import blocks, defined, run
+from .documents import blocks, defined, run, text_of
 
 ROWS, VOCAB = (2, 7), 97
 STUDENT, TEACHER = normal(*ROWS, VOCAB, seed=0), normal(*ROWS, VOCAB, seed=1)
@@ -45,9 +46,10 @@ class Model(nn.Module):
 
 
 def test_readme_before_and_after():
-    before, after = blocks("README.md")[0].split("# after")
+    (block,) = (block for block in blocks("README.md") if "# after" in block)
+    before, after = block.split("# after")
     names = {"F": F, "T": 2.0, "labels": LABELS, "mask": LABELS[:, 1:] != -100}
-    names |= {"student_logits": STUDENT, "teacher_logits": TEACHER}
+    names |= {"student_logits": STUDENT, "teacher_logits": TEACHER, "kd_loss": kd_loss}
     expected = run(before, "README.md", names)
     torch.testing.assert_close(run("#" + after, "README.md", names), expected)
 
@@ -59,7 +61,9 @@ def test_readme_and_linear_page():
     names |= {"num_items_in_batch": torch.tensor(10), "teacher_logits": TEACHER}
     names |= {"student_logits": STUDENT, "student_hidden": student.embeddings(ids)}
     names["teacher_hidden"] = teacher.embeddings(ids).detach()
-    code, shards = blocks("README.md")[1].split("loss = kd_loss(student_shard")
+    first, *_, block = blocks("README.md")
+    assert run(first, "README.md", {}) > 0
+    code, shards = block.split("loss = kd_loss(student_shard")
     assert "group=" in shards  # docs/parallel.md has it in full, and tests
     assert run(code, "README.md", names) > 0
     assert names["metrics"]["agreement"].shape == ROWS
@@ -99,6 +103,19 @@ def test_recipes():
     for step, divergence in ((0, "forward_kl"), (1, "symmetric_kl"), (2, "reverse_kl")):
         expected = kd_loss(STUDENT, TEACHER, divergence=divergence)
         assert names["scheduled"](STUDENT, TEACHER, step, 2) == expected
+
+
+def test_teachers_in_bfloat16():
+    """Their log-probabilities are taken in float32."""
+    teacher, temperature = TEACHER.bfloat16(), 2.0
+    exact = (teacher.double() / temperature).log_softmax(-1)
+    for page in ("README.md", "docs/sparse.md"):
+        (line,) = re.findall("^logprobs, indices = .*$", text_of(page), re.MULTILINE)
+        names = {"teacher_logits": teacher, "T": temperature}
+        run(line.replace("64", "8"), page, names)
+        torch.testing.assert_close(names["logprobs"].double(), exact.topk(8).values)
+    several_teachers = recipes("Several teachers, several divergences")["several_teachers"]
+    assert several_teachers(teacher, [teacher, teacher], temperature) < 1e-6
 
 
 def recipes(heading: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Liger's loss, where it is installed, beside what docs/trainers.md has in its place."""
+"""Liger's loss, where it is installed, beside what docs/replacing.md has in its place."""
 
 from __future__ import annotations
 

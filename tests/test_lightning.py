@@ -10,12 +10,12 @@ from .documents import blocks, run
 from .ranks import run_two
 from .test_trainers import (
     LR,
-    PAGE,
     Bigram,
     assert_same_training,
     examples,
     need,
     page,
+    page_of,
     parameters,
     plain_step,
     stack,
@@ -71,9 +71,10 @@ def check_fabric() -> None:
     student, teacher = models()
     start, plain = parameters(student), models()[0]
     wrapped, optimizer = fabric.setup(student, torch.optim.SGD(student.parameters(), LR))
-    (code,) = blocks(PAGE, "Your own loop")
+    heading = "Your own loop"
+    (code,) = blocks(page_of(heading), heading)
     names: dict = {"fabric": fabric}
-    run(code.replace("loss.backward()", "fabric.backward(loss)"), PAGE, names)
+    run(code.replace("loss.backward()", "fabric.backward(loss)"), heading, names)
     names["train_step"](wrapped, teacher, optimizer, mine)
     plain_step(plain, teacher, every)
     assert_same_training(parameters(student), parameters(plain), start)

@@ -1,4 +1,4 @@
-"""Megatron and ModelOpt, where they are installed: docs/trainers.md, in two processes.
+"""Megatron and ModelOpt, where they are installed: docs/megatron.md, in two processes.
 
 tests/requirements-frameworks.txt says how to install them. Without a GPU Megatron needs to be told
 that its device is the CPU, and its random numbers have to be those of inference.

@@ -1,4 +1,4 @@
-"""NeMo AutoModel's part of docs/trainers.md, where it is installed: its recipe in two processes.
+"""NeMo AutoModel's part of docs/replacing.md, where it is installed: its recipe in two processes.
 
 tests/requirements-frameworks.txt and its neighbour say how to install it. Without a GPU the recipe
 needs to be told that its device is the CPU.
@@ -23,7 +23,6 @@ from .test_trainers import (
     CE_WEIGHT,
     LENGTH,
     LR,
-    PAGE,
     RTOL,
     TEMPERATURE,
     VOCAB,
@@ -32,6 +31,7 @@ from .test_trainers import (
     llama,
     need,
     page,
+    page_of,
     parameters,
     plain_step,
     stack,
@@ -132,7 +132,9 @@ def losses() -> list[dict[str, Any]]:
     """The page's configuration; cross-entropy by the recipe instead; and NeMo's loss likewise."""
     import yaml
 
-    text = re.findall(r"```yaml\n(.*?)```", text_of(PAGE, "NeMo AutoModel"), re.S)[0]
+    text = re.findall(
+        r"```yaml\n(.*?)```", text_of(page_of("NeMo AutoModel"), "NeMo AutoModel"), re.S
+    )[0]
     fused = yaml.safe_load(text)
     loss = fused["kd_loss_fn"]
     assert loss["_target_"] == "your_module.FusedKDLoss"

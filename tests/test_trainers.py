@@ -1,13 +1,13 @@
-"""The code of docs/trainers.md, run as it stands, against plain PyTorch and the losses it replaces.
+"""The code of docs/trainers.md and its neighbours, run as it stands, against plain PyTorch and the
+losses it replaces.
 
 transformers, TRL and torchtune are no requirement of the tests: `benchmarks/requirements-peers.txt`
-and its neighbour say how to install them. Other parts of the page are in tests/test_trl.py,
-test_liger.py, test_deepspeed.py, test_lightning.py, test_megatron.py and test_nemo.py.
+and its neighbour say how to install them. Other sections are in tests/test_trl.py, test_liger.py,
+test_deepspeed.py, test_lightning.py, test_megatron.py and test_nemo.py.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 import re
@@ -15,6 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -28,8 +29,7 @@ from kdkernels import SymmetricKL
 from .documents import ROOT, blocks, defined, text_of
 from .ranks import meeting
 
-PAGE = "docs/trainers.md"
-page = functools.partial(defined, PAGE)
+PAGES = "docs/trainers.md", "docs/replacing.md", "docs/megatron.md"
 HUGGING_FACE = "transformers", "accelerate"
 TRAINERS = "KDTrainer", "LinearKDTrainer"
 VOCAB, LENGTH, LR = 41, 12, 0.5
@@ -39,6 +39,19 @@ TEMPERATURE, CE_WEIGHT = 2.0, 0.5  # as on the page
 RTOL = 2e-5
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of foreign packages, about each other
+
+
+def page_of(heading: str) -> str:
+    (page,) = (page for page in PAGES if f"\n## {heading}\n" in text_of(page))
+    return page
+
+
+def page(*headings: str) -> dict[str, Any]:
+    """What the code of these sections defines, run in order in one namespace."""
+    names: dict[str, Any] = {}
+    for heading in headings:
+        names = defined(page_of(heading), heading, **names)
+    return names
 
 
 def missing(*packages: str) -> list[str]:
@@ -361,5 +374,9 @@ def test_every_section_with_code_is_run():
     tested = {"Your own loop", "Hugging Face Trainer", "torchtune"}
     # In files of their names:
     tested |= {"TRL", "Liger", "DeepSpeed", "Lightning", "NeMo AutoModel", "Megatron", "ModelOpt"}
-    headings = re.findall(r"^## (.+)$", text_of(PAGE), re.MULTILINE)
-    assert {heading for heading in headings if blocks(PAGE, heading)} == tested
+    headings = {
+        (page, heading)
+        for page in PAGES
+        for heading in re.findall(r"^## (.+)$", text_of(page), re.MULTILINE)
+    }
+    assert {heading for page, heading in headings if blocks(page, heading)} == tested
