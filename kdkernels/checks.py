@@ -302,7 +302,7 @@ def _per_token(
     if tensor.shape != lead:
         expected = str(tuple(lead))
         if lead and tensor.shape == (*lead[:-1], lead[-1] + 1):
-            expected += f": logits[..., :-1, :] predict the next tokens', {name}[..., 1:]"
+            expected += f": with logits[..., :-1, :] pass {name}[..., 1:]"
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {expected}")
     if tensor.device != student.device:
         raise ValueError(f"{name} is on {tensor.device}, expected {student.device}")

@@ -382,12 +382,12 @@ def as_divergence(divergence: str | Divergence) -> Divergence:
     if isinstance(divergence, Divergence):
         return divergence
     if not isinstance(divergence, str):
-        message = (
-            f"divergence is a {type(divergence).__name__}, expected a name or a Divergence instance"
-        )
+        kind = f"a {type(divergence).__name__}"
+        expected = "a name or a Divergence instance"
         if isinstance(divergence, type) and issubclass(divergence, Divergence):
-            message += f", as {divergence.__name__}(...) makes one"
-        raise TypeError(message)
+            kind = f"the class {divergence.__name__}"
+            expected += f", such as {divergence.__name__}(...)"
+        raise TypeError(f"divergence is {kind}, expected {expected}")
     if divergence in REGISTERED:
         return REGISTERED[divergence].divergence
     if divergence not in DIVERGENCES:

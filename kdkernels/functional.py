@@ -129,8 +129,9 @@ def kd_loss(
             (before weights and T^2), ``cross_entropy`` (None without labels), ``teacher_entropy``,
             ``student_entropy``, ``agreement`` (1.0 where both have the same top token). All are 0
             in rows that take no part.
-        backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``. A named one
-            never falls back.
+        backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``. ``"auto"``
+            takes the first that can serve the call: on a GPU of the last three, in this order, on a
+            CPU ``"cpu"`` or ``"reference"``. A named one never falls back.
 
     Returns:
         The loss, float32 (float64 for float64 logits), a scalar or ``(...)`` for ``"none"``; with

@@ -14,7 +14,13 @@ Size = Annotated[int, "SymInt"]
 
 
 class Metrics(TypedDict):
-    """Per-token tensors ``(...)`` that ``return_metrics=True`` adds, in the order kernels write."""
+    """Per-token tensors ``(...)`` that ``return_metrics=True`` adds, 0 where a token takes no part.
+
+    ``divergence``, before its weight and T²; ``cross_entropy``, None without labels; entropies of
+    both models at the loss's temperature, in nats; ``agreement``, 1.0 where their top tokens agree.
+    """
+
+    # In the order kernels write.
 
     divergence: Tensor
     cross_entropy: Tensor | None  # None without labels

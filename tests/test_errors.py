@@ -109,7 +109,7 @@ OPTIONS = [
         "divergence",
         JSD,
         TypeError,
-        r"divergence is a type, expected a name or a Div.*, as JSD\(\.\.\.\) makes one",
+        r"divergence is the class JSD, expected a name or a Div.*, such as JSD\(\.\.\.\)",
     ),
     ("divergence", 3, TypeError, "divergence is a int, expected a name or a Divergence"),
     (

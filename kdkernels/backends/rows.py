@@ -26,7 +26,7 @@ _KERNELS = {name: index for index, name in enumerate(DIVERGENCES)}
 def dtype_refusals(student: Tensor, teacher: Tensor) -> list[str]:
     """Why compiled backends cannot read the logits; empty if they can."""
     return [
-        f"{name} is {tensor.dtype}, it takes float32, bfloat16 or float16"
+        f"{name} is {tensor.dtype}, it takes float32 (pass {name}.float()), bfloat16 or float16"
         for name, tensor in (("student_logits", student), ("teacher_logits", teacher))
         if tensor.dtype not in DTYPES
     ]
