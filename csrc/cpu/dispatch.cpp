@@ -7,6 +7,8 @@
 #include <cstdlib>
 #include <memory>
 #include <stdexcept>
+#include <system_error>
+#include <thread>
 
 #if defined(KD_X86_64)
 #include <cpuid.h>
@@ -105,6 +107,24 @@ float* thread_scratch(size_t bytes) {
   return memory.get();
 }
 
+// Calls work() in so many threads, or in fewer where the system has no more.
+template <class Work>
+void in_parallel(int threads, Work work) {
+#if defined(_OPENMP)
+#pragma omp parallel num_threads(threads)
+  work();
+#else
+  std::vector<std::thread> others;
+  others.reserve(threads - 1);
+  try {
+    while ((int)others.size() < threads - 1) others.emplace_back(work);
+  } catch (const std::system_error&) {
+  }
+  work();
+  for (std::thread& other : others) other.join();
+#endif
+}
+
 // Calls body(begin, end, next, scratch) for ranges that cover the rows; `next` is the row the same
 // thread goes on with, or `rows`; scratch holds `floats` floats.
 template <class Body>
@@ -131,14 +151,13 @@ void for_rows(int64_t rows, int64_t width, int64_t floats, int threads, Body bod
     // Rounding and what becomes of subnormals belong to a thread: all take those of the caller.
     std::fenv_t mode;
     std::fegetenv(&mode);
-#pragma omp parallel num_threads(threads)
-    {
+    in_parallel(threads, [&] {
       std::fenv_t own;
       std::fegetenv(&own);
       std::fesetenv(&mode);
       work();
       std::fesetenv(&own);
-    }
+    });
   }
   if (!served) throw std::bad_alloc();  // and nothing is written
 }
