@@ -73,7 +73,8 @@ class LogitsLoss(torch.autograd.Function):
         )
         if inplace:
             gradient = gradient.detach()  # a Function's view, such as to_local(), cannot be saved
-        ctx.save_for_backward(gradient, row_scale)
+        left_out = _left_out(constants, options) if options.reduction == "none" else None
+        ctx.save_for_backward(gradient, row_scale, left_out)
         ctx.set_materialize_grads(False)
         ctx.backend = backend
         ctx.consumed = False
@@ -87,10 +88,22 @@ class LogitsLoss(torch.autograd.Function):
         check_backward(ctx, "kd_loss")
         if grad_output is None:
             return None, None
-        gradient, row_scale = ctx.saved_tensors
+        gradient, row_scale, left_out = ctx.saved_tensors
         gradient = gradient.detach()
+        if left_out is not None:  # whose losses may have any gradient, NaN too
+            grad_output = grad_output.masked_fill(left_out, 0.0)
         ops.scale_gradient(gradient, _as_scale("kd_loss", grad_output), row_scale, ctx.backend)
         return gradient, None
+
+
+def _left_out(constants: tuple[Tensor | None, ...], options: LogitsOptions) -> Tensor | None:
+    """Which rows take no part, ``(...)``; None where all do."""
+    _, labels, token_weight, _ = constants
+    ignored = None if labels is None else labels == options.ignore_index
+    if token_weight is None:
+        return ignored
+    weightless = token_weight == 0
+    return weightless if ignored is None else ignored | weightless
 
 
 # What Function.apply calls where no transform is active, without its checks.
@@ -196,7 +209,9 @@ class LinearLossPerToken(torch.autograd.Function):
         token_weight = _as_scale("linear_kd_loss", grad_output)
         position = 2 * count + 1 + _TOKEN_WEIGHT
         if tensors[position] is not None:
-            token_weight = token_weight * tensors[position]
+            weight = tensors[position]
+            # Where a row takes no part, its loss may have any gradient.
+            token_weight = (token_weight * weight).masked_fill(weight == 0, 0.0)
         tensors[position] = token_weight
         weighted = replaced(options, reduction="sum", metrics=False)
         gradients = _linear_loss(count, tensors, needs_grad, linear, weighted)[2]

@@ -89,7 +89,7 @@ def _linear_tails_gradient(
         tails, grad_tails = (_pick(rows, x) for x in (tails, grad_tails))
         row_scale = None
         if student.half:
-            row_scale = _row_scale(grad_tails, grad_listed)
+            row_scale = _row_scale(grad_tails, grad_listed, o)
             grad_tails, grad_listed = grad_tails / row_scale, grad_listed / row_scale.unsqueeze(1)
         split = student.plan(None, linear.chunk_bytes)
         student.allocate(split.chunk)
@@ -103,9 +103,12 @@ def _linear_tails_gradient(
         return student.gradients(rows)
 
 
-def _row_scale(grad_tails: Tensor, grad_listed: Tensor) -> Tensor:
+def _row_scale(grad_tails: Tensor, grad_listed: Tensor, o: TailOptions) -> Tensor:
     """Powers of two ``(rows,)``; divided by them, a gradient's largest entries are about 2^12."""
-    largest = torch.maximum(grad_tails.abs().amax(0), grad_listed.abs().amax(1))
+    tails = grad_tails.abs().unbind(0)
+    largest = grad_listed.abs().amax(1)
+    for of_tail, temperature in zip(tails, o.temperatures(), strict=True):
+        largest = torch.maximum(largest, of_tail * (o.scale / temperature))  # of one certain token
     exponent = torch.frexp(torch.where(largest.isfinite(), largest, 0.0)).exponent
     # Rows of zeros get a small one: scales are taken relative to the largest.
     exponent = torch.where(largest > 0, exponent - 12, -100).clamp(-100, 100)

@@ -22,7 +22,7 @@ from .harness import (
     run,
 )
 
-VOCAB = 517
+VOCAB, INF = 517, torch.inf
 
 
 @pytest.mark.parametrize("grad_output", [0.0, 1.0, -3.0, 0.3, 1e-3, 1024.0])
@@ -56,6 +56,23 @@ def test_per_token_loss_weighted_by_an_expanded_tensor(backend):
     loss_of(backend, leaf, teacher, reduction="none").sum().backward()  # expanded grad_output
     expected = oracle(student, teacher, reduction="sum")
     assert_gradient(leaf.grad, expected.gradient, tolerances.PLAIN_LOSS[0])
+
+
+@pytest.mark.parametrize("mask", ["labels", "token_weight", "both"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masked_rows_whatever_gradient_their_losses_have(backend, dtype, mask):
+    """As where a sequence without tokens is divided by their number."""
+    student, teacher = (x.to(dtype) for x in correlated_pair(4, VOCAB))
+    options = {"reduction": "none"}
+    if mask != "token_weight":
+        options["labels"] = torch.tensor([1, -100, 3, 4])
+    if mask != "labels":
+        options["token_weight"] = torch.tensor([1.0, 2.0, 0.0, 1.0])
+    masked = {"labels": [1], "token_weight": [2], "both": [1, 2]}[mask]
+    plain = run(backend, student, teacher, **options)
+    for bad in (INF, torch.nan):
+        grad_output = torch.ones(4).index_fill(0, torch.tensor(masked), bad)
+        assert_same_bits(run(backend, student, teacher, grad_output=grad_output, **options), plain)
 
 
 def test_second_backward_raises(kernel):

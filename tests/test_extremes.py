@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from kdkernels import kd_loss
+from kdkernels import AlphaBeta, kd_loss
 
 from . import tolerances
 from .cases import ALL, ONE_OF_EACH, close_pair, correlated_pair, labels_for, normal
@@ -105,6 +105,30 @@ def test_huge_logits(backend, divergence):
     assert_gradient(actual.gradient[1:], expected.gradient[1:], 3 * tolerances.OTHER_LOSS[0])
     # Both certain: no gradient but the rounding of probabilities of 1.
     assert actual.gradient[0].abs().max() <= tolerances.ROUNDING_OF_1
+
+
+@pytest.mark.parametrize(
+    ("parameters", "gap", "top"),
+    [
+        ((1.0, 1.0), 14.0, 5.5),
+        ((0.5, 1.0), 14.0, 5.5),
+        ((0.5, 1.5), 10.0, 5.5),
+        ((0.2, 0.7), 20.0, 3.5),
+        ((0.05, 0.9), 14.0, 5.5),
+        ((0.0, 1.5), 14.0, 5.5),
+        ((0.0, 0.7), 18.0, 5.5),
+        ((-0.3, 1.2), 14.0, 5.5),
+    ],
+    ids=str,
+)
+def test_alpha_beta_of_a_token_that_the_student_rules_out(backend, parameters, gap, top):
+    """Its gradient is a difference of powers of the ratio, both of which are next to nothing."""
+    student, teacher = torch.zeros(2, 1, 1000)
+    teacher[0, 0], student[0, 0] = top, top + 1.5 - gap
+    divergence = AlphaBeta(*parameters)
+    expected = oracle(student, teacher, divergence=divergence)
+    actual = run(backend, student, teacher, divergence=divergence)
+    assert_gradient(actual.gradient[:, :1], expected.gradient[:, :1], tolerances.OTHER_LOSS[0])
 
 
 @pytest.mark.parametrize("size", [1e4, -1e4])

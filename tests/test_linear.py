@@ -121,6 +121,19 @@ def test_per_token_loss_weighted_later(linear_backend, dtype):
         assert_as_good_as_dense(actual, rival, exact, dtype)
 
 
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_masked_rows_whatever_gradient_their_losses_have(linear_backend, bad):
+    case, keeps = make_case(), some_labels() != -100
+    for options in ({"labels": some_labels()}, {"token_weight": keeps.float()}):
+        options |= {"reduction": "none"}
+        plain = run(call(linear_backend), case, grad_output=keeps.float(), **options)
+        grad_output = keeps.float().masked_fill(~keeps, bad)
+        actual = run(call(linear_backend), case, grad_output=grad_output, **options)
+        for result, expected in zip(actual, plain, strict=True):
+            if expected is not None:
+                torch.testing.assert_close(result, expected)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_metrics(linear_backend, reduction):
     case = make_case()

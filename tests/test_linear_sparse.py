@@ -185,6 +185,19 @@ def test_a_row_without_a_gradient_takes_no_digits_from_others(linear_backend):
 
 
 @pytest.mark.filterwarnings("ignore:Using backward")
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0.02}, {"student_scale": 100.0}, {"temperature": 0.05}], ids=str
+)
+def test_steep_logits_in_float16(linear_backend, options):
+    """A gradient's entry may be scale / temperature times that of a log-sum-exp."""
+    hidden, weight, *_ = make(torch.float16, rows=5)
+    least = (hidden.float() @ weight.float().T).argsort(-1)[
+        :, :64
+    ]  # the student's certainty is wrong
+    entries = least, torch.full(least.shape, 1 / 64).log()
+    check(linear_backend, (hidden, weight, None, *entries), torch.float16, **options)
+
+
 def test_a_second_backward_gives_the_same(linear_kernel):
     hidden, weight, _, indices, logprobs = (move(x, linear_kernel.device) for x in make())
     hidden.requires_grad_()

@@ -118,7 +118,6 @@ struct AlphaBeta : Defaults {
   struct Coefficients {
     float first;
     float sum_phi = 0, first_phi = 0, first_product = 0, square = 0;
-    float sum_expm1 = 0, first_expm1 = 0, linear = 0, linear_power = 0;
 
     // K(a, b, d).
     Coefficients(float a, float b) : first(a) {
@@ -138,21 +137,25 @@ struct AlphaBeta : Defaults {
   };
 
   float a, b;
+  float of_powers = 0, of_logarithm = 0;  // what slopes are made of: 1 / a, or where a is 0, 1
   float close_radius;  // no power is of more than kSeriesRadius there, nor any linear part left out
   Coefficients student_larger, teacher_larger;
 
   AlphaBeta(float a, float b) : a(a), b(b), student_larger(a, b), teacher_larger(b, a) {
     const float most = fmaxf(fmaxf(fabsf(a), fabsf(b)), fabsf(a + b));
     close_radius = kSeriesRadius / fmaxf(most, kSeriesRadius);
-    if (a != 0) {
-      student_larger.first_expm1 = -1 / a;
-      // An exponent of 0 d is 0, but NaN where d is infinite.
-      if (a + b != 0) teacher_larger.sum_expm1 = 1 / a;
-      if (b != 0) teacher_larger.first_expm1 = -1 / a;
-    } else {
-      student_larger.linear = -1;
-      teacher_larger.linear_power = 1;
-    }
+    (a == 0 ? of_logarithm : of_powers) = a == 0 ? 1 : 1 / a;
+  }
+
+  // exp(b d) (exp(a d) - 1) / a, or its limit exp(b d) d, from exp(b d) and exp((a + b) d). Far
+  // from 0 both are next to nothing beside 1, which is not to be subtracted from them.
+  template <class F>
+  KD_INLINE F slope_of_larger_teacher(F d, F of_b, F of_both) const {
+    const F x = a * d;
+    const F series = of_b * (phi_over_x(x) * x + x);
+    const F powers = select(abs(x) < kSeriesRadius, series, of_both - of_b);
+    return times_or_zero(splat<F>(of_powers), powers) +
+           times_or_zero(splat<F>(of_logarithm), times_or_zero(of_b, d));
   }
 
   template <class F>
@@ -178,11 +181,12 @@ struct AlphaBeta : Defaults {
         times_or_zero(pick(&Coefficients::first_phi), select(far, of_first.expm1, of_first.phi)) +
         times_or_zero(pick(&Coefficients::first_product), product) +
         times_or_zero(pick(&Coefficients::square), d * d);
-    const F slope =
-        times_or_zero(pick(&Coefficients::sum_expm1), of_sum.expm1) +
-        times_or_zero(pick(&Coefficients::first_expm1), of_first.expm1) +
-        times_or_zero(pick(&Coefficients::linear), d) +
-        times_or_zero(pick(&Coefficients::linear_power), times_or_zero(of_first.expm1 + 1.0f, d));
+    const F of_larger_student = times_or_zero(splat<F>(-of_powers), of_first.expm1) -
+                                times_or_zero(splat<F>(of_logarithm), d);
+    // An exponent of 0 d is 0, but NaN where d is infinite.
+    const F of_b = b == 0 ? splat<F>(1.0f) : exp(first);
+    const F of_both = a + b == 0 ? splat<F>(1.0f) : exp(splat<F>(a + b) * d);
+    const F slope = select(student, of_larger_student, slope_of_larger_teacher(d, of_b, of_both));
     return {times_or_zero(factor, value), times_or_zero(factor, slope)};
   }
 
@@ -196,7 +200,7 @@ struct AlphaBeta : Defaults {
     const F first_expm1 = first_phi + first;
     const F value = k.sum_phi * sum_phi + k.first_phi * first_phi +
                     k.first_product * (first * first_expm1 - first_phi) + k.square * (x.r * x.r);
-    return {factor * value, factor * (k.first_expm1 * first_expm1 - k.linear * x.r)};
+    return {factor * value, factor * (of_logarithm * x.r - of_powers * first_expm1)};
   }
 
   // Where nothing can overflow. Powers of both have errors of their own, which coefficients

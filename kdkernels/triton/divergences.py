@@ -139,8 +139,10 @@ def alpha_beta_slope(p, q, log_p, log_q, r, a, b):
     d = -tl.abs(r)
     from_q = tl.where(a == 0.0, -d, -expm1(a * d) / a)
     finite = tl.maximum(d, LOWEST)  # times an exponent of 0
-    power = exp(b * d) * finite
-    from_p = tl.where(a == 0.0, power, (expm1((a + b) * finite) - expm1(b * finite)) / a)
+    x = a * finite
+    power = exp(b * finite)
+    difference = tl.where(tl.abs(x) < 0.5, power * expm1(x), exp((a + b) * finite) - power)
+    from_p = tl.where(a == 0.0, times_or_zero(power, finite), difference / a)
     k = tl.where(r >= 0.0, from_q, from_p)
     return times_or_zero(_larger_to(a + b, log_p, log_q, r), k)
 
