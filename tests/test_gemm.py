@@ -63,7 +63,8 @@ def test_float32_logits_of_16_bits(products, bias):
     assert sizes == once.get(kind, [VOCAB, *slices])
 
 
-def test_gradients_in_float32(products):
+def test_gradients_in_float32(products, monkeypatch):
+    monkeypatch.setattr(gemm, "_multiplies_bfloat16", lambda: False)
     hidden, weight = random(ROWS, HIDDEN, seed=1), random(VOCAB, HIDDEN, seed=2)
     gradient, scale = random(ROWS, VOCAB, seed=4), normal(ROWS, seed=5)
     out = torch.full((ROWS, HIDDEN), torch.nan)
@@ -79,3 +80,18 @@ def test_gradients_in_float32(products):
     close(out, 1 + gradient.double().sum(0))
     gemm.add_bias_gradient(out, gradient, scale)
     close(out, 1 + gradient.double().sum(0) + scale.double() @ gradient.double())
+
+
+def test_weight_gradients_by_products_in_bfloat16(monkeypatch):
+    """Each rounded once, to half a unit in the last of its 8 bits, and added in float32."""
+    monkeypatch.setattr(gemm, "_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(gemm, "_SLICE_BYTES", {"cpu": 4 * 64 * HIDDEN})
+    out = torch.full((VOCAB, HIDDEN), torch.nan)
+    exact, rounding = torch.zeros(VOCAB, HIDDEN, dtype=torch.float64), 0.0
+    for chunk in range(3):
+        hidden = random(ROWS, HIDDEN, seed=chunk)
+        gradient = random(ROWS, VOCAB, seed=chunk + 10)
+        product = gradient.double().t() @ hidden.double()
+        exact, rounding = exact + product, rounding + product.abs() * 2.0**-8
+        gemm.add_weight_gradient(out, gradient, hidden, accumulate=chunk > 0)
+        assert ((out.double() - exact).abs() <= rounding + 1e-5).all()

@@ -91,6 +91,9 @@ class Exponent : public ExponentBase {
     bool was_left(double sum) const { return !(sum < 0x1p50); }
   };
 
+  static constexpr bool kHasWide = false;
+  KD_INLINE Vec wide(Vec x, Range& range) const { return fast(x, range); }
+
   KD_INLINE Vec fast(Vec x, Range&) const {
     // Its low bits count x c in units of 1/32.
     const Vec steps = multiply_add(x, c_, splat<Vec>(kGrid));
@@ -152,7 +155,10 @@ KD_INLINE Vec growth(Vec f) {
 class Exponent : public ExponentBase {
  public:
   Exponent(float reference, float c)
-      : ExponentBase(reference, c, __builtin_inff()), grid_(kGrid + kBelow - shift_) {}
+      : ExponentBase(reference, c, __builtin_inff()),
+        grid_(kGrid + kBelow - shift_),
+        low_((shift_ - kBelow + 4) / c),
+        bottom_((shift_ - kBelow + 4 - 64) / c) {}
 
   // Exponents in [-kBelow, 128 - kBelow): there the high bits of `steps` are those of kGrid.
   struct Range {
@@ -170,10 +176,26 @@ class Exponent : public ExponentBase {
     return power * (growth(f) * f) + power;
   }
 
+  // fast() for what is far below the reference too, -inf included.
+  static constexpr bool kHasWide = true;
+  KD_INLINE Vec wide(Vec x, Range& range) const {
+    if constexpr (!kFusedMultiplyAdd) x = x - origin_;
+    const auto low = x < low_, none = x < bottom_;
+    x = max(splat<Vec>(bottom_), x);
+    const Vec grid = select(low, splat<Vec>(grid_ + 64), splat<Vec>(grid_));
+    const Vec steps = multiply_add(x, c_, grid);
+    range.marks |= (Bits)steps ^ (Bits)splat<Vec>(kGrid);
+    const Vec f = multiply_add(x, c_, grid - steps);
+    const Vec power = (Vec)(((Bits)steps << (23 - kSteps)) + unit(steps));
+    const Vec unit_of = select(none, Vec{}, select(low, splat<Vec>(0x1p-64f), splat<Vec>(1)));
+    return (power * (growth(f) * f) + power) * unit_of;
+  }
+
  private:
   static constexpr float kGrid = grid(kSteps);
 
   float grid_;
+  float low_, bottom_;  // where wide() changes its unit, and where it ends
 };
 
 #endif

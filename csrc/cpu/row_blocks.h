@@ -81,7 +81,7 @@ class RowBlocks {
       if (kGradient) gradient_.flush(begin, n, gradient_block_);
       return;
     }
-    const bool reads_student = kLogits || reads_student_for_gradient();
+    const bool reads_student = kLogits || ce_scale_ != 0;
     const float* s = reads_student ? student_.block(begin, n, student_block_) : nullptr;
     const float* t = kLogits ? teacher_.block(begin, n, teacher_block_) : nullptr;
     float* g = kGradient ? gradient_target(begin, n) : nullptr;

@@ -68,14 +68,26 @@ class RowPair : protected RowBlocks {
   // Relative to the largest of the first `sample` logits; keeps exponentials. False where another
   // logit is too far above it.
   bool read_softmaxes(int64_t sample) {
-    start(largest_logit(student_, sample, student_block_),
-          uses_divergence() ? largest_logit(teacher_, sample, teacher_block_) : 0);
+    start(first_reference(student_, sample, student_block_),
+          uses_divergence() ? first_reference(teacher_, sample, teacher_block_) : 0);
     const bool apart = uses_cross_entropy() && params_.temperature != 1;
     KLSums kl;
     const bool fits = push_logits(apart, uses_divergence(), may_be_far() ? &kl : nullptr);
     if (may_be_far() && fits) kl_ = KL(kl, gap(), student_softmax_, teacher_softmax_);
     if (!apart) softmax_at_1_ = student_softmax_;
     return fits;
+  }
+
+  // The largest of the first `sample` logits or, where all of these are -inf, of the next block
+  // that holds another.
+  float first_reference(const Reader& reader, int64_t sample, float* buffer) const {
+    float largest = largest_logit(reader, sample, buffer);
+    for (int64_t begin = sample; largest == -kInfinity && begin < params_.vocab; begin += kBlock) {
+      const int64_t left = params_.vocab - begin;
+      const int n = left < kBlock ? (int)left : kBlock;
+      largest = block_max(reader.block(begin, n, buffer), n);
+    }
+    return largest;
   }
 
   // Softmaxes relative to these logits.
@@ -359,9 +371,9 @@ class RowPair : protected RowBlocks {
 };
 
 // A row of weight 0: exact zeros, whatever the logits hold.
-inline void write_masked_row(const LogitsParams& params, int64_t row) {
+inline void write_masked_row(const LogitsParams& params, const RowPlan& plan, int64_t row) {
   if (params.gradient.data) {
-    const Writer gradient(params.gradient, row);
+    const Writer gradient(params.gradient, row, plan.streams);
     gradient.fill(0, gradient.width(), 0);
   }
   if (params.row_scale) params.row_scale[row] = 0;
@@ -376,7 +388,7 @@ void run_rows(const LogitsParams& params, const RowPlan& plan, int64_t begin, in
   for (int64_t row = begin; row < end; ++row) {
     plan.loss[row] = 0;
     if (plan.weight[row] == 0) {
-      write_masked_row(params, row);
+      write_masked_row(params, plan, row);
     } else {
       const int64_t after = row + 1 < end ? row + 1 : next;
       RowPair<Divergence> pair(params, plan, divergence, row, after, scratch);

@@ -134,12 +134,12 @@ class ShardOfRow : RowPair<Divergence> {
   const bool with_divergence_;
 };
 
-inline void write_masked_shard(const ShardParams& params, int64_t row) {
+inline void write_masked_shard(const ShardParams& params, const RowPlan& plan, int64_t row) {
   if (params.phase == ShardPhase::kStates)
     std::fill_n(params.states + row * kShardStates, (int)kShardStates, 0.0);
   if (params.phase == ShardPhase::kSums)
     std::fill_n(params.sums + row * kShardSums, (int)kShardSums, 0.0);
-  write_masked_row(params, row);
+  write_masked_row(params, plan, row);
 }
 
 template <class Divergence>
@@ -148,7 +148,7 @@ void run_shard(const ShardParams& params, const RowPlan& plan, int64_t begin, in
   const Divergence divergence(params.parameters[0], params.parameters[1]);
   for (int64_t row = begin; row < end; ++row) {
     if (plan.weight[row] == 0) {
-      write_masked_shard(params, row);
+      write_masked_shard(params, plan, row);
       continue;
     }
     const bool written = params.phase == ShardPhase::kGradient &&

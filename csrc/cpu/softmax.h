@@ -78,6 +78,20 @@ class Softmax {
       if (range.was_left(sums.value())) {
         i = 0;
         sums = {};
+        if constexpr (Exponent::kHasWide) {
+          Exponent::Range wide;
+          for (; i + kPair <= n; i += kPair) {
+            const Pair y = x.pair(i);
+            const Vec first = exponent.wide(y.first, wide), second = exponent.wide(y.second, wide);
+            store(kept + i, first);
+            store(kept + i + kLanes, second);
+            sums.add(first + second);
+          }
+          if (wide.was_left(sums.value())) {
+            i = 0;
+            sums = {};
+          }
+        }
       }
     }
     // What is left of the block, and all of one that holds -inf, NaN or what left the range.
