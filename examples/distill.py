@@ -250,9 +250,9 @@ def main() -> None:
 
     def distillation_loss(logits: Tensor, ids: Tensor) -> Tensor:
         return kd_loss(
-            logits[:, :-1],
-            teacher_logits(ids)[:, :-1],
-            labels=ids[:, 1:],
+            logits,
+            teacher_logits(ids),
+            labels=F.pad(ids[:, 1:], (0, 1), value=-100),  # the last logits predict none of these
             divergence=args.divergence,
             temperature=args.temperature,
             ce_weight=args.ce_weight,

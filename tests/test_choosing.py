@@ -250,9 +250,9 @@ def test_on_policy():
     actual = names["on_policy_loss"](student, TEACHER, completion)
     same_gradients(actual, expected, student)
     actual = names["reward"](student, TEACHER, completion)
-    torch.testing.assert_close(actual.double(), -tokens.detach())
+    torch.testing.assert_close(actual.double(), F.pad(-tokens.detach(), (0, 1)))
     assert not actual.requires_grad
-    expected = log_q.gather(-1, ids[:, 1:, None]).squeeze(-1)
+    expected = F.pad(log_q.gather(-1, ids[:, 1:, None]).squeeze(-1), (0, 1))
     actual = names["log_q"](student, ids)
     torch.testing.assert_close(actual.double(), expected)
     weight = torch.rand(actual.shape, dtype=torch.float64)
