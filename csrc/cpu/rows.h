@@ -234,38 +234,46 @@ class RowPair : protected RowBlocks {
         const float scale = kd_scale_;
         const float* s_kept = student_kept_ + begin;
         float* t_kept = teacher_kept_ + begin;
-        Vec values = {}, slopes = {}, shifts = {};
-        for (int i = 0; i < n; i += kPair) {
-          next_student.fetch<2>(begin + i, kPair);
-          next_teacher.fetch<2>(begin + i, kPair);
-          const Pair x = s.pair(i), y = t.pair(i);
-          const Point<Vec> v[] = {
-              point(x.first, y.first, load(s_kept + i), load(t_kept + i)),
-              point(x.second, y.second, load(s_kept + i + kLanes), load(t_kept + i + kLanes))};
-          Term<Vec> term[2];
-          if constexpr (kFar)
-            for (int k = 0; k < 2; ++k) term[k] = divergence.far(v[k], point.weights);
-          else
-            near_terms(divergence, v, term);
-          for (int k = 0; k < 2; ++k) {
-            // Rounded before they are added, since no product that is stored, or comes from a
-            // branch, is fused with the sum: the same bits with a gradient and without.
-            values += kFar ? term[k].value : rounded(term[k].value);
-            slopes += kGradient ? term[k].slope : rounded(term[k].slope);
-            if constexpr (kSizes) sizes = max(sizes, abs(term[k].slope));
-            if constexpr (kFeelsShift) {
-              const Vec difference = bregman(v[k].p, v[k].q, v[k].r).difference;
-              shifts += difference;
+        Vec value_parts = {}, slope_parts = {}, shift_parts = {};
+        for (int i = 0; i < n;) {
+          const int end = end_of_part(i, n);
+          Vec values = {}, slopes = {}, shifts = {};
+          for (; i < end; i += kPair) {
+            next_student.fetch<2>(begin + i, kPair);
+            next_teacher.fetch<2>(begin + i, kPair);
+            const Pair x = s.pair(i), y = t.pair(i);
+            const Point<Vec> v[] = {
+                point(x.first, y.first, load(s_kept + i), load(t_kept + i)),
+                point(x.second, y.second, load(s_kept + i + kLanes), load(t_kept + i + kLanes))};
+            Term<Vec> term[2];
+            if constexpr (kFar)
+              for (int k = 0; k < 2; ++k) term[k] = divergence.far(v[k], point.weights);
+            else
+              near_terms(divergence, v, term);
+            for (int k = 0; k < 2; ++k) {
+              // Rounded before they are added, since no product that is stored, or comes from a
+              // branch, is fused with the sum: the same bits with a gradient and without.
+              values += kFar ? term[k].value : rounded(term[k].value);
+              slopes += kGradient ? term[k].slope : rounded(term[k].slope);
+              if constexpr (kSizes) sizes = max(sizes, abs(term[k].slope));
+              if constexpr (kFeelsShift) {
+                const Vec difference = bregman(v[k].p, v[k].q, v[k].r).difference;
+                shifts += difference;
+              }
+              // The teacher's exponentials are not read again.
+              if constexpr (kGradient && !kStoresGradient)
+                store(t_kept + i + k * kLanes, term[k].slope);
             }
-            // The teacher's exponentials are not read again.
-            if constexpr (kGradient && !kStoresGradient)
-              store(t_kept + i + k * kLanes, term[k].slope);
+            if constexpr (kStoresGradient)
+              g.store(i, {term[0].slope * scale, term[1].slope * scale});
           }
-          if constexpr (kStoresGradient) g.store(i, {term[0].slope * scale, term[1].slope * scale});
+          value_parts += values;
+          if constexpr (!Divergence::kSlopeSumsToZero) slope_parts += slopes;
+          if constexpr (kFeelsShift) shift_parts += shifts;
         }
-        value_sum += sum(values);
-        if constexpr (!Divergence::kSlopeSumsToZero) slope_sum += sum(slopes);
-        if constexpr (kFeelsShift) shift_sum += sum(shifts);
+        value_sum += sum(value_parts);
+        if constexpr (!Divergence::kSlopeSumsToZero) slope_sum += sum(slope_parts);
+        if constexpr (kFeelsShift) shift_sum += sum(shift_parts);
       });
     });
     Sums sums{value_sum, slope_sum};

@@ -21,6 +21,13 @@ KD_INLINE void for_blocks(int64_t vocab, Step step) {
     step(begin, vocab - begin < kBlock ? (int)(vocab - begin) : kBlock);
 }
 
+// Float sums of a block are added up in parts, for rounding grows with their number of terms where
+// those are alike, as of tokens that neither model tells apart.
+KD_INLINE int end_of_part(int begin, int n) {
+  constexpr int kPart = 8 * kPair;
+  return begin + kPart < n ? begin + kPart : n;
+}
+
 // The largest of n logits, padded with -inf to whole pairs of vectors; NaN may be lost.
 inline float block_max(const float* x, int n) {
   Vec even = splat<Vec>(-kInfinity), odd = even;
@@ -256,9 +263,14 @@ struct KL {
 // -sum p log p over a block of logits.
 inline double entropy_block(const float* x, int n, const LogProbability& log_p) {
   Vec total = {};
-  for (int i = 0; i < n; i += kLanes) {
-    const Vec y = log_p(load(x + i));
-    total += times_or_zero(exp(y), y);
+  for (int i = 0; i < n;) {
+    const int end = end_of_part(i, n);
+    Vec part = {};
+    for (; i < end; i += kLanes) {
+      const Vec y = log_p(load(x + i));
+      part += times_or_zero(exp(y), y);
+    }
+    total += part;
   }
   return -sum(total);
 }
