@@ -114,6 +114,7 @@ def kd_loss(
         student_scale: multiplies the student's logits before softcap and temperature.
         teacher_scale: the same for the teacher.
         student_softcap: cap of ``cap * tanh(x / cap)`` on the scaled student logits, None for none.
+            A logit of -inf stays -inf, one of inf becomes the cap.
         teacher_softcap: the same for the teacher.
         group: a process group over which the vocabulary is sharded, as tensor-parallel heads leave
             it: both logits hold this process's columns, all other arguments are the same
@@ -124,7 +125,8 @@ def kd_loss(
             which needs shards of equal width.
         inplace_grad: the gradient overwrites ``student_logits``, whose content is undefined
             afterwards; saves one (tokens, vocab) tensor. Not for leaves (a compiled graph checks
-            this only while it is compiled).
+            this only while it is compiled), and rows have to lie at two strides at most, as those
+            of a slice do.
         return_metrics: also return a dict of detached float32 tensors ``(...)``: ``divergence``
             (before weights and T^2), ``cross_entropy`` (None without labels), ``teacher_entropy``,
             ``student_entropy``, ``agreement`` (1.0 where both have the same top token). All are 0
