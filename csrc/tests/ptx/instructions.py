@@ -370,7 +370,7 @@ class Instructions:
             return "kd::cuda::wait_for_copies();"
         if i.modifiers == ["async", "bulk", "prefetch", "L2", "global"]:
             size = self._read(i.operands[0], "u32")
-            from_ = self._pointer(i.to, "global", size, i.where)
+            from_ = self._pointer(i.to, "global", "16", i.where)
             return f"kd::cuda::fetch_into_cache({from_}, {size}, {i.where});"
         source, size = i.operands
         if size != "16":
