@@ -36,7 +36,6 @@ class RowPair : protected RowOptions<Divergence, Row, kOptions> {
   using Base::Base;
 
   KD_DEVICE void run() {
-    if (kOptions) row_.reads_teacher = uses_divergence();
     row_.load();
     if constexpr (Row::kHeld) row_.fetch_later(params_, team_, this->index_);
     const float label_logit = this->label_logit();

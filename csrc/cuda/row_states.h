@@ -30,6 +30,12 @@ KD_DEVICE bool is_label_in_range(const LaunchParams& params, int64_t row) {
   return !params.labels || (params.labels[row] >= 0 && params.labels[row] < params.vocab);
 }
 
+// Otherwise nothing asks for the teacher's logits.
+template <bool kOptions>
+KD_DEVICE bool uses_divergence(const LaunchParams& params) {
+  return !kOptions || params.kd_weight != 0 || params.metrics;
+}
+
 template <class Divergence, class Row, bool kOptions>
 class RowStates {
  public:
@@ -50,9 +56,7 @@ class RowStates {
     return params_.row_scale ? params_.gradient_scale : weight() * inverse_normalizer();
   }
 
-  KD_DEVICE bool uses_divergence() const {
-    return !kOptions || params_.kd_weight != 0 || params_.metrics;
-  }
+  KD_DEVICE bool uses_divergence() const { return cuda::uses_divergence<kOptions>(params_); }
   KD_DEVICE bool uses_cross_entropy() const {
     return kOptions && params_.labels && (params_.ce_weight != 0 || params_.metrics);
   }

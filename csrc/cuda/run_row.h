@@ -37,6 +37,7 @@ template <class Row, bool kOptions, class Divergence>
 KD_DEVICE void run_row(const RowsParams<Divergence>& params, const Team& team, int64_t index) {
   const float weight = params.token_weight ? params.token_weight[index] : 1.0f;
   Row row(params, team, index);  // while the weight is on its way
+  if (kOptions) row.reads_teacher = uses_divergence<kOptions>(params);
   if (weight == 0 || (!kOptions && !is_label_in_range(params, index))) {
     if constexpr (Row::kHeld) row.fetch_later(params, team, index);
     return weight == 0 ? write_masked_row(params, team, index) : write_bad_row(params, team, index);
