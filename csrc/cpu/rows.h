@@ -68,26 +68,17 @@ class RowPair : protected RowBlocks {
   // Relative to the largest of the first `sample` logits; keeps exponentials. False where another
   // logit is too far above it.
   bool read_softmaxes(int64_t sample) {
-    start(first_reference(student_, sample, student_block_),
-          uses_divergence() ? first_reference(teacher_, sample, teacher_block_) : 0);
+    const auto reference = [&](const Reader& reader, float* buffer) {
+      return first_reference(reader, sample, params_.vocab, buffer);
+    };
+    start(reference(student_, student_block_),
+          uses_divergence() ? reference(teacher_, teacher_block_) : 0);
     const bool apart = uses_cross_entropy() && params_.temperature != 1;
     KLSums kl;
     const bool fits = push_logits(apart, uses_divergence(), may_be_far() ? &kl : nullptr);
     if (may_be_far() && fits) kl_ = KL(kl, gap(), student_softmax_, teacher_softmax_);
     if (!apart) softmax_at_1_ = student_softmax_;
     return fits;
-  }
-
-  // The largest of the first `sample` logits or, where all of these are -inf, of the next block
-  // that holds another.
-  float first_reference(const Reader& reader, int64_t sample, float* buffer) const {
-    float largest = largest_logit(reader, sample, buffer);
-    for (int64_t begin = sample; largest == -kInfinity && begin < params_.vocab; begin += kBlock) {
-      const int64_t left = params_.vocab - begin;
-      const int n = left < kBlock ? (int)left : kBlock;
-      largest = block_max(reader.block(begin, n, buffer), n);
-    }
-    return largest;
   }
 
   // Softmaxes relative to these logits.

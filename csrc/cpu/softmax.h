@@ -283,6 +283,17 @@ inline float largest_logit(const Reader& reader, int64_t n, float* buffer) {
   return result;
 }
 
+// The largest of the first `sample` logits or, where all of these are -inf, of the next block that
+// holds another.
+inline float first_reference(const Reader& reader, int64_t sample, int64_t vocab, float* buffer) {
+  float result = largest_logit(reader, sample, buffer);
+  for (int64_t begin = sample; result == -kInfinity && begin < vocab; begin += kBlock) {
+    const int n = vocab - begin < kBlock ? (int)(vocab - begin) : kBlock;
+    result = block_max(reader.block(begin, n, buffer), n);
+  }
+  return result;
+}
+
 // The position of the first largest raw logit.
 inline int64_t top_token(const Reader& reader, int64_t vocab, float* buffer) {
   int64_t top = 0;

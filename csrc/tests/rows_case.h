@@ -8,6 +8,7 @@
 #include <random>
 #include <sstream>
 
+#include "fetched.h"
 #include "harness.h"
 #include "oracle.h"
 #include "rows_of.h"
@@ -267,39 +268,6 @@ inline const double (&loss_tolerance(const std::string& divergence))[2] {
   return plain ? PLAIN_LOSS : OTHER_LOSS;
 }
 
-// The cache was asked once for the whole 16-byte vectors of every later row that takes part.
-inline void check_fetched(const Case& c, const LogitsParams& params,
-                          std::vector<emulator::Fetched> fetched) {
-  const auto joined = [](std::vector<emulator::Fetched> parts) {
-    std::sort(parts.begin(), parts.end(), [](auto& x, auto& y) { return x.from < y.from; });
-    std::vector<emulator::Fetched> whole;
-    for (const auto& part : parts) {
-      if (!whole.empty() && whole.back().from + whole.back().bytes == part.from)
-        whole.back().bytes += part.bytes;
-      else
-        whole.push_back(part);
-    }
-    return whole;
-  };
-  std::vector<emulator::Fetched> expected;
-  const auto expect_row = [&](const Rows& rows, int64_t row) {
-    const uintptr_t begin = ((uintptr_t)rows.row(row) + 15) & ~(uintptr_t)15;
-    const uintptr_t end =
-        (uintptr_t)(rows.row(row) + c.vocab * item_size(rows.dtype)) & ~(uintptr_t)15;
-    if (begin < end) expected.push_back({(const char*)begin, (uint32_t)(end - begin)});
-  };
-  for (int64_t row = rows_in_flight(params, c.tile); row < c.rows && c.tile.ahead; ++row) {
-    if (c.weights && params.token_weight[row] == 0) continue;
-    expect_row(params.student, row);
-    if (c.kd_weight != 0 || c.metrics) expect_row(params.teacher, row);
-  }
-  fetched = joined(fetched), expected = joined(expected);
-  bool right = fetched.size() == expected.size();
-  for (size_t i = 0; i < expected.size() && right; ++i)
-    right = fetched[i].from == expected[i].from && fetched[i].bytes == expected[i].bytes;
-  expect(right, "the cache was asked for other memory than that of later rows");
-}
-
 inline void check(const Case& c) {
   const std::string description = c.describe();
   emulator::options.label = description.c_str();
@@ -366,7 +334,7 @@ inline void check(const Case& c) {
   emulator::fetched = &fetched;
   const std::string bits = run(first_seed);
   emulator::fetched = nullptr;
-  if (c.tile.threads != 0) check_fetched(c, params, fetched);
+  if (c.tile.threads != 0) check_fetched(params, c.tile, fetched);
 
   Comparison losses("the loss"), gradients("the gradient"), metric("a metric");
   const auto& tolerance = loss_tolerance(divergence);
