@@ -9,7 +9,7 @@ Every provider has its turn in every round, with cold caches and fresh inputs. T
 tensor of logits), `torch.neg(s, out=g)` beside a sparse teacher (2U), and the bare matrix products
 at the linear level. A provider's speed is the work a fused loss needs (3U, 2U for a loss alone, 2U
 and U beside a sparse teacher, or FLOPs) over its time. A result beyond the rounding of its dtype
-(`Case.allowed`) is shown as wrong and not timed.
+(`Case.allowed`; of kdkernels' own kernels `Case.allowed_of_ours`) is shown as wrong and not timed.
 """
 
 from __future__ import annotations

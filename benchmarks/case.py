@@ -129,6 +129,14 @@ class Case(ABC):
         eps = torch.finfo(self.dtype).eps
         return max(APPROXIMATE, 8 * eps, 2 * loss), max(APPROXIMATE, eps, 2 * gradient)
 
+    @property
+    def allowed_of_ours(self) -> tuple[float, float] | None:
+        """What our kernels, which round nothing but the gradient, have to keep to beside it.
+
+        None where other roundings are PyTorch's.
+        """
+        return APPROXIMATE, max(APPROXIMATE, torch.finfo(self.dtype).eps)
+
     def backward(self, loss: Tensor, share: float = 1.0) -> None:
         scale = self.grad_scale * share
         loss.backward(None if scale == 1 else torch.full_like(loss, scale))

@@ -18,7 +18,9 @@ from .shapes import Shape
 #: Tokens a sparse teacher lists.
 LISTED = 64
 #: Rows whose gradient is compared; all rows take part in the loss that is.
-CHECKED_ROWS = 32
+CHECKED_ROWS = {"cpu": 32, "cuda": 1024}
+#: Rows of which the linear level asks how exact the textbook is.
+TEXTBOOK_ROWS = 32
 #: Tokens whose weight gradient is; all rows' hidden gradients are.
 CHECKED_TOKENS = 1024
 #: Logits in float64 at a time: on a CPU few enough that their memory is used again and again.
@@ -107,7 +109,7 @@ class LogitsCase(Case):
     @functools.cached_property
     def checked(self) -> Tensor:
         """Rows whose gradient is compared."""
-        return some(CHECKED_ROWS, self.rows, self.device)
+        return some(CHECKED_ROWS[self.device.type], self.rows, self.device)
 
     @functools.cached_property
     def expected(self) -> tuple[Tensor, Tensor]:
@@ -246,6 +248,11 @@ class LinearCase(Case):
     def floor_work(self) -> int:
         return self.work
 
+    @property
+    def allowed_of_ours(self) -> None:
+        """Products are PyTorch's, in the inputs' dtype."""
+        return None
+
     def step(self, function: Callable[..., Tensor]) -> Step:
         student = self.student_hidden, self.student_weight
         inputs = *student, self.teacher_hidden, self.teacher_weight, self.temperature
@@ -325,7 +332,7 @@ class LinearCase(Case):
 
     def textbook_errors(self) -> tuple[float, float]:
         losses, hidden_gradient, _ = self.expected
-        rows = slice(0, CHECKED_ROWS)
+        rows = slice(0, TEXTBOOK_ROWS)
         hidden = self.student_hidden.detach()[rows].requires_grad_()
         loss = dense.linear_loss(self.divergence)(
             hidden,

@@ -38,10 +38,13 @@ TILE = "KDKERNELS_CUDA_TILE"
 TILES = [
     *(f"registers:{cluster}x256" for cluster in (1, 2, 4, 8, 16)),
     *(f"registers:{cluster}x256+ahead" for cluster in (1, 2, 4, 8, 16)),
+    *(f"registers:{cluster}x128" for cluster in (2, 4, 8, 16)),
+    *(f"registers:{cluster}x128+ahead" for cluster in (2, 4, 8, 16)),
     *(f"registers:{cluster}x512" for cluster in (1, 2, 4, 8, 16)),
     *(f"shared:{cluster}x256" for cluster in (1, 2, 4, 8, 16)),
     *(f"shared:{cluster}x256+ahead" for cluster in (1, 2, 4, 8, 16)),
     *(f"shared:{cluster}x128" for cluster in (2, 4, 8, 16)),
+    *(f"shared:{cluster}x128+ahead" for cluster in (2, 4, 8, 16)),
     "streaming:1x256",
     "streaming:1x512",
 ]
@@ -67,6 +70,18 @@ def with_tile(case: Case, tile: str) -> Step:
             return step.run()
 
     return dataclasses.replace(step, run=run)
+
+
+def tile_why_not(case: LogitsCase, tile: str) -> str | None:
+    """Asked of one row: an exception in a whole step leaves memory behind."""
+    try:
+        with forced(tile), torch.no_grad():
+            row = case.student[:1], case.teacher[:1]
+            kd_loss(*row, divergence=case.instance, backend=BACKEND)
+    except ValueError as error:
+        raise_unless_refused(error)
+        return str(error)
+    return None
 
 
 @contextmanager
@@ -105,8 +120,7 @@ def check(device: Cpu | Cuda) -> int:
     wrong = 0
     for (dtype_name, dtype), vocab in itertools.product(DTYPES.items(), (1000, 1003)):
         inputs = LogitsCase.make(Shape("", 3, vocab), dtype, torch.device("cpu"))
-        # In our own kernels nothing but the gradient is rounded.
-        allowed = APPROXIMATE, max(APPROXIMATE, torch.finfo(dtype).eps)
+        print(dtype_name, vocab, file=sys.stderr, flush=True)  # how far it came, if time runs out
         for divergence in DIVERGENCES:
             case = inputs.variant(divergence, inputs.what)
             steps = {
@@ -114,7 +128,7 @@ def check(device: Cpu | Cuda) -> int:
             }
             for name, make in (steps | {"shard": shard}).items():
                 try:
-                    verify(case, on_device(case, device, make), allowed)
+                    verify(case, on_device(case, device, make), case.allowed_of_ours)
                 except Wrong as error:
                     wrong += 1
                     print(name, dtype_name, divergence, vocab, error)
@@ -208,9 +222,15 @@ def tune(device: Cpu | Cuda, arguments: argparse.Namespace, command: list[str]) 
     """Every tile beside the chosen one, and a shard; a tile that cannot hold a row says so."""
     tiles = {"chosen": "", **{tile: tile for tile in TILES}}
     providers = [
-        Provider(name, functools.partial(with_tile, tile=tile)) for name, tile in tiles.items()
+        Provider(
+            name,
+            functools.partial(with_tile, tile=tile),
+            functools.partial(tile_why_not, tile=tile),
+            ours=True,
+        )
+        for name, tile in tiles.items()
     ]
-    providers.append(Provider("shard", shard))
+    providers.append(Provider("shard", shard, ours=True))
     budget = Budget(arguments.budget)
     report = {"environment": device.describe() | environment(command), "cases": [], "left_out": []}
     settings = list(itertools.product(("bfloat16", "float32"), arguments.vocab))

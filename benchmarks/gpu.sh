@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Builds, tests and times the CUDA backend on a machine with an NVIDIA GPU.
 #
-#   benchmarks/gpu.sh FOLDER          all stages, under 9 minutes whatever they do
-#   benchmarks/gpu.sh FOLDER first    build, tests and sanitizers alone, under 3 minutes
+#   benchmarks/gpu.sh FOLDER          build, tests, sanitizers and times, under 9 minutes
+#   benchmarks/gpu.sh FOLDER first    build, tests and sanitizers alone, under 4 minutes
 #   benchmarks/gpu.sh FOLDER times    build and times alone, under 8 minutes
+#   benchmarks/gpu.sh FOLDER tune     build and every tile beside the chosen one, under 8 minutes
 #
 # Needs python3 with torch, triton, pybind11 and pytest, and nvcc, cmake and ninja; no network and no
 # installation; tests run in parallel where pytest-xdist is installed, peers are timed where they are.
@@ -12,8 +13,8 @@
 set -uo pipefail
 
 only="${2:-}"
-if [ $# -lt 1 ] || [[ ! $only =~ ^(first|times)?$ ]]; then
-  echo "usage: $0 FOLDER [first|times]" >&2
+if [ $# -lt 1 ] || [[ ! $only =~ ^(first|times|tune)?$ ]]; then
+  echo "usage: $0 FOLDER [first|times|tune]" >&2
   exit 2
 fi
 root="$(cd "$(dirname "$0")/.." && pwd)"
@@ -150,33 +151,56 @@ checks() {
   done
 }
 
+# Compiles what Triton will be timed with, a second a kernel, into its cache: beside the build.
+compile_triton() {
+  local divergence
+  for divergence in $(python3 -c 'from kdkernels.divergences import DIVERGENCES; print(*DIVERGENCES)'); do
+    python3 -m benchmarks --device cuda --rows 128 --rounds 1 --dtype bfloat16 float32 --shapes $vocabs \
+      --divergence "$divergence" --providers kdkernels-triton &
+  done
+  wait
+}
+
 run_stages() {
   # These need no extension, and compile more than a thousand kernels, over ten minutes of one core's
   # time: the build and the checks of CUDA go on beside them.
-  [ "$only" = times ] || tests_of triton 160 "(triton or registered) and not spills"
   local built=0
-  stage build 85 bash -c build && built=1
-  [ $built = 0 ] || [ "$only" = times ] || checks
-  [ "$only" = times ] || finish tests_triton
+  case $only in
+    '' | first) tests_of triton 160 "(triton or registered) and not spills" ;;
+    times) start compile_triton 100 nice -n 19 bash -c compile_triton ;;
+  esac
+  stage build 110 bash -c build && built=1
+  case $only in
+    '' | first)
+      [ $built = 0 ] || checks
+      finish tests_triton
+      ;;
+    times) finish compile_triton ;;
+  esac
   [ $built = 0 ] || [ "$only" = first ] && return
   # One pool that grows: tensors of gigabytes and many sizes leave no holes. Not every machine can.
   allocator=expandable_segments:True
   PYTORCH_CUDA_ALLOC_CONF=$allocator timeout 10 python3 -c 'import torch
 torch.ones(2**24, device="cuda")' >>"$out/machine.log" 2>&1 || allocator=
-  local vocabs=(128256 32000 151936 256000 50257) ours=(kdkernels-cuda kdkernels-triton)
-  timed gpu 100 --dtype bfloat16 float32 --shapes "${vocabs[@]}" --rounds 11 \
+  if [ "$only" = tune ]; then
+    stage tune 320 env PYTORCH_CUDA_ALLOC_CONF="$allocator" \
+      python3 -m benchmarks.gpu tune --budget 300 --vocab $vocabs --output "$out/tune.json"
+    return
+  fi
+  local ours=(kdkernels-cuda kdkernels-triton)
+  timed gpu 100 --dtype bfloat16 float32 --shapes $vocabs --rounds 11 \
     --providers "${ours[@]}" kdkernels-cuda-in-place eager torch.compile peers
-  timed gpu_divergences 65 --dtype bfloat16 float32 --shapes "${vocabs[@]}" --divergence all \
+  timed gpu_divergences 65 --dtype bfloat16 float32 --shapes $vocabs --divergence all \
     --rounds 7 --providers "${ours[@]}" eager peers
   timed gpu_linear 25 --level linear --dtype bfloat16 --shapes llama3 qwen3 gemma3 --rounds 5 \
     --providers kdkernels eager peers
-  timed gpu_sparse 12 --level sparse --dtype bfloat16 --shapes 128256 32000 --rounds 7 \
+  timed gpu_sparse 25 --level sparse --dtype bfloat16 --shapes 128256 32000 --rounds 7 \
     --providers kdkernels-cuda kdkernels-triton kdkernels-cuda-in-place eager torch.compile
   timed gpu_close 12 --close --dtype bfloat16 --shapes 128256 --rounds 7 \
     --divergence forward_kl reverse_kl jsd --providers "${ours[@]}" eager
-  stage tune 40 python3 -m benchmarks.gpu tune --budget 28 --output "$out/tune.json"
 }
-export -f build  # for the shell that timeout runs
+export -f build compile_triton  # for the shell that timeout runs
+export vocabs="128256 32000 151936 256000 50257"
 export out root capability
 run_stages
 

@@ -3,6 +3,7 @@
 
 #include "../core/shard.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <optional>
@@ -114,13 +115,12 @@ void tail(const TailParams& call, int device, void* stream) {
 }
 
 void scale(const ScaleParams& call, int device, void* stream) {
+  if (call.rows == 0) return;
   check_rows(call.rows);
   const Capturable capturable;
   use_device(device);
-  ScaleLaunch params(call);
-  launch_in_parts(params, call.rows, [&](int64_t rows) {
-    launch(scale_kernel, Grid{(unsigned)rows, kScaleThreads, 1, 0}, stream, params);
-  });
+  const unsigned ctas = (unsigned)std::min<int64_t>(call.rows, kScaleCtas);
+  launch(scale_kernel, Grid{ctas, kScaleThreads, 1, 0}, stream, ScaleLaunch(call));
 }
 
 }  // namespace kd::cuda

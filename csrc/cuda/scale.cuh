@@ -1,12 +1,12 @@
-// The backward: gradient *= grad_output * row_scale, one CTA for a row. Returns at once where the
-// factor is 1, which the device alone knows.
+// The backward: gradient *= grad_output * row_scale. Where all factors are 1, which the device
+// alone knows, there is nothing to do, and a CTA for each row would take longer to start than that.
 #pragma once
 
 #include "columns.h"
 
 namespace kd::cuda {
 
-constexpr int kScaleThreads = 256;
+constexpr int kScaleThreads = 256, kScaleCtas = 1024;
 
 template <int kItem>
 KD_DEVICE void scale_vector(char* at, bool bfloat16, float factor) {
@@ -19,14 +19,12 @@ KD_DEVICE void scale_vector(char* at, bool bfloat16, float factor) {
 
 struct ScaleLaunch : ScaleParams {
   RowPlaces gradient_rows;
-  int64_t first_row = 0;  // of this launch
 
   explicit ScaleLaunch(const ScaleParams& params)
       : ScaleParams(params), gradient_rows(params.gradient) {}
 };
 
-__global__ void __launch_bounds__(kScaleThreads) scale_kernel(const ScaleLaunch params) {
-  const int64_t index = params.first_row + blockIdx.x;
+KD_DEVICE void scale_row(const ScaleLaunch& params, int64_t index) {
   float factor = params.grad_output[index * params.grad_output_stride];
   if (params.row_scale) factor *= params.row_scale[index];
   if (factor == 1) return;
@@ -48,6 +46,11 @@ __global__ void __launch_bounds__(kScaleThreads) scale_kernel(const ScaleLaunch 
     else
       scale_vector<2>(at, rows.dtype == DType::kBFloat16, factor);
   }
+}
+
+__global__ void __launch_bounds__(kScaleThreads) scale_kernel(const ScaleLaunch params) {
+  if (!params.row_scale && params.grad_output_stride == 0 && *params.grad_output == 1) return;
+  for (int64_t row = blockIdx.x; row < params.rows; row += gridDim.x) scale_row(params, row);
 }
 
 }  // namespace kd::cuda

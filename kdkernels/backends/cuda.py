@@ -100,7 +100,8 @@ def logits_loss(
         _launch(_C.logits_cuda, student, params)
     if o.reduction == "none":
         return loss, metrics, row_scale
-    total = loss.sum() / plan.divisor
+    # The divisor is the number of rows, or 1: a launch less than to divide.
+    total = loss.mean() if plan.divisor > 1 else loss.sum()
     return total if plan.normalizer is None else total / plan.normalizer, metrics, row_scale
 
 
