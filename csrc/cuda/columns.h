@@ -34,17 +34,17 @@ struct Columns {
     if (head == LaunchParams::kByRow)
       head = head_of(student, params.student.dtype, teacher, params.teacher.dtype, gradient);
     aligned = head >= 0;
-    const int first = team.first();
-    begin = first;
+    const int thread = team.thread();
+    begin = thread;
     end = vocab;
     if (!aligned) return;
     head = head < vocab ? head : vocab;
-    begin = head + first * kCount;
+    begin = head + thread * kCount;
     end = head + (vocab - head) / kCount * kCount;
-    if (first < head)
-      edge = first;
-    else if (first - head < vocab - end)
-      edge = end + first - head;
+    if (thread < head)
+      edge = thread;
+    else if (thread - head < vocab - end)
+      edge = end + thread - head;
   }
 
   // From one of a thread's places to the next.
@@ -77,7 +77,7 @@ KD_DEVICE_CALL void fill_share(int64_t first, int stride, char* row, DType dtype
 // Columns [begin, end) of a row of the gradient become `value`, 16 bytes at a time.
 KD_DEVICE void fill(const Team& team, char* row, DType dtype, int64_t begin, int64_t end,
                     float value) {
-  fill_share(team.first(), team.stride, row, dtype, begin, end, value);
+  fill_share(team.thread(), team.stride, row, dtype, begin, end, value);
 }
 
 }  // namespace kd::cuda

@@ -84,7 +84,7 @@ class RowOptions : protected RowStates<Divergence, Row, kOptions> {
 
   KD_DEVICE void write_entropies() {
     const Entropies sums = entropies();
-    if (team_.first() == 0) {
+    if (team_.thread() == 0) {
       metric(kStudentEntropy) = student().valid() ? not_below_0((float)-sums.student) : NAN;
       metric(kTeacherEntropy) = teacher().valid() ? not_below_0((float)-sums.teacher) : NAN;
     }

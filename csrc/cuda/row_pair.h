@@ -63,7 +63,7 @@ class RowPair : protected RowOptions<Divergence, Row, kOptions> {
         hard_label_gradient();
       clear_padding();
     }
-    if (team_.first() == 0) this->write_results(divergence_, cross_entropy, both_valid);
+    if (team_.thread() == 0) this->write_results(divergence_, cross_entropy, both_valid);
   }
 
  protected:

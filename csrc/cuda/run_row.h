@@ -13,7 +13,7 @@ KD_DEVICE void clear_gradient(const LaunchParams& params, const Team& team, int6
 
 KD_DEVICE void write_masked_row(const LaunchParams& params, const Team& team, int64_t row) {
   clear_gradient(params, team, row);
-  if (team.first() != 0) return;
+  if (team.thread() != 0) return;
   params.loss[row] = 0;
   if (params.row_scale) params.row_scale[row] = 0;
   if (params.metrics)
@@ -27,7 +27,7 @@ KD_DEVICE void write_bad_row(const LaunchParams& params, const Team& team, int64
     fill(team, gradient, params.gradient.dtype, 0, params.vocab, NAN);
     fill(team, gradient, params.gradient.dtype, params.vocab, params.gradient.width, 0);
   }
-  if (team.first() != 0) return;
+  if (team.thread() != 0) return;
   params.loss[row] = NAN;
   if (params.row_scale) params.row_scale[row] = 1;
 }

@@ -56,7 +56,7 @@ class Team {
   // Of this CTA. Asked for anew each time, as no register is left to keep it in.
   KD_DEVICE unsigned rank() const { return size == 1 ? 0 : cluster_rank(); }
   // This thread's number in the team.
-  KD_DEVICE unsigned first() const { return rank() * blockDim.x + threadIdx.x; }
+  KD_DEVICE unsigned thread() const { return rank() * blockDim.x + threadIdx.x; }
 
   // No CTA may write into another's shared memory before that one has started and has its
   // mbarriers.
