@@ -137,14 +137,19 @@ struct AlphaBeta : Defaults {
   };
 
   float a, b;
-  float of_powers = 0, of_logarithm = 0;  // what slopes are made of: 1 / a, or where a is 0, 1
+  float of_powers, of_logarithm;  // what slopes are made of: one of them is 0
   float close_radius;  // no power is of more than kSeriesRadius there, nor any linear part left out
   Coefficients student_larger, teacher_larger;
 
-  AlphaBeta(float a, float b) : a(a), b(b), student_larger(a, b), teacher_larger(b, a) {
+  AlphaBeta(float a, float b)
+      : a(a),
+        b(b),
+        of_powers(a == 0 ? 0 : 1 / a),
+        of_logarithm(a == 0 ? 1 : 0),
+        student_larger(a, b),
+        teacher_larger(b, a) {
     const float most = fmaxf(fmaxf(fabsf(a), fabsf(b)), fabsf(a + b));
     close_radius = kSeriesRadius / fmaxf(most, kSeriesRadius);
-    (a == 0 ? of_logarithm : of_powers) = a == 0 ? 1 : 1 / a;
   }
 
   // exp(b d) (exp(a d) - 1) / a, or its limit exp(b d) d, from exp(b d) and exp((a + b) d). Far
