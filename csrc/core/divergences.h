@@ -231,15 +231,10 @@ struct AlphaBeta : Defaults {
   KD_INLINE double far_unit(Weights) const { return 1; }
 };
 
-// -sum p log q.
-struct SoftCrossEntropy : Defaults {
-  static constexpr bool kSlopeSumsToZero = true;
-  static constexpr bool kIsKL = true;
+// -sum p log q = KL(p || q) + the teacher's entropy.
+struct SoftCrossEntropy : ForwardKL {
   static constexpr bool kAddsEntropy = true;
-  SoftCrossEntropy(float, float) {}
-
-  static KD_INLINE constexpr float forward() { return 1; }
-  static KD_INLINE constexpr float reverse() { return 0; }
+  using ForwardKL::ForwardKL;
 
   template <class F>
   KD_INLINE Term<F> operator()(const Point<F>& x) const {
