@@ -11,11 +11,10 @@ void scale_row(char* row, int64_t width, float factor) {
   int64_t i = 0;
   for (; i + kLanes <= width; i += kLanes)
     store_from_float<dtype>(row + i * size, 0, load_as_float<dtype>(row + i * size, 0) * factor);
-  if (i == width) return;
-  char tail[kLanes * sizeof(float)] = {};
-  std::memcpy(tail, row + i * size, (width - i) * size);
-  store_from_float<dtype>(tail, 0, load_as_float<dtype>(tail, 0) * factor);
-  std::memcpy(row + i * size, tail, (width - i) * size);
+  const int left = (int)(width - i);
+  if (left == 0) return;
+  row += i * size;
+  store_some<dtype>(row, 0, load_some<dtype>(row, 0, left) * factor, left);
 }
 
 inline void scale_rows(const ScaleParams& params, int64_t begin, int64_t end) {
