@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from . import ops
+from .backends.row_plan import row_weights
 from .options import LinearOptions, LogitsOptions, replaced
 from .watchers import goes_straight, hides_gradient, is_legacy_batchedtensor, transforms_active
 
@@ -99,11 +100,8 @@ class LogitsLoss(torch.autograd.Function):
 def _left_out(constants: tuple[Tensor | None, ...], options: LogitsOptions) -> Tensor | None:
     """Which rows take no part, ``(...)``; None where all do."""
     _, labels, token_weight, _ = constants
-    ignored = None if labels is None else labels == options.ignore_index
-    if token_weight is None:
-        return ignored
-    weightless = token_weight == 0
-    return weightless if ignored is None else ignored | weightless
+    weight = row_weights(labels, token_weight, options.ignore_index, torch.float32)
+    return None if weight is None else weight == 0
 
 
 # What Function.apply calls where no transform is active, without its checks.

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import collectives, watchers
+from .backends.row_plan import row_weights
 from .divergences import Divergence
 from .options import METRICS, LogitsOptions
 
@@ -136,14 +137,13 @@ def rows_that_take_part(
 ) -> RowsThatTakePart:
     """Weights of the rows; on the CPU raises for a label outside the vocabulary."""
     compute = compute_dtype(student.device)
-    weight = torch.ones(student.shape[:-1], dtype=compute, device=student.device)
-    if token_weight is not None:
-        weight = token_weight.to(compute)
-    if labels is not None:
-        weight = torch.where(labels == o.ignore_index, 0.0, weight)
+    weight = row_weights(labels, token_weight, o.ignore_index, compute)
+    all_kept = weight is None
+    if weight is None:
+        weight = torch.ones(student.shape[:-1], dtype=compute, device=student.device)
     kept = weight != 0
     outside = None if labels is None else are_outside(torch.where(kept, labels, 0), o)
-    return RowsThatTakePart(weight, kept, outside, labels is None and token_weight is None)
+    return RowsThatTakePart(weight, kept, outside, all_kept)
 
 
 def are_outside(labels: Tensor, o: LogitsOptions) -> Tensor:

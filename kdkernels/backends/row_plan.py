@@ -18,6 +18,17 @@ class RowPlan(NamedTuple):
     divisor: float  # what the host knows of the normalizer
 
 
+def row_weights(
+    labels: Tensor | None, token_weight: Tensor | None, ignore_index: int, dtype: torch.dtype
+) -> Tensor | None:
+    """Weights of the rows ``(...)``, 0 where a row takes no part; None: all 1."""
+    weight = None if token_weight is None else token_weight.to(dtype)
+    if labels is None:
+        return weight
+    kept = labels != ignore_index
+    return kept.to(dtype) if weight is None else torch.where(kept, weight, 0.0)
+
+
 def row_plan(
     labels: Tensor | None,  # (...), contiguous
     token_weight: Tensor | None,  # (...) float32, contiguous
@@ -27,10 +38,8 @@ def row_plan(
     dtype: torch.dtype = torch.float32,  # of weights
 ) -> RowPlan:
     """Weights of the rows, 0 for ignored ones, and what the reduction divides by."""
-    weight = None if token_weight is None else token_weight.view(-1).to(dtype)
-    if labels is not None:
-        kept = labels.view(-1) != o.ignore_index
-        weight = kept.to(dtype) if weight is None else torch.where(kept, weight, 0.0)
+    weight = row_weights(labels, token_weight, o.ignore_index, dtype)
+    weight = None if weight is None else weight.view(-1)
     if o.reduction != "mean":
         return RowPlan(weight, None, 1.0)
     if normalizer is not None:
