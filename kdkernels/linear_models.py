@@ -22,16 +22,13 @@ class SomeRows:
         self.lead, self.index = lead, index
         self.count = lead.numel() if index is None else index.numel()
 
-    def everywhere(self, values: Tensor, width: int | None = None) -> Tensor:
-        """Values (..., rows) or (rows, width) put in the leading shape, zeros elsewhere."""
-        dim = values.dim() - 1 if width is None else 0
+    def everywhere(self, values: Tensor, dim: int = 0) -> Tensor:
+        """Values of these rows, in the leading shape in place of ``dim``; zeros elsewhere."""
+        before, after = values.shape[:dim], values.shape[dim + 1 :]
         if self.index is not None:
-            shape = list(values.shape)
-            shape[dim] = self.lead.numel()
-            values = values.new_zeros(shape).index_copy_(dim, self.index, values)
-        if width is None:
-            return values.reshape([*values.shape[:-1], *self.lead])  # a list, which may be empty
-        return values.reshape(*self.lead, width)
+            zeros = values.new_zeros([*before, self.lead.numel(), *after])
+            values = zeros.index_copy_(dim, self.index, values)
+        return values.reshape([*before, *self.lead, *after])  # a list, which may be empty
 
 
 class Rows(SomeRows):
@@ -188,7 +185,7 @@ class StudentHead:
         self.hidden = [payload.take(h, rows.index).to(self.dtype) for h in hidden]  # (rows, hidden)
         self.weight = [w.to(self.dtype) for w in weight]  # (vocab, hidden)
         self.bias = None if bias is None else bias.to(self.dtype)
-        self.rows, self.vocab = self.hidden[0].shape[0], weight[0].shape[0]
+        self.rows, self.vocab = rows, weight[0].shape[0]
         needs = needs_grad or [False] * (len(hidden) + len(weight) + 1)
         self.needs_hidden, self.needs_weight = needs[: len(hidden)], needs[len(hidden) : -1]
         self.needs_bias = needs[-1]
@@ -230,7 +227,7 @@ class StudentHead:
         teacher_row = 0 if teacher is None else teacher.row_bytes(width)
         device = self.hidden[0].device.type
         student_row = self.row_bytes(width)
-        return plan(self.rows, student_row, teacher_row, largest, sums, chunk_bytes, device)
+        return plan(self.rows.count, student_row, teacher_row, largest, sums, chunk_bytes, device)
 
     def allocate(self, chunk: int) -> None:
         """Memory for logits of ``chunk`` rows and for the gradients."""
@@ -241,7 +238,7 @@ class StudentHead:
             for h, needed in zip(self.hidden, self.needs_hidden, strict=True)
         ]
         self.row_scales: list[Tensor] = []
-        once = chunk >= self.rows
+        once = chunk >= self.rows.count
         self.weight_gradients = [
             empty(w.shape, dtype=dtype if once else torch.float32, device=device)
             if needed
@@ -250,7 +247,7 @@ class StudentHead:
                 self.weight, self.weight_dtypes, self.needs_weight, strict=True
             )
         ]
-        if self.rows == 0:
+        if self.rows.count == 0:
             for gradient in self.weight_gradients:
                 if gradient is not None:
                     gradient.zero_()
@@ -285,7 +282,7 @@ class StudentHead:
         if row_scale is not None:
             self.row_scales.append(row_scale)
         self._take_block(gradient, row_scale, begin, end)
-        if offset + end - begin < split.chunk and end < self.rows:
+        if offset + end - begin < split.chunk and end < self.rows.count:
             return
         if split.chunk > split.block:
             gradient = self.logits[: offset + end - begin]
@@ -323,7 +320,7 @@ class StudentHead:
                     out *= before / self.unit
             gemm.add_weight_gradient(out, gradient, part, accumulate=begin > 0)
 
-    def gradients(self, rows: SomeRows, group: str = "") -> list[Tensor]:
+    def gradients(self, group: str = "") -> list[Tensor]:
         """In the order of needs_grad, empty where not needed.
 
         Those of hidden states are summed over the group.
@@ -331,7 +328,7 @@ class StudentHead:
         hidden = [
             self.logits.new_empty(0, dtype=self.hidden_dtype)
             if g is None
-            else rows.everywhere(collectives.all_sum(g, group) if group else g, g.shape[-1])
+            else self.rows.everywhere(collectives.all_sum(g, group) if group else g)
             for g in self.hidden_gradients
         ]
         weight = [

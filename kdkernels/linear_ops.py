@@ -104,9 +104,9 @@ def _linear_loss(
             else TeacherHead(teacher_hidden, teacher_weight, teacher_bias, rows, linear)
         )
         loss, metrics = _run(student, teacher, rows, any(needs_grad), linear, o)
-        gradients = student.gradients(rows, o.group) if any(needs_grad) else []
+        gradients = student.gradients(o.group) if any(needs_grad) else []
         loss = rows.everywhere(loss) if o.reduction == "none" else loss
-        return loss, rows.everywhere(metrics) if o.metrics else metrics, gradients
+        return loss, rows.everywhere(metrics, dim=1) if o.metrics else metrics, gradients
 
 
 def check_memory(name: str, in_a_backward: str, *tensors: Tensor | None) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import payload
 from .autograd import check_backward, check_no_transform, each_once
 from .backends import IMPLEMENTATIONS
 from .linear_models import SomeRows, StudentHead
@@ -42,26 +43,23 @@ def _rows(kept: Tensor) -> SomeRows:
     return SomeRows(kept.shape, index)
 
 
-def _pick(rows: SomeRows, values: Tensor, width: int | None = None) -> Tensor:
-    """Values of these rows, contiguous: (rows, width), or (n, rows) without ``width``."""
-    if width is not None:
-        values = values.reshape(-1, width)
-        return values.contiguous() if rows.index is None else values[rows.index]
+def _pick(rows: SomeRows, values: Tensor) -> Tensor:
+    """(n, rows) of ``(n, ...)``; :func:`payload.take` has rows first."""
     values = values.reshape(values.shape[0], -1)  # not flatten(1), which refuses (n,)
-    return values.contiguous() if rows.index is None else values[:, rows.index]
+    return values if rows.index is None else values[:, rows.index]
 
 
 def _linear_tails(hidden, weight, bias, listed, kept, with_top, *scalars):
     linear, o = split_options(scalars, TailOptions)
     _check_memory(hidden, weight)
     run = IMPLEMENTATIONS[linear.backend].tails
-    rows, width = _rows(kept), listed.shape[-1]
+    rows = _rows(kept)
     with torch.autocast(listed.device.type, enabled=False):
         student = StudentHead(hidden, weight, bias, rows, linear)
-        listed = _pick(rows, listed, width)
+        listed = payload.take(listed, rows.index).contiguous()
         split = student.plan(None, linear.chunk_bytes)
         student.allocate(split.block)
-        logits_of = student.logits.new_empty((rows.count, width))
+        logits_of = student.logits.new_empty(listed.shape)
         tails = logits_of.new_empty((o.results, rows.count), dtype=torch.float32)
         top = Top(*(x.new_empty(rows.count if with_top else 0) for x in (student.logits, listed)))
         for begin, end in split.spans(rows.count):
@@ -73,7 +71,7 @@ def _linear_tails(hidden, weight, bias, listed, kept, with_top, *scalars):
                 top.logit[begin:end], top.token[begin:end] = Top.of(logits, o.vocab)
         if with_top:
             top = Top(*(rows.everywhere(x) for x in top))
-        return rows.everywhere(logits_of, width), rows.everywhere(tails), *top
+        return rows.everywhere(logits_of), rows.everywhere(tails, dim=1), *top
 
 
 def _linear_tails_gradient(
@@ -82,10 +80,11 @@ def _linear_tails_gradient(
     linear, o = split_options(scalars, TailOptions)
     _check_memory(hidden, weight)
     run = IMPLEMENTATIONS[linear.backend].tails_gradient
-    rows, width = _rows(kept), listed.shape[-1]
+    rows = _rows(kept)
     with torch.autocast(listed.device.type, enabled=False):
         student = StudentHead(hidden, weight, bias, rows, linear, needs_grad)
-        listed, grad_listed = (_pick(rows, x, width) for x in (listed, grad_listed))
+        lists = listed, grad_listed
+        listed, grad_listed = (payload.take(x, rows.index).contiguous() for x in lists)
         tails, grad_tails = (_pick(rows, x) for x in (tails, grad_tails))
         row_scale = None
         if student.half:
@@ -100,7 +99,7 @@ def _linear_tails_gradient(
             of_tails = tails[:, here].contiguous(), grad_tails[:, here].contiguous()
             run(logits, listed[here], *of_tails, grad_listed[here], o, logits)
             student.take(split, begin, end, None if row_scale is None else row_scale[here])
-        return student.gradients(rows)
+        return student.gradients()
 
 
 def _row_scale(grad_tails: Tensor, grad_listed: Tensor, o: TailOptions) -> Tensor:
