@@ -113,10 +113,10 @@ def columns_of_all(per_row: list[Tensor], o: LogitsOptions, divergence: Divergen
 
 def whole_logits(shard: Tensor, columns: list[int], o: LogitsOptions) -> Tensor:
     """(..., vocab_size) logits from every process's ``(..., width)``, for the reference backend."""
-    return _Whole.apply(shard, columns, o)
+    return _WholeLogits.apply(shard, columns, o)
 
 
-class _Whole(torch.autograd.Function):
+class _WholeLogits(torch.autograd.Function):
     """Every process computes the whole loss, so a shard's gradient is a part of its own, no sum."""
 
     @staticmethod

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import checks, collectives, linear, linear_checks, scalars
 from .divergences import Divergence, as_divergence
-from .linear_tail import HeadStudent
+from .linear_tail import LinearStudent
 from .options import LinearOptions, Metrics
 from .sparse import loss_of
 from .sparse_entries import check_entries, check_tail
@@ -170,5 +170,5 @@ def linear_sparse_kd_loss(
     else:
         wide = logits_dtype is not None
         options = LinearOptions(dtype, dtype, wide, chunk_bytes, call.backend)
-        student = HeadStudent(hidden, weight, student_bias, options)
+        student = LinearStudent(hidden, weight, student_bias, options)
     return loss_of(student, teacher_indices, teacher_logprobs, labels, call, tail)

@@ -181,7 +181,7 @@ class _LinearListedAndTails(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class HeadStudent:
+class LinearStudent:
     """A student of hidden states and heads, whose logits are the sum of their products."""
 
     hidden: list[Tensor]  # each (..., hidden)

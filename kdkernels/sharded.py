@@ -118,7 +118,7 @@ def _named(names: Iterable[str], numbers: Tensor) -> dict[str, Tensor]:
     return dict(zip(names, numbers.unbind(-1), strict=True))
 
 
-class _Whole(NamedTuple):
+class _WholeStates(NamedTuple):
     """Softmax states of the whole vocabulary."""
 
     states: Tensor  # (rows, 8), for kernels
@@ -134,7 +134,7 @@ def _of_whole(
     weight: Tensor,  # (rows,)
     states: Tensor,  # (rows, 8), of this shard
     o: LogitsOptions,
-) -> tuple[_Whole, dict[str, Tensor]]:
+) -> tuple[_WholeStates, dict[str, Tensor]]:
     """Exchanges states: those of the whole vocabulary, and cross-entropy and agreement ``(rows,)``.
 
     NaN where processes pass different values or their shards do not fit; on a CPU raises instead.
@@ -178,7 +178,7 @@ def _of_whole(
     return whole, values
 
 
-def _merged(shards: Tensor, with_labels: bool, o: LogitsOptions) -> _Whole:
+def _merged(shards: Tensor, with_labels: bool, o: LogitsOptions) -> _WholeStates:
     """Merges the states of all shards, ``(processes, rows, 8)``, which it overwrites.
 
     Pairs are of student and teacher.
@@ -194,7 +194,7 @@ def _merged(shards: Tensor, with_labels: bool, o: LogitsOptions) -> _Whole:
     weights = None if o.kd_weight == 0 else kl_weights(o.divergence, o.parameter_0)
     if weights is None:
         sums = (shards[..., _SUMS] * factor).sum(0)
-        return _Whole(torch.cat([base, sums, nothing.expand(-1, 3), at_1], -1))
+        return _WholeStates(torch.cat([base, sums, nothing.expand(-1, 3), at_1], -1))
 
     # Gaps relative to the bases of the whole vocabulary.
     shards[..., _KLS].addcmul_(shards[..., _SUMS], fall[..., :1] - fall[..., 1:])
@@ -212,7 +212,7 @@ def _merged(shards: Tensor, with_labels: bool, o: LogitsOptions) -> _Whole:
         kl = torch.addcdiv(kl + log_sum[:, 1:], entropy, sums[:, 1:], value=-1)
     reverse = torch.where(far, pair[:, :1], nothing)
     states = torch.cat([base, sums, reverse.expand(-1, 3), at_1], -1)
-    return _Whole(states, (far.squeeze(-1), kl.squeeze(-1)))
+    return _WholeStates(states, (far.squeeze(-1), kl.squeeze(-1)))
 
 
 def _local(labels: Tensor, o: LogitsOptions) -> Tensor:
