@@ -35,30 +35,19 @@ def call(
     lead: torch.Size,
     *,
     divergence: str | Divergence,
-    temperature: float,
     labels: Tensor | None,
-    kd_weight: float,
-    ce_weight: float,
-    ignore_index: int,
     token_weight: Tensor | None,
     reduction: str,
     normalizer: float | Tensor | None,
-    temperature_squared: bool,
-    vocab_size: int | None,
-    student_scale: float,
-    teacher_scale: float = 1.0,
-    student_softcap: float | None,
-    teacher_softcap: float | None = None,
     inplace_grad: bool = False,
-    return_metrics: bool,
     backend: str,
     group: Any,
-    vocab_start: int | None,
+    **others: Any,
 ) -> Call:
     """Checks a loss's options and chooses its backend.
 
     Of ``student`` and ``teacher`` only dtype, device and width count; ``lead`` is the shape of the
-    per-token arguments.
+    per-token arguments; ``others`` are those of :func:`_options`.
     """
     divergence = as_divergence(divergence)
     if labels is not None:
@@ -84,47 +73,35 @@ def call(
         token_weight = token_weight.to(torch.float32) if compiled else token_weight
     options = _remembered(
         known.kernel() if compiled else ("", 0.0, 0.0),
-        temperature,
-        kd_weight,
-        ce_weight,
+        (student.shape[-1], teacher.shape[-1]),
+        scalars.option("group", group),
         labels is not None,
-        ignore_index,
         reduction,
         normalizer,
-        temperature_squared,
-        vocab_size,
-        student.shape[-1],
-        teacher.shape[-1],
-        student_scale,
-        teacher_scale,
-        student_softcap,
-        teacher_softcap,
-        return_metrics,
-        scalars.option("group", group),
-        vocab_start,
+        **others,
     )
     return Call(chosen, divergence, token_weight, total, options)
 
 
 def _options(
     kernel: tuple[str, float, float],
+    widths: tuple[int, int],  # of student and teacher
+    processes: Processes | None,
+    with_labels: bool,
+    reduction: str,
+    normalizer: float | None,
+    *,
     temperature: float,
     kd_weight: float,
     ce_weight: float,
-    with_labels: bool,
     ignore_index: int,
-    reduction: str,
-    normalizer: float | None,
     temperature_squared: bool,
     vocab_size: int | None,
-    student_width: int,
-    teacher_width: int,
     student_scale: float,
-    teacher_scale: float,
+    teacher_scale: float = 1.0,
     student_softcap: float | None,
-    teacher_softcap: float | None,
+    teacher_softcap: float | None = None,
     return_metrics: bool,
-    processes: Processes | None,
     vocab_start: int | None,
 ) -> LogitsOptions:
     """Checks the arguments that are no tensors."""
@@ -143,7 +120,7 @@ def _options(
         kd_weight = scalars.number("kd_weight / normalizer", kd_weight / normalizer)
         ce_weight = scalars.number("ce_weight / normalizer", ce_weight / normalizer)
         reduction = "sum"
-    columns = columns_of(processes, vocab_start, vocab_size, student_width, teacher_width)
+    columns = columns_of(processes, vocab_start, vocab_size, *widths)
     return LogitsOptions(
         *kernel,
         temperature,
@@ -168,14 +145,14 @@ def _options(
 _cached_options = functools.lru_cache(maxsize=256, typed=True)(_options)
 
 
-def _remembered(*arguments: Any) -> LogitsOptions:
+def _remembered(*arguments: Any, **options: Any) -> LogitsOptions:
     """:func:`_options`, checked once for the same arguments."""
     if not torch.compiler.is_compiling():  # which sees through the cache, and warns
         try:
-            return _cached_options(*arguments)
+            return _cached_options(*arguments, **options)
         except TypeError:  # of an argument without a hash, or raised anew below
             pass
-    return _options(*arguments)
+    return _options(*arguments, **options)
 
 
 #: What holds a tensor and is passed in its place, by the last word of the argument's name.
