@@ -20,7 +20,7 @@ VOCAB = 90
 ENDS = {"uneven": [40, 41, VOCAB], "padding": [40, VOCAB, VOCAB]}
 
 
-def _sharded(three, ends, function) -> harness.Result:
+def _sharded(three, function, ends=ENDS["uneven"]) -> harness.Result:
     """Results of ``function(first and last column, options)`` put together."""
 
     def one(rank):
@@ -33,6 +33,15 @@ def _sharded(three, ends, function) -> harness.Result:
     return three.put_together(one)
 
 
+def _run(three, backend, student, indices, logprobs, ends=ENDS["uneven"], **options):
+    """What :func:`run` gives for shards of the student."""
+
+    def one(columns, where):
+        return run(backend, student[..., columns], indices, logprobs, **where, **options)
+
+    return _sharded(three, one, ends)
+
+
 def _check(actual, expected, divergence, dtype) -> None:
     assert_close(actual.loss, expected.loss, loss_tolerance(divergence))
     assert_gradient(actual.gradient, expected.gradient, gradient_tolerance(divergence, dtype))
@@ -43,11 +52,7 @@ def test_a_shared_vocabulary(backend, three, tail, divergence):
     student, teacher = correlated_pair(4, 96)
     listed = top(teacher[:, :VOCAB], 7, 1.5)
     options = {"tail": tail, "divergence": divergence, "temperature": 1.5}
-    actual = _sharded(
-        three,
-        ENDS["uneven"],
-        lambda columns, where: run(backend, student[:, columns], *listed, **where, **options),
-    )
+    actual = _run(three, backend, student, *listed, **options)
     expected = oracle(student, *listed, vocab_size=VOCAB, **options)
     _check(actual, expected, divergence.name, torch.float32)
 
@@ -70,18 +75,12 @@ def test_labels_weights_and_metrics(kernel, three, dtype, ends, inplace):
         "token_weight": torch.tensor([1.0, 0.5, 1.0, 0.0, 2.0, 1.0]),
     }
     beside = {"return_metrics": True, "inplace_grad": inplace}
-    actual = _sharded(
-        three,
-        ENDS[ends],
-        lambda columns, where: run(
-            kernel, student[:, columns], indices, logprobs, **where, **beside, **options
-        ),
-    )
+    entries = indices, logprobs
+    actual = _run(three, kernel, student, *entries, ENDS[ends], **beside, **options)
     options["vocab_size"] = VOCAB
-    expected = oracle(student, indices, logprobs, **options)
+    expected = oracle(student, *entries, **options)
     _check(actual, expected, "forward_kl", dtype)
-    entries = student.double(), indices, logprobs
-    whole = run(harness.REFERENCE, *entries, return_metrics=True, **options)
+    whole = run(harness.REFERENCE, student.double(), *entries, return_metrics=True, **options)
     harness.assert_metrics(actual.metrics, whole.metrics, "forward_kl")
 
 
@@ -93,13 +92,7 @@ def test_agreement(backend, three):
     student[3, 5] = 30.0
     indices, logprobs = top(teacher[:, :VOCAB], 5)
     options = {"return_metrics": True, "reduction": "none"}
-    actual = _sharded(
-        three,
-        ENDS["uneven"],
-        lambda columns, where: run(
-            backend, student[:, columns], indices, logprobs, **where, **options
-        ),
-    )
+    actual = _run(three, backend, student, indices, logprobs, **options)
     assert actual.metrics["agreement"].tolist() == [1, 1, 1, 0]
 
 
@@ -110,13 +103,7 @@ def test_masked_shards(backend, three):
     student[0, :40] = -math.inf
     student[1, 41:] = -math.inf
     options = {"divergence": "jsd", "reduction": "none"}
-    actual = _sharded(
-        three,
-        ENDS["uneven"],
-        lambda columns, where: run(
-            backend, student[:, columns], indices, logprobs, **where, **options
-        ),
-    )
+    actual = _run(three, backend, student, indices, logprobs, **options)
     expected = oracle(student, indices, logprobs, vocab_size=VOCAB, **options)
     _check(actual, expected, "jsd", torch.float32)
 
@@ -124,21 +111,13 @@ def test_masked_shards(backend, three):
 def test_a_single_row_without_dimensions(backend, three):
     student, teacher = correlated_pair(96)
     listed = top(teacher[:VOCAB], 5)
-    actual = _sharded(
-        three,
-        ENDS["uneven"],
-        lambda columns, where: run(backend, student[columns], *listed, **where),
-    )
+    actual = _run(three, backend, student, *listed)
     _check(actual, oracle(student, *listed, vocab_size=VOCAB), "forward_kl", torch.float32)
 
 
 def test_no_rows(backend, three):
     student, indices, logprobs = torch.empty(0, 96), torch.empty(0, 5).long(), torch.empty(0, 5)
-    actual = _sharded(
-        three,
-        ENDS["uneven"],
-        lambda columns, where: run(backend, student[:, columns], indices, logprobs, **where),
-    )
+    actual = _run(three, backend, student, indices, logprobs)
     assert actual.loss.item() == 0
     assert actual.gradient.shape == (0, 96)
 
@@ -157,9 +136,9 @@ def test_lists_that_differ(backend, monkeypatch, three, look):
 
     if look and backend.device == "cpu":
         with pytest.raises(ValueError, match=r"they differ|lists \d+ twice"):
-            _sharded(three, ENDS["uneven"], one)
+            _sharded(three, one)
         return
-    result = _sharded(three, ENDS["uneven"], one)
+    result = _sharded(three, one)
     assert result.loss.isnan().tolist() == [True, False, False]
     assert result.gradient[0, :VOCAB].isnan().all()
     assert not result.gradient[1:].isnan().any()
@@ -191,7 +170,7 @@ def test_heads(linear_backend, three, dtype, chunk_bytes):
         gradients = [x.grad for x in leaves]
         return harness.Result(loss.detach(), gradients[1].T, {"hidden": gradients[0]})
 
-    actual = _sharded(three, ENDS["uneven"], one)
+    actual = _sharded(three, one)
     leaves = [x.double().requires_grad_() for x in (hidden, weight)]
     loss = linear_sparse_kd_loss(
         *leaves,
