@@ -31,7 +31,7 @@ def status(field):
         if line.startswith(field):
             return int(line.split()[1]) / 1024
 
-class Relay(torch.autograd.Function):  # makes a tensor no leaf without copying it
+class InPlace(torch.autograd.Function):  # makes a tensor no leaf without copying it
     @staticmethod
     def forward(ctx, seed, tensor):
         return tensor.detach()
@@ -84,11 +84,11 @@ def test_eager(dtype, size, options):
             result = kd_loss(student, t, {options or "temperature=2.0"}, **more)
             return result[0] if isinstance(result, tuple) else result
         for inplace in (False, True):  # libraries load, thread pools start
-            small, t0, t = Relay.apply(seed, s[:2].clone()), t, t[:2]
+            small, t0, t = InPlace.apply(seed, s[:2].clone()), t, t[:2]
             loss(small, inplace_grad=inplace).backward()
             t = t0
         def step(inplace):
-            loss(Relay.apply(seed, s), inplace_grad=inplace).backward()
+            loss(InPlace.apply(seed, s), inplace_grad=inplace).backward()
         def only():
             with torch.no_grad():
                 loss(s)
@@ -103,7 +103,7 @@ def test_scaling_the_gradient_takes_no_memory():
     fresh, inplace = measure("""
         s, t = make()
         def step(inplace):
-            (3 * kd_loss(Relay.apply(seed, s), t, inplace_grad=inplace)).backward()
+            (3 * kd_loss(InPlace.apply(seed, s), t, inplace_grad=inplace)).backward()
         s, big, t, big_t = s[:2], s, t[:2], t
         step(False), step(True)
         s, t = big, big_t
