@@ -95,6 +95,16 @@ def do_not_fit(headers: Tensor, o: LogitsOptions) -> Tensor:
     return bad
 
 
+def told_by_all(own: dict[str, Tensor], group: str) -> dict[str, Tensor]:
+    """What every process tells, ``(processes, ...)`` each in float64: one message."""
+    everyone = all_gather(torch.cat([x.flatten().double() for x in own.values()]), group)
+    parts = everyone.split([x.numel() for x in own.values()], -1)
+    return {
+        name: part.unflatten(-1, x.shape)
+        for (name, x), part in zip(own.items(), parts, strict=True)
+    }
+
+
 def columns_of_all(per_row: list[Tensor], o: LogitsOptions, divergence: Divergence) -> list[int]:
     """How many columns each process has, for the reference backend; waits for a GPU.
 

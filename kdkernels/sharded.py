@@ -139,38 +139,35 @@ def _of_whole(
 
     NaN where processes pass different values or their shards do not fit; on a CPU raises instead.
     """
-    told = {"same": [weight]}
+    own = {"header": collectives.header_of(states, o), "states": states, "same": weight[None]}
     if labels is not None and local is not None:
-        told["same"].append(labels)
-        told["label_logit"] = [_at_labels(student, local, o)]
+        own["same"] = torch.stack([weight.double(), labels.double()])
+        own["label_logit"] = _at_labels(student, local, o)
     if o.metrics:
-        tops = [Top.of(logits, o.vocab) for logits in (student, teacher)]
-        told["top_logits"] = [top.logit for top in tops]
-        told["top_tokens"] = [top.token + o.vocab_start for top in tops]
-    numbers = [x.flatten().double() for part in told.values() for x in part]
-    header = collectives.header_of(states, o)
-    message = torch.cat([states.flatten(), *numbers, header])
-    everyone = collectives.all_gather(message, o.group)
-    sizes = [states.numel(), len(numbers) * len(weight), len(header)]
-    shards, of_rows, headers = everyone.split(sizes, -1)
-    shards = shards.unflatten(-1, states.shape)
-    parts = of_rows.unflatten(-1, (len(numbers), len(weight))).split([*map(len, told.values())], 1)
-    of_all = dict(zip(told, parts, strict=True))  # (processes, numbers, rows) each
+        for model, logits in (("student", student), ("teacher", teacher)):
+            top = Top.of(logits, o.vocab)
+            own[f"{model}_top_logit"] = top.logit.flatten()
+            own[f"{model}_top_token"] = top.token.flatten() + o.vocab_start
+    told = collectives.told_by_all(own, o.group)
 
-    same = of_all["same"].view(torch.int64)  # bits, so that NaN equals itself
+    same = told["same"].view(torch.int64)  # bits, so that NaN equals itself
     bad = (same[1:] != same[0]).flatten(0, 1).any(0)
-    bad |= collectives.do_not_fit(headers, o)
+    bad |= collectives.do_not_fit(told["header"], o)
     if outside is not None:
         bad |= outside
     if watchers.may_look(bad) and bool(bad.any()):
         raise ValueError(collectives.ROWS_DIFFER)
+    shards = told["states"]
     shards[..., _BASES.stop :].masked_fill_(bad.unsqueeze(-1), math.nan)
     whole = _merged(shards, labels is not None, o)
     values = {}
     if labels is not None:
-        values["cross_entropy"] = _cross_entropy(whole.states, of_all["label_logit"].sum((0, 1)))
+        values["cross_entropy"] = _cross_entropy(whole.states, told["label_logit"].sum(0))
     if o.metrics:
-        student_top, teacher_top = Top(of_all["top_logits"], of_all["top_tokens"]).of_all().token
+        student_top, teacher_top = (
+            Top(told[f"{model}_top_logit"], told[f"{model}_top_token"]).of_all().token
+            for model in ("student", "teacher")
+        )
         sums = whole.states[:, _SUMS]
         defined = ((sums > 0) & (sums <= _LARGEST_FLOAT32)).all(-1)
         agreement = (student_top == teacher_top).double()
