@@ -63,6 +63,26 @@ def test_top_tokens_that_come_late(backend, masked):
         assert_close(actual.metrics[name], expected.metrics[name], tolerances.METRIC, name)
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("whose", [0, 1], ids=["student", "teacher"])
+def test_a_late_logit_far_above_the_first_ones(backend, divergence, whose):
+    pair = correlated_pair(2, 2400)
+    pair[whose][:, 2300] = 300.0
+    options = {"divergence": divergence, "reduction": "none"}
+    actual = run(backend, *pair, **options)
+    assert_close(actual.loss, oracle(*pair, **options).loss, tolerances.OTHER_LOSS)
+    assert actual.gradient.isfinite().all()
+
+
+def test_a_late_logit_of_a_hot_softmax(backend):
+    """Far above the first ones at temperature 1 alone."""
+    student, teacher = correlated_pair(2, 2400)
+    student[:, 2300] = 300.0
+    options = {"temperature": 100.0, "temperature_squared": False, "ce_weight": 0.5}
+    options |= {"labels": torch.tensor([2300, 4]), "reduction": "none"}
+    assert_as_oracle(run(backend, student, teacher, **options), student, teacher, **options)
+
+
 def test_a_temperature_that_float32_rounds(backend):
     # Far from what exponentials are relative to, 1 / T and its rounding differ by digits.
     student, teacher = correlated_pair(4, 2503)

@@ -128,6 +128,15 @@ def test_teacher_excludes_what_the_student_has(backend, divergence):
     check_one_sided(backend, divergence, "teacher", infinite=True, nan_gradient=True)
 
 
+@pytest.mark.parametrize("divergence", ["reverse_kl", "symmetric_kl"])
+def test_an_infinite_divergence_has_no_gradient(kernel, divergence):
+    student, teacher = correlated_pair(2, 96)
+    teacher[0, 3] = -math.inf
+    actual = run(kernel, student, teacher, divergence=divergence, reduction="none")
+    assert actual.loss[0].isposinf()
+    assert actual.gradient[0].isnan().all()
+
+
 @pytest.mark.parametrize("divergence", [*KL_WITH_TEACHER_FIRST, *BOUNDED], ids=str)
 def test_teacher_excludes_and_the_divergence_is_finite(backend, divergence):
     check_one_sided(backend, divergence, "teacher", infinite=False)

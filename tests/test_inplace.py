@@ -103,6 +103,12 @@ def test_refuses_leaves(kernel):
     refused(kernel, student.requires_grad_(), teacher, "inplace_grad.*student_logits is a leaf")
 
 
+def test_a_leaf_where_nothing_is_written(kernel):
+    student, teacher = pair(kernel, 3, VOCAB)
+    with torch.no_grad():
+        assert loss_of(kernel, student.requires_grad_(), teacher, inplace_grad=True) > 0
+
+
 def test_refuses_views_of_leaves(kernel):
     student, teacher = pair(kernel, 3, VOCAB)
     leaf = student.requires_grad_()

@@ -67,6 +67,14 @@ def test_kept_and_used_are_never_more_than_was_used():
     assert release_memory() == 0
 
 
+def test_what_is_freed_counts_as_kept_alone():
+    a, b = block(10), block(20)
+    del a, b
+    c = block(4)  # for which either is too large, and which leaves room for the second
+    assert release_memory() >= 20 * MIB
+    del c
+
+
 def test_small_tensors_are_pytorchs():
     x = memory.empty((3, 5), dtype=torch.float32, device=CPU)
     assert x.shape == (3, 5)

@@ -209,6 +209,15 @@ def test_agreement_takes_the_lowest_index_of_a_tie(backend):
     assert metrics["agreement"].tolist() == [1.0, 0.0, 1.0, 0.0]
 
 
+def test_agreement_of_ties_far_apart(backend):
+    student, teacher = correlated_pair(2, 4200)
+    student[:, [30, 2100, 4150]] = 40.0
+    teacher[:, 30] = 40.0
+    teacher[1, 4150] = 41.0
+    _, metrics = loss_of(backend, student, teacher, return_metrics=True)
+    assert metrics["agreement"].tolist() == [1.0, 0.0]
+
+
 @pytest.mark.parametrize(
     "widths", [(151936, 152064), (152064, 151936)], ids=["teacher wider", "student wider"]
 )
@@ -222,6 +231,14 @@ def test_unequal_vocabularies(backend, widths, dtype):
     assert_as_oracle(actual, student, teacher)
     assert actual.gradient.shape == student.shape
     assert not actual.gradient[:, min(widths) :].any()
+
+
+@pytest.mark.parametrize("of", ["student", "teacher"])
+@pytest.mark.parametrize("name", ["scale", "softcap"])
+def test_transformed_bfloat16_of_whole_vectors(backend, of, name):
+    student, teacher = (x.bfloat16() for x in correlated_pair(2, 128))
+    options = {f"{of}_{name}": 1.5}
+    assert_as_oracle(run(backend, student, teacher, **options), student, teacher, **options)
 
 
 def test_softcap_of_huge_logits(backend):
@@ -249,6 +266,24 @@ def test_a_term_of_weight_0_is_not_evaluated(backend):
     without = run(backend, student, teacher, labels=labels, ce_weight=0.0)
     assert without.loss.isfinite()
     assert torch.equal(without.gradient, run(backend, student, teacher).gradient)
+
+
+@pytest.mark.parametrize(
+    ("options", "metric"),
+    [
+        ({"kd_weight": 0.0, "ce_weight": 1.0, "labels": torch.tensor([5, 5])}, "divergence"),
+        ({"divergence": "jsd", "labels": torch.tensor([3, 5])}, "cross_entropy"),
+    ],
+    ids=["divergence", "cross-entropy"],
+)
+def test_an_infinite_term_of_weight_0_that_metrics_ask_for(backend, options, metric):
+    student, teacher = correlated_pair(2, 96)
+    student[0, 3] = -torch.inf
+    options = options | {"return_metrics": True, "reduction": "none"}
+    actual = run(backend, student, teacher, **options)
+    assert actual.metrics[metric][0].isposinf()
+    assert actual.loss.isfinite().all()
+    assert_as_oracle(actual, student, teacher, **options)
 
 
 def test_both_weights_0(backend):

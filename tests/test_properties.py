@@ -138,6 +138,11 @@ def test_same_bits_where_subnormals_are_flushed(kernel, threads, divergence):
         assert_same_bits(other, results[0])
 
 
+def test_the_caller_keeps_its_subnormals(kernel):
+    run(kernel, *correlated_pair(3, 96))
+    assert (torch.full((8,), 1e-38) * 0.1 > 0).all()
+
+
 @given(divergence=divergences, seed=seeds, vocab=vocabularies)
 def test_loss_without_gradient_has_the_same_bits(kernel, divergence, seed, vocab):
     student, teacher = correlated_pair(3, vocab, seed=seed)

@@ -334,3 +334,22 @@ def test_more_than_a_block(backend, monkeypatch, vocab):
     options = {"labels": labels_for(2, vocab=vocab), "ce_weight": 1.0}
     actual = sharded(two, backend, student, teacher, [vocab // 2 + 1, vocab], **options)
     harness.assert_as_oracle(actual, student, teacher, **options)
+
+
+@pytest.mark.parametrize("divergence", [ForwardKL(), ReverseKL()], ids=repr)
+def test_a_late_logit_far_above_a_shards_first(backend, monkeypatch, divergence):
+    two = Processes(2, monkeypatch)
+    student, teacher = correlated_pair(2, 2400)
+    student[0, 1100] = teacher[1, 2300] = 120.0  # beyond what exp of float32 holds
+    options = {"divergence": divergence, "labels": torch.tensor([1100, 3]), "ce_weight": 0.5}
+    options["reduction"] = "none"
+    actual = sharded(two, backend, student, teacher, [1200, 2400], **options)
+    harness.assert_as_oracle(actual, student, teacher, **options)
+
+
+def test_metrics_of_a_divergence_without_weight(backend, three):
+    student, teacher = correlated_pair(3, 96)
+    options = {"kd_weight": 0.0, "labels": labels_for(3, vocab=96), "ce_weight": 0.7}
+    options["return_metrics"] = True
+    actual = sharded(three, backend, student, teacher, CUTS["uneven"], **options)
+    harness.assert_as_oracle(actual, student, teacher, **options)

@@ -224,3 +224,47 @@ def test_threads_do_not_change_bits(threads):
     for loss, gradient in results[1:]:
         assert torch.equal(loss, results[0][0])
         assert torch.equal(gradient, results[0][1])
+
+
+@pytest.mark.parametrize("tail", ["bucket", "drop"])
+def test_a_first_row_that_takes_no_part(backend, tail):
+    student, teacher = correlated_pair(3, 90)
+    weight = torch.tensor([0.0, 1.0, 2.0])
+    check(backend, student, *top(teacher, 5), tail=tail, token_weight=weight)
+
+
+@pytest.mark.parametrize("tail", ["bucket", "drop"])
+def test_a_late_logit_far_above_the_first(backend, tail):
+    student, teacher = correlated_pair(2, 2500)
+    entries = top(teacher, 5)
+    student[0, next(i for i in range(2100, 2500) if i not in entries[0][0])] = 300.0
+    options = {"temperature": 2.0, "labels": torch.tensor([0, 7]), "ce_weight": 0.5}
+    check(backend, student, *entries, tail=tail, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"temperature": 2.0, "ce_weight": 0.5}], ids=str)
+def test_softcap_and_scale_of_whole_vectors(kernel, dtype, options):
+    student, teacher = correlated_pair(3, 128)
+    student = student.to(dtype)
+    entries = top(teacher, 6, options.get("temperature", 1.0))
+    options = options | {"student_softcap": 4.0, "student_scale": 1.5}
+    if "ce_weight" in options:
+        options["labels"] = labels_for(3, vocab=128)
+    actual = check(kernel, student, *entries, **options)
+    assert_same_bits(run(kernel, student, *entries, inplace_grad=True, **options), actual)
+
+
+def test_many_listed_tokens_about_borders_of_blocks(backend):
+    student, teacher = correlated_pair(2, 4200)
+    teacher[:, [2047, 2048, 4095, 4096]] += 30.0
+    for tail in ("bucket", "drop"):
+        check(backend, student, *top(teacher, 150), tail=tail)
+    teacher[:, 2049:] -= 100.0
+    check(backend, student, *top(teacher, 5))
+
+
+@pytest.mark.parametrize("options", [{"student_scale": 1.5}, {"student_softcap": 3.0}], ids=str)
+def test_transformed_bfloat16_in_whole_blocks(backend, options):
+    student, teacher = correlated_pair(2, 4224)
+    check(backend, student.bfloat16(), *top(teacher, 3), **options)

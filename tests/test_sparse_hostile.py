@@ -189,3 +189,11 @@ def test_a_temperature_below_the_spacing_of_logits(backend):
     actual = run(backend, student, indices, logprobs, **options)
     expected = oracle(student, indices, logprobs, tail="drop", temperature=1e-5)
     assert_close(actual.loss, expected.loss * 1e10, (1e-6, 0.0))
+
+
+def test_a_certain_teachers_tail_is_unknown(backend):
+    student, _ = correlated_pair(2, 40)
+    indices, logprobs = torch.tensor([[3], [7]]), torch.zeros(2, 1)
+    actual = run(backend, student, indices, logprobs, divergence="reverse_kl", reduction="none")
+    assert actual.loss.isfinite().all()
+    assert actual.gradient.isfinite().all()
