@@ -163,6 +163,15 @@ def test_metrics(backend):
     assert alone.metrics["cross_entropy"] is None
 
 
+def test_agreement_of_tokens_that_a_teacher_lists_as_equal(backend):
+    """Its top token is the first in the vocabulary, wherever it is listed."""
+    student = torch.zeros(2, 40)
+    student[0, 3] = student[1, 7] = 2.0
+    indices, logprobs = torch.tensor([7, 3, 9]).expand(2, 3), torch.tensor([-1.0, -1, -2])
+    actual = run(backend, student, indices, logprobs.expand(2, 3), return_metrics=True)
+    assert actual.metrics["agreement"].tolist() == [1, 0]
+
+
 def test_tokens_may_be_drawn_twice(backend):
     student, _ = correlated_pair(2, 40)
     indices = torch.tensor([[3, 7, 3, -1, 3], [9, 9, 9, 9, 9]])
