@@ -229,16 +229,17 @@ class StudentHead:
         student_row = self.row_bytes(width)
         return plan(self.rows.count, student_row, teacher_row, largest, sums, chunk_bytes, device)
 
-    def allocate(self, chunk: int) -> None:
-        """Memory for logits of ``chunk`` rows and for the gradients."""
+    def allocate(self, split: Plan) -> None:
+        """Memory for the logits of a chunk and for the gradients."""
         device = self.hidden[0].device
-        self.logits = empty((chunk, self.vocab), dtype=self.logits_dtype, device=device)
+        self.chunk = split.chunk
+        self.logits = empty((self.chunk, self.vocab), dtype=self.logits_dtype, device=device)
         self.hidden_gradients = [
             empty(h.shape, dtype=self.hidden_dtype, device=device) if needed else None
             for h, needed in zip(self.hidden, self.needs_hidden, strict=True)
         ]
         self.row_scales: list[Tensor] = []
-        once = chunk >= self.rows.count
+        once = self.chunk >= self.rows.count
         self.weight_gradients = [
             empty(w.shape, dtype=dtype if once else torch.float32, device=device)
             if needed
@@ -264,30 +265,37 @@ class StudentHead:
         gradients = [gradient for gradient in self.weight_gradients if gradient is not None]
         return max(gradients, key=lambda g: g.nbytes).view(-1).view(torch.uint8)
 
-    def write_logits(self, out: Tensor, begin: int, end: int) -> None:
+    def _place(self, begin: int, end: int) -> Tensor:
+        """Memory of the logits of rows that lie in one chunk."""
+        offset = begin % self.chunk
+        return self.logits[offset : offset + end - begin]
+
+    def logits_of(self, begin: int, end: int) -> Tensor:
+        """Logits ``(end - begin, vocab)`` of a block of rows; what follows may overwrite them."""
+        logits = self._place(begin, end)
         for i, (hidden, weight) in enumerate(zip(self.hidden, self.weight, strict=True)):
             bias = self.bias if i == 0 else None
-            gemm.write_logits(out, hidden[begin:end], weight, bias, accumulate=i > 0)
+            gemm.write_logits(logits, hidden[begin:end], weight, bias, accumulate=i > 0)
+        return logits
 
-    def take(self, split: Plan, begin: int, end: int, row_scale: Tensor | None) -> None:
+    def take(self, begin: int, end: int, row_scale: Tensor | None) -> None:
         """Adds up the gradients of a block of rows, whose logits were overwritten by theirs.
 
         Rows of a float16 gradient are yet to be multiplied by ``row_scale``.
         """
-        offset = begin % split.chunk
-        logits = self.logits[offset : offset + end - begin]
-        gradient = logits.to(self.dtype)
+        gradient = self._place(begin, end).to(self.dtype)
         if not self.half:
             row_scale = None
-        if row_scale is not None:
+        elif row_scale is not None:
             self.row_scales.append(row_scale)
         self._take_block(gradient, row_scale, begin, end)
-        if offset + end - begin < split.chunk and end < self.rows.count:
+        first = begin - begin % self.chunk
+        if end < min(first + self.chunk, self.rows.count):
             return
-        if split.chunk > split.block:
-            gradient = self.logits[: offset + end - begin]
+        if first < begin:  # of several blocks, which only logits of the products' dtype have
+            gradient = self._place(first, end)
         scale = torch.cat(self.row_scales) if self.half else None
-        self._take_chunk(gradient, scale, begin - offset, end)
+        self._take_chunk(gradient, scale, first, end)
         self.row_scales = []
 
     def _take_block(self, gradient: Tensor, row_scale: Tensor | None, begin: int, end: int) -> None:

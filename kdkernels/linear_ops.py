@@ -39,7 +39,7 @@ def _run(
     """Loss and metrics of the rows that take part; gradients stay with the student."""
     device = student.hidden[0].device
     split = student.plan(teacher, linear.chunk_bytes, o)
-    student.allocate(split.chunk)
+    student.allocate(split)
     spans = split.spans(rows.count)
     lent = student.memory_of_a_weight_gradient() if split.lend else None
 
@@ -49,9 +49,7 @@ def _run(
     total = torch.zeros((), dtype=torch.float64, device=device)
     metrics = floats((len(METRICS), rows.count) if o.metrics else 0)
     for (begin, end), teacher_logits in zip(spans, teacher.blocks(spans, lent), strict=True):
-        offset = begin % split.chunk
-        logits = student.logits[offset : offset + end - begin]
-        student.write_logits(logits, begin, end)
+        logits = student.logits_of(begin, end)
         labels, token_weight = rows.per_token(begin, end)
         arguments = (logits, teacher_logits, labels, token_weight, rows.normalizer, linear.backend)
         if with_gradient:
@@ -65,7 +63,7 @@ def _run(
         else:
             total += loss
         if with_gradient:
-            student.take(split, begin, end, row_scale)
+            student.take(begin, end, row_scale)
     return losses if o.reduction == "none" else total.float(), metrics
 
 

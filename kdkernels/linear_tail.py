@@ -58,13 +58,12 @@ def _linear_tails(hidden, weight, bias, listed, kept, with_top, *scalars):
         student = StudentHead(hidden, weight, bias, rows, linear)
         listed = payload.take(listed, rows.index).contiguous()
         split = student.plan(None, linear.chunk_bytes)
-        student.allocate(split.block)
+        student.allocate(split)
         logits_of = student.logits.new_empty(listed.shape)
         tails = logits_of.new_empty((o.results, rows.count), dtype=torch.float32)
         top = Top(*(x.new_empty(rows.count if with_top else 0) for x in (student.logits, listed)))
         for begin, end in split.spans(rows.count):
-            logits, here = student.logits[: end - begin], listed[begin:end]
-            student.write_logits(logits, begin, end)
+            logits, here = student.logits_of(begin, end), listed[begin:end]
             tails[:, begin:end] = run(logits, here, None, o)
             logits_of[begin:end] = logits.gather(-1, here.clamp(min=0))
             if with_top:
@@ -91,14 +90,12 @@ def _linear_tails_gradient(
             row_scale = _row_scale(grad_tails, grad_listed, o)
             grad_tails, grad_listed = grad_tails / row_scale, grad_listed / row_scale.unsqueeze(1)
         split = student.plan(None, linear.chunk_bytes)
-        student.allocate(split.chunk)
+        student.allocate(split)
         for begin, end in split.spans(rows.count):
-            offset, here = begin % split.chunk, slice(begin, end)
-            logits = student.logits[offset : offset + end - begin]
-            student.write_logits(logits, begin, end)
+            here, logits = slice(begin, end), student.logits_of(begin, end)
             of_tails = tails[:, here].contiguous(), grad_tails[:, here].contiguous()
             run(logits, listed[here], *of_tails, grad_listed[here], o, logits)
-            student.take(split, begin, end, None if row_scale is None else row_scale[here])
+            student.take(begin, end, None if row_scale is None else row_scale[here])
         return student.gradients()
 
 
