@@ -151,7 +151,7 @@ checks() {
   done
 }
 
-# Compiles what Triton will be timed with, a second a kernel, into its cache: beside the build.
+# Compiles what Triton will be timed with into its cache, beside the build, not in timed budgets.
 compile_triton() {
   local divergence
   for divergence in $(python3 -c 'from kdkernels.divergences import DIVERGENCES; print(*DIVERGENCES)'); do

@@ -186,7 +186,7 @@ def run_case(
         results[provider.name] = result
         if step:
             steps[provider.name] = step
-        elif "refused" not in result:  # which has allocated nothing: collecting takes 0.1 s
+        elif "refused" not in result:  # which has allocated nothing, and collecting takes long
             device.release()
         progress(f"{case.label}: {provider.name} verified" if step else case.label)
 

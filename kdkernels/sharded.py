@@ -139,9 +139,10 @@ def _of_whole(
 
     NaN where processes pass different values or their shards do not fit; on a CPU raises instead.
     """
-    own = {"header": collectives.header_of(states, o), "states": states, "same": weight[None]}
-    if labels is not None and local is not None:
-        own["same"] = torch.stack([weight.double(), labels.double()])
+    own = {"header": collectives.header_of(states, o), "states": states}
+    same = [weight] if labels is None else [weight, labels]
+    own["same"] = torch.stack([x.double() for x in same])
+    if local is not None:
         own["label_logit"] = _at_labels(student, local, o)
     if o.metrics:
         for model, logits in (("student", student), ("teacher", teacher)):
@@ -150,8 +151,8 @@ def _of_whole(
             own[f"{model}_top_token"] = top.token.flatten() + o.vocab_start
     told = collectives.told_by_all(own, o.group)
 
-    same = told["same"].view(torch.int64)  # bits, so that NaN equals itself
-    bad = (same[1:] != same[0]).flatten(0, 1).any(0)
+    bits = told["same"].view(torch.int64)  # of which NaN equals itself
+    bad = (bits[1:] != bits[0]).flatten(0, 1).any(0)
     bad |= collectives.do_not_fit(told["header"], o)
     if outside is not None:
         bad |= outside
