@@ -1,7 +1,6 @@
 #include "memory.h"
 
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -16,53 +15,52 @@ namespace {
 // than those of the logits cost 10 %, by loads that seem to depend on stores.
 constexpr size_t kOffset = 64;
 
-struct Mapping {
-  void* begin;
+// Whole large pages, from a border between such pages: giving back a part of one would break it up.
+struct Piece {
+  char* begin;
   size_t size;
+
+  char* end() const { return begin + size; }
 };
 
-// Mappings out of use, oldest first, and sizes of all there are.
+// Pieces out of use, in order of address and none beside another, and sizes of all there are.
 class Keeper {
  public:
-  // The smallest kept one that is large enough, unless most of it would lie idle, or a new one.
-  Mapping take(size_t size) {
+  // A part of the smallest kept piece that is large enough, or new memory.
+  char* take(size_t size) {
     const std::lock_guard<std::mutex> lock(mutex_);
+    kept_.reserve(kept_.size() + pieces_used_ + 1);  // so that put() never allocates
     auto best = kept_.end();
     for (auto it = kept_.begin(); it != kept_.end(); ++it)
-      if (it->size >= size && it->size / 2 <= size &&
-          (best == kept_.end() || it->size < best->size))
-        best = it;
-    Mapping mapping{nullptr, size};
+      if (it->size >= size && (best == kept_.end() || it->size < best->size)) best = it;
+    char* begin = nullptr;
     if (best != kept_.end()) {
-      mapping = *best;
-      kept_.erase(best);
-      kept_bytes_ -= mapping.size;
+      begin = best->begin;
+      cut(best, size);
     } else {
-      most_used_ = std::max(most_used_, used_ + size);
-      drop_to(most_used_ - used_ - size);
-      mapping.begin = map(size);
-      if (!mapping.begin) {
+      const size_t most_used = std::max(most_used_, used_ + size);
+      drop_to(most_used - used_ - size);
+      begin = map(size);
+      if (!begin) {
         drop_to(0);
-        mapping.begin = map(size);
+        begin = map(size);
       }
-      if (!mapping.begin) throw std::bad_alloc();
-      kept_.reserve(++mappings_);  // so that put() never allocates
+      if (!begin) throw std::bad_alloc();
+      most_used_ = most_used;
     }
-    used_ += mapping.size;
-    return mapping;
+    used_ += size;
+    ++pieces_used_;
+    return begin;
   }
 
-  void put(Mapping mapping) {
+  void put(Piece piece) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    used_ -= mapping.size;
+    used_ -= piece.size;
+    --pieces_used_;
 #if defined(MADV_FREE)
-    if (madvise(mapping.begin, mapping.size, MADV_FREE) == 0) {
-      kept_.push_back(mapping);
-      kept_bytes_ += mapping.size;
-      return;
-    }
+    if (madvise(piece.begin, piece.size, MADV_FREE) == 0) return keep(piece);
 #endif
-    unmap(mapping);
+    munmap(piece.begin, piece.size);
   }
 
   size_t release() {
@@ -74,30 +72,60 @@ class Keeper {
   }
 
  private:
-  static void* map(size_t size) {
-    void* const begin =
-        mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (begin == MAP_FAILED) return nullptr;
-    advise_large_pages(begin, (char*)begin + size);
+  using Place = std::vector<Piece>::iterator;
+
+  static char* map(size_t size) {
+    // With a large page to spare, so as to begin at one.
+    void* const all = mmap(nullptr, size + kLargePage, PROT_READ | PROT_WRITE,
+                           MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (all == MAP_FAILED) return nullptr;
+    const size_t head = -(uintptr_t)all % kLargePage;
+    char* const begin = (char*)all + head;
+    if (head) munmap(all, head);
+    munmap(begin + size, kLargePage - head);
+    advise_large_pages(begin, begin + size);
     return begin;
   }
 
-  void unmap(Mapping mapping) {
-    munmap(mapping.begin, mapping.size);
-    --mappings_;
+  void keep(Piece piece) {
+    const auto above = std::find_if(kept_.begin(), kept_.end(),
+                                    [&](const Piece& kept) { return kept.begin > piece.begin; });
+    kept_bytes_ += piece.size;
+    const auto place = kept_.insert(above, piece);
+    if (const auto next = place + 1; next != kept_.end() && next->begin == place->end()) {
+      place->size += next->size;
+      kept_.erase(next);
+    }
+    if (place == kept_.begin()) return;
+    if (const auto before = place - 1; before->end() == place->begin) {
+      before->size += place->size;
+      kept_.erase(place);
+    }
   }
 
+  // Takes the first bytes of a kept piece from what is kept.
+  void cut(Place piece, size_t size) {
+    kept_bytes_ -= size;
+    piece->begin += size;
+    piece->size -= size;
+    if (piece->size == 0) kept_.erase(piece);
+  }
+
+  // Gives the rest back to the system, small pieces first.
   void drop_to(size_t bytes) {
     while (kept_bytes_ > bytes) {
-      unmap(kept_.front());
-      kept_bytes_ -= kept_.front().size;
-      kept_.erase(kept_.begin());
+      const auto smallest =
+          std::min_element(kept_.begin(), kept_.end(),
+                           [](const Piece& a, const Piece& b) { return a.size < b.size; });
+      const size_t size = std::min(smallest->size, kept_bytes_ - bytes);
+      munmap(smallest->begin, size);
+      cut(smallest, size);
     }
   }
 
   std::mutex mutex_;
-  std::vector<Mapping> kept_;
-  size_t kept_bytes_ = 0, used_ = 0, most_used_ = 0, mappings_ = 0;
+  std::vector<Piece> kept_;
+  size_t kept_bytes_ = 0, used_ = 0, most_used_ = 0, pieces_used_ = 0;
 };
 
 // Never destroyed: the process may end with tensors that still hold memory.
@@ -118,15 +146,13 @@ void advise_large_pages([[maybe_unused]] const void* begin, [[maybe_unused]] con
 
 Memory::Memory(size_t bytes) : bytes_(bytes) {
   if (bytes > SIZE_MAX / 2) throw std::bad_alloc();
-  const size_t page = (size_t)sysconf(_SC_PAGESIZE);
-  const Mapping mapping = keeper().take((bytes + kOffset + page - 1) / page * page);
-  mapping_ = mapping.begin;
-  mapped_ = mapping.size;
+  reserved_ = (bytes + kOffset + kLargePage - 1) / kLargePage * kLargePage;
+  begin_ = keeper().take(reserved_);
 }
 
-Memory::~Memory() { keeper().put({mapping_, mapped_}); }
+Memory::~Memory() { keeper().put({begin_, reserved_}); }
 
-char* Memory::data() const { return (char*)mapping_ + kOffset; }
+char* Memory::data() const { return begin_ + kOffset; }
 
 size_t release_kept_memory() { return keeper().release(); }
 

@@ -11,9 +11,9 @@ constexpr size_t kLargePage = size_t{2} << 20;
 void advise_large_pages(const void* begin, const void* end);
 
 // A large piece of memory with undefined content. When it is destroyed its pages stay with the
-// process for the next piece, because finding and zeroing new ones takes longer than the arithmetic
-// that fills them; the system may take them back meanwhile, where it runs short. Pieces in use and
-// kept together are never more than the most that was ever in use.
+// process for the next piece, or several smaller ones, because finding and zeroing new pages takes
+// longer than the arithmetic that fills them; the system may take them back meanwhile, where it
+// runs short. Pieces in use and kept together are never more than the most that was ever in use.
 class Memory {
  public:
   explicit Memory(size_t bytes);  // throws std::bad_alloc
@@ -25,8 +25,8 @@ class Memory {
   size_t size() const { return bytes_; }
 
  private:
-  void* mapping_;
-  size_t mapped_, bytes_;
+  char* begin_;
+  size_t bytes_, reserved_;
 };
 
 // Gives what is kept back to the system at once; returns its bytes.
