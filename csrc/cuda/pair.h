@@ -116,20 +116,23 @@ struct RunningPair {
 };
 
 // KL(p || q), KL(q || p) and the entropy of p, in bits, of a row pair without infinite logits; with
-// some, they are infinite or NaN.
+// some, they are infinite or NaN. Those that a divergence does not ask for are 0: all warps of a CTA
+// wait for one that computes these.
 struct KL {
-  double forward, reverse, entropy;
+  double forward = 0, reverse = 0, entropy = 0;
   double s_log, t_log;  // log2 q = x_s - s_log
   double offset;        // log2 q - log2 p = x_s - x_t + offset
 
-  KD_DEVICE KL(const PairState& pair, float c) {
+  template <class Divergence>
+  KD_DEVICE KL(const Divergence&, const PairState& pair, float c) {
     const double s_sum = pair.student.corrected_sum(c), t_sum = pair.teacher.corrected_sum(c);
     s_log = log2_of(s_sum);
     t_log = log2_of(t_sum);
     offset = kBitsPerNat * log_ratio(t_sum, s_sum);
-    forward = -(pair.sums.forward / pair.teacher.sum + offset);
-    reverse = pair.sums.reverse / pair.student.sum + offset;
-    entropy = t_log - pair.sums.entropy / pair.teacher.sum;
+    const double s_inverse = inverse(pair.student.sum), t_inverse = inverse(pair.teacher.sum);
+    if constexpr (Divergence::kForward) forward = -(pair.sums.forward * t_inverse + offset);
+    if constexpr (Divergence::kReverse) reverse = pair.sums.reverse * s_inverse + offset;
+    if constexpr (Divergence::kAddsEntropy) entropy = t_log - pair.sums.entropy * t_inverse;
   }
 };
 

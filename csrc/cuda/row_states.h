@@ -147,7 +147,7 @@ class RowStates {
     }
     all.scale = scale;
 
-    const KL kl(pair, params_.c);
+    const KL kl(params_.term, pair, params_.c);
     if constexpr (Divergence::kIsKL) {
       const float forward = params_.term.forward(), reverse = params_.term.reverse();
       all.divergence = ((Divergence::kForward ? forward * kl.forward : 0) +

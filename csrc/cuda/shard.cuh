@@ -104,7 +104,7 @@ class ShardPair : RowPair<Divergence, StreamingRow, true> {
     all.scale = this->scale();
     if constexpr (Divergence::kIsKL) {
       if (!is_far_row<Divergence>(states_)) return;
-      KL kl(pair, params_.c);
+      KL kl(params_.term, pair, params_.c);
       kl.reverse = states_[kReverseKL] * kBitsPerNat;
       all.of_far = KLGradient(params_.c, pair, kl, params_.term.forward(), params_.term.reverse());
     }
