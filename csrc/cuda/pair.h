@@ -31,11 +31,22 @@ struct alignas(16) PairState {
     student.max = s_max, teacher.max = t_max;
   }
 
+  // Takes the larger maxima, before there are sums.
+  KD_DEVICE void see(const PairState& other) {
+    student.max = fmaxf(student.max, other.student.max);
+    teacher.max = fmaxf(teacher.max, other.teacher.max);
+  }
+
   KD_DEVICE void merge(PairState other, float c) {
     const float s_max = fmaxf(student.max, other.student.max);
     const float t_max = fmaxf(teacher.max, other.teacher.max);
     rise(s_max, t_max, c);
-    other.rise(s_max, t_max, c);
+    add(other, c);
+  }
+
+  // Adds sums of maxima that are no larger.
+  KD_DEVICE void add(PairState other, float c) {
+    other.rise(student.max, teacher.max, c);
     student.sum += other.student.sum;
     teacher.sum += other.teacher.sum;
     sums.forward += other.sums.forward;
@@ -44,20 +55,32 @@ struct alignas(16) PairState {
   }
 };
 
-// The states of all lanes merged, the same in every lane, with the sums that the divergence asks
-// for.
-template <class Divergence>
-KD_DEVICE PairState warp_merge(PairState mine, float c) {
+// The largest logits of all lanes' states, in a state without sums.
+KD_DEVICE PairState warp_maxima(const PairState& mine) {
   PairState all;
   all.student.max = warp_max(mine.student.max);
   all.teacher.max = warp_max(mine.teacher.max);
-  mine.rise(all.student.max, all.teacher.max, c);
+  return all;
+}
+
+// The sums of all lanes that the divergence asks for, of states with the same maxima.
+template <class Divergence>
+KD_DEVICE PairState warp_sums(const PairState& mine) {
+  PairState all = mine;
   all.student.sum = warp_sum(mine.student.sum);
   all.teacher.sum = warp_sum(mine.teacher.sum);
   if constexpr (Divergence::kForward) all.sums.forward = warp_sum(mine.sums.forward);
   if constexpr (Divergence::kReverse) all.sums.reverse = warp_sum(mine.sums.reverse);
   if constexpr (Divergence::kAddsEntropy) all.sums.entropy = warp_sum(mine.sums.entropy);
   return all;
+}
+
+// The states of all lanes merged, the same in every lane.
+template <class Divergence>
+KD_DEVICE PairState warp_merge(PairState mine, float c) {
+  const PairState largest = warp_maxima(mine);
+  mine.rise(largest.student.max, largest.teacher.max, c);
+  return warp_sums<Divergence>(mine);
 }
 
 // The state of the row pair's columns that a thread has seen.

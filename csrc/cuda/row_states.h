@@ -128,14 +128,17 @@ class RowStates {
     PairState pair;
     State at_1;
     Tops tops;
+    // First the largest logits of all, so that no slot waits for another one's arithmetic.
+    team_.for_slots([&](const WarpSlot& slot) { pair.see(slot.states.pair); });
+    pair = warp_maxima(pair);
     team_.for_slots([&](const WarpSlot& slot) {
-      pair.merge(slot.states.pair, params_.c);
+      pair.add(slot.states.pair, params_.c);
       if constexpr (kOptions) {
         if (apart()) at_1.merge(slot.states.student_at_1, kLog2E);
         if (params_.metrics) tops.merge(slot.states.tops);
       }
     });
-    pair = warp_merge<Divergence>(pair, params_.c);
+    pair = warp_sums<Divergence>(pair);
     RowSummary<Divergence> all;
     all.student = pair.student, all.teacher = pair.teacher;
     if constexpr (kOptions) {
