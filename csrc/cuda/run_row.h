@@ -36,9 +36,10 @@ KD_DEVICE void write_bad_row(const LaunchParams& params, const Team& team, int64
 template <class Row, bool kOptions, class Divergence>
 KD_DEVICE void run_row(const RowsParams<Divergence>& params, const Team& team, int64_t index) {
   const float weight = params.token_weight ? params.token_weight[index] : 1.0f;
-  Row row(params, team, index);  // while the weight is on its way
+  const int64_t label = !kOptions && params.labels ? params.labels[index] : 0;
+  Row row(params, team, index);  // while weight and label are on their way, both at once
   if (kOptions) row.reads_teacher = uses_divergence<kOptions>(params);
-  if (weight == 0 || (!kOptions && !is_label_in_range(params, index))) {
+  if (weight == 0 || label < 0 || label >= params.vocab) {
     if constexpr (Row::kHeld) row.fetch_later(params, team, index);
     return weight == 0 ? write_masked_row(params, team, index) : write_bad_row(params, team, index);
   }
