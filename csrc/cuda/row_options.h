@@ -27,7 +27,11 @@ class RowOptions : protected RowStates<Divergence, Row, kOptions> {
     float scale = summary().scale;
     if (kOptions && !student_softcap()) scale *= params_.student_transform.scale;
     kd_scale_ = scale * params_.kd_weight * params_.inverse_temperature;
-    if (kOptions && params_.labels) ce_scale_ = scale * params_.ce_weight;
+    if (!kOptions || !params_.labels || params_.ce_weight == 0) return;
+    ce_scale_ = scale * params_.ce_weight;
+    ce_inverse_ = reciprocal(state_at_1().sum);
+    ce_shift_ = state_at_1().shift(kLog2E);
+    ce_column_ = (int)label();
   }
 
   KD_DEVICE const State& state_at_1() const { return summary().student_at_1; }
@@ -111,12 +115,11 @@ class RowOptions : protected RowStates<Divergence, Row, kOptions> {
                                  float (&gradient)[n]) {
     if constexpr (kOptions) {
       if (ce_scale_ != 0) {
-        const float scale = ce_scale_ * reciprocal(state_at_1().sum);
+        const float scale = ce_scale_ * ce_inverse_;
 #pragma unroll
         for (int i = 0; i < n; ++i) {
-          gradient[i] = fmaf(exp2_approx(fmaf(s[i], kLog2E, -state_at_1().shift(kLog2E))), scale,
-                             gradient[i]);
-          if (place.column(i) == label()) gradient[i] -= ce_scale_;
+          gradient[i] = fmaf(exp2_approx(fmaf(s[i], kLog2E, -ce_shift_)), scale, gradient[i]);
+          if (place.column(i) == ce_column_) gradient[i] -= ce_scale_;
         }
       }
       if (student_softcap()) chain_softcap(params_.student_transform, raw, gradient);
@@ -148,6 +151,9 @@ class RowOptions : protected RowStates<Divergence, Row, kOptions> {
   }
 
   float kd_scale_, ce_scale_ = 0;  // what a term's gradient is multiplied by
+  // Of the hard-label term, where it has a weight. Not from memory and in double for each vector.
+  float ce_inverse_, ce_shift_;
+  int ce_column_;
   float range_factor_ = 1;         // of a float16 row, see fit_float16_range
 };
 
