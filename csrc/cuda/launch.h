@@ -71,25 +71,43 @@ inline int current_device() {
   return device;
 }
 
+// What find() returns for a key, which is asked for once: most questions to the driver take longer
+// than to launch a kernel. Where find() throws, the next call has to ask again.
+template <class Key, class Find>
+auto once(const Key& key, Find find) {
+  static std::mutex mutex;
+  static std::map<Key, decltype(find())> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto answer = known.find(key);
+  return answer != known.end() ? answer->second : known[key] = find();
+}
+
 // Asks for what a kernel has only on request.
 template <class Params>
 void allow(void (*kernel)(Params), const Grid& grid) {
   constexpr size_t kUnasked = 48 * 1024;
-  if (grid.shared_bytes > kUnasked) {
-    // As much as there is, so that another thread does not take back what this launch needs.
-    check(
-        cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, current_device())),
-        "allowing more shared memory");
-    // For a second CTA beside the first; loads pass the first-level cache by.
-    check(cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+  const bool memory = grid.shared_bytes > kUnasked;
+  const bool clusters = grid.cluster > 8;  // the largest that every device with clusters knows
+  if (!memory && !clusters) return;
+  const int device = current_device();
+  once(std::tuple(device, (const void*)kernel, memory, clusters), [&] {
+    if (memory) {
+      // As much as there is, since this is asked for once.
+      check(cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)),
+            "allowing more shared memory");
+      // For a second CTA beside the first; loads pass the first-level cache by.
+      check(
+          cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                cudaSharedmemCarveoutMaxShared),
           "preferring shared memory to cache");
-  }
-  if (grid.cluster > 8)  // the largest that every device with clusters knows
-    check(cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributeNonPortableClusterSizeAllowed,
-                               1),
-          "allowing clusters of 16");
+    }
+    if (clusters)
+      check(cudaFuncSetAttribute((const void*)kernel,
+                                 cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+            "allowing clusters of 16");
+    return true;
+  });
 }
 
 // Launches kernel<<<grid.grid, grid.block>>>(params) in clusters of grid.cluster CTAs.
@@ -103,12 +121,14 @@ void launch(void (*kernel)(Params), const Grid& grid, void* stream, const Params
 // The device as this build's code sees it: PTX of an older one runs there too, but has no clusters.
 template <class Params>
 Device device_of(void (*kernel)(Params), int device) {
-  cudaFuncAttributes code;
-  check(cudaFuncGetAttributes(&code, (const void*)kernel), "asking what a kernel was built for");
-  return {code.ptxVersion / 10, code.ptxVersion % 10,
-          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-          attribute(cudaDevAttrMultiProcessorCount, device),
-          attribute(cudaDevAttrL2CacheSize, device)};
+  return once(device, [&]() -> Device {
+    cudaFuncAttributes code;
+    check(cudaFuncGetAttributes(&code, (const void*)kernel), "asking what a kernel was built for");
+    return {code.ptxVersion / 10, code.ptxVersion % 10,
+            attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+            attribute(cudaDevAttrMultiProcessorCount, device),
+            attribute(cudaDevAttrL2CacheSize, device)};
+  });
 }
 
 // Why this build has no code for the device, or an empty string.
@@ -137,23 +157,21 @@ std::string why_not(void (*kernel)(Params), int device) {
 }
 
 // Whether the current device can hold even one such cluster: a part of a device (MIG) may be too
-// small for those of 8, and those of 16 exist on some devices only. Asked once.
+// small for those of 8, and those of 16 exist on some devices only.
 template <class Params>
 bool fits(void (*kernel)(Params), const Grid& grid) {
-  static std::mutex mutex;
-  static std::map<std::tuple<int, const void*, unsigned, unsigned, size_t>, bool> known;
-  const std::lock_guard<std::mutex> lock(mutex);
-  const std::tuple key{current_device(), (const void*)kernel, grid.cluster, grid.block,
-                       grid.shared_bytes};
-  if (const auto answer = known.find(key); answer != known.end()) return answer->second;
-  allow(kernel, grid);  // where this throws, the next call has to ask again
-  const LaunchConfig launch(grid, nullptr);
-  int clusters = 0;
-  const bool any = cudaOccupancyMaxActiveClusters(&clusters, (const void*)kernel, &launch.config) ==
-                       cudaSuccess &&
-                   clusters > 0;
-  cudaGetLastError();
-  return known[key] = any;
+  const std::tuple key(current_device(), (const void*)kernel, grid.cluster, grid.block,
+                       grid.shared_bytes);
+  return once(key, [&] {
+    allow(kernel, grid);
+    const LaunchConfig launch(grid, nullptr);
+    int clusters = 0;
+    const bool any = cudaOccupancyMaxActiveClusters(&clusters, (const void*)kernel,
+                                                    &launch.config) == cudaSuccess &&
+                     clusters > 0;
+    cudaGetLastError();
+    return any;
+  });
 }
 
 }  // namespace kd::cuda

@@ -139,8 +139,8 @@ struct RunningPair {
 };
 
 // KL(p || q), KL(q || p) and the entropy of p, in bits, of a row pair without infinite logits; with
-// some, they are infinite or NaN. Those that a divergence does not ask for are 0: all warps of a CTA
-// wait for one that computes these.
+// some, they are infinite or NaN. Those that a divergence does not ask for are 0: all warps of a
+// CTA wait for one that computes these.
 struct KL {
   double forward = 0, reverse = 0, entropy = 0;
   double s_log, t_log;  // log2 q = x_s - s_log

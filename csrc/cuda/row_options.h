@@ -154,7 +154,7 @@ class RowOptions : protected RowStates<Divergence, Row, kOptions> {
   // Of the hard-label term, where it has a weight. Not from memory and in double for each vector.
   float ce_inverse_, ce_shift_;
   int ce_column_;
-  float range_factor_ = 1;         // of a float16 row, see fit_float16_range
+  float range_factor_ = 1;  // of a float16 row, see fit_float16_range
 };
 
 }  // namespace kd::cuda
