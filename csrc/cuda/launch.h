@@ -156,21 +156,26 @@ std::string why_not(void (*kernel)(Params), int device) {
   return std::string("CUDA says: ") + cudaGetErrorString(status);
 }
 
-// Whether the current device can hold even one such cluster: a part of a device (MIG) may be too
-// small for those of 8, and those of 16 exist on some devices only.
+// How many such clusters the current device works on at once. None: a part of a device (MIG) may be
+// too small for those of 8, and those of 16 exist on some devices only.
 template <class Params>
-bool fits(void (*kernel)(Params), const Grid& grid) {
-  const std::tuple key(current_device(), (const void*)kernel, grid.cluster, grid.block,
-                       grid.shared_bytes);
+int clusters_at_once(void (*kernel)(Params), const Grid& grid) {
+  const int device = current_device();
+  const std::tuple key(device, (const void*)kernel, grid.cluster, grid.block, grid.shared_bytes);
   return once(key, [&] {
     allow(kernel, grid);
-    const LaunchConfig launch(grid, nullptr);
-    int clusters = 0;
-    const bool any = cudaOccupancyMaxActiveClusters(&clusters, (const void*)kernel,
-                                                    &launch.config) == cudaSuccess &&
-                     clusters > 0;
+    int count = 0;
+    cudaError_t status;
+    if (grid.cluster > 1) {
+      const LaunchConfig launch(grid, nullptr);
+      status = cudaOccupancyMaxActiveClusters(&count, (const void*)kernel, &launch.config);
+    } else {
+      status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, (const void*)kernel,
+                                                             (int)grid.block, grid.shared_bytes);
+      count *= attribute(cudaDevAttrMultiProcessorCount, device);
+    }
     cudaGetLastError();
-    return any;
+    return status == cudaSuccess ? count : 0;
   });
 }
 

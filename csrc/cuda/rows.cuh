@@ -53,14 +53,14 @@ void run_rows(const LogitsParams& call, const Device& device, std::optional<Tile
               void* stream) {
   RowsParams<Divergence> params(call);
   const Problem problem = problem_of<Divergence>(call);
-  const auto has_room = [&](const Tile& tile) {
-    return tile.cluster == 1 ||
-           fits(kernel_of<Divergence>(problem, tile.kernel), grid_of(problem, tile, 1));
+  const auto at_once = [&](const Tile& tile) {  // row pairs
+    return clusters_at_once(kernel_of<Divergence>(problem, tile.kernel), grid_of(problem, tile, 1));
   };
+  const auto has_room = [&](const Tile& tile) { return tile.cluster == 1 || at_once(tile) > 0; };
   if (forced && !(holds(problem, *forced, device) && has_room(*forced)))
     throw std::invalid_argument("the tile that was asked for cannot hold this row pair here");
   const Tile tile = forced ? *forced : choose(problem, device, has_room);
-  if (tile.ahead) params.ahead = rows_in_flight(problem, tile, device);
+  if (tile.ahead) params.ahead = at_once(tile);
   const auto kernel = kernel_of<Divergence>(problem, tile.kernel);
   launch_in_parts(params, params.rows, [&](int64_t rows) {
     launch(kernel, grid_of(problem, tile, rows), stream, params);

@@ -122,13 +122,6 @@ constexpr int64_t one_of_two(const Device& device) {
   return (device.shared_bytes - kReserved) / 2;
 }
 
-// Row pairs that the device works on at once: how far ahead a later one is worth fetching.
-constexpr int64_t rows_in_flight(const Problem& problem, const Tile& tile, const Device& device) {
-  const bool two = tile.threads <= 256 && shared_bytes(problem, tile) <= one_of_two(device);
-  const int64_t rows = (two ? 2 : 1) * device.sms / tile.cluster;
-  return rows > 1 ? rows : 1;
-}
-
 // Whether a tile can serve a problem at all.
 constexpr bool holds(const Problem& problem, const Tile& tile, const Device& device) {
   return (tile.kernel == Kernel::kStreaming ? !tile.ahead : device.major >= 9) &&

@@ -54,7 +54,9 @@ bool holds(const cuda::Problem& problem, const cuda::Tile& tile) {
 }
 
 int64_t rows_in_flight(const LogitsParams& params, const cuda::Tile& tile) {
-  return cuda::rows_in_flight(problem_of(params), tile, kOneOfItsSms);
+  const cuda::Problem problem = problem_of(params);
+  return cuda::clusters_at_once(cuda::kernel_of<Divergence>(problem, tile.kernel),
+                                cuda::grid_of(problem, tile, 1));
 }
 
 }  // namespace kd::tests
