@@ -226,35 +226,24 @@ class HeldRow {
     if (columns_.edge >= 0) step(columns_.edge_place(), s, slopes);
   }
 
-  // Where slopes are kept, stores it at once, as no thread waits for others any more. Else it takes
-  // the place of the student's logits until store_gradient().
-  KD_DEVICE void put_gradient(const Place<kCount>& place, const float (&x)[kCount]) {
-    const uint4 packed = pack<kItem>(x, bfloat16_);
-    if (!kKeeps)
-      storage_.student(place.slot) = packed;
-    else if (columns_.aligned)
-      store_16(gradient + place.begin * (int64_t)kItem, packed);
-    else
-      scatter(packed, place);
+  // Stores it at once: memory writes while the rest is computed. Not where a thread may still have
+  // to read, or others wait for what this one tells them.
+  KD_DEVICE void store_gradient(const Place<kCount>& place, const float (&x)[kCount]) {
+    store(place, pack<kItem>(x, bfloat16_));
   }
-  KD_DEVICE void put_gradient(const Place<1>&, const float (&x)[1]) {
-    if (kKeeps)
-      store_1(gradient, columns_.edge, dtype(), x[0]);
-    else
-      student_edge_[0] = x[0];
+  KD_DEVICE void store_gradient(const Place<1>&, const float (&x)[1]) {
+    store_1(gradient, columns_.edge, dtype(), x[0]);
   }
 
-  KD_DEVICE void store_gradient() {
-    if (kKeeps) return;
-    if (columns_.aligned) {
-      storage_.for_each_place(columns_, [&](const Place<kCount>& place) {
-        store_16(gradient + place.begin * (int64_t)kItem, storage_.student(place.slot));
-      });
-    } else {
-      storage_.for_each_place(columns_, [&](const Place<kCount>& place) {
-        scatter(storage_.student(place.slot), place);
-      });
-    }
+  // It takes the place of the student's logits until store_held_gradient().
+  KD_DEVICE void hold_gradient(const Place<kCount>& place, const float (&x)[kCount]) {
+    storage_.student(place.slot) = pack<kItem>(x, bfloat16_);
+  }
+  KD_DEVICE void hold_gradient(const Place<1>&, const float (&x)[1]) { student_edge_[0] = x[0]; }
+
+  KD_DEVICE void store_held_gradient() {
+    storage_.for_each_place(
+        columns_, [&](const Place<kCount>& place) { store(place, storage_.student(place.slot)); });
     if (columns_.edge >= 0) store_1(gradient, columns_.edge, dtype(), student_edge_[0]);
   }
 
@@ -312,6 +301,13 @@ class HeldRow {
       }
     }
     return {words[0], words[1], words[2], words[3]};
+  }
+
+  KD_DEVICE void store(const Place<kCount>& place, const uint4& packed) const {
+    if (columns_.aligned)
+      store_16(gradient + place.begin * (int64_t)kItem, packed);
+    else
+      scatter(packed, place);
   }
 
   KD_DEVICE void scatter(const uint4& packed, const Place<kCount>& place) const {

@@ -109,7 +109,7 @@ class RowOptions : protected RowStates<Divergence, Row, kOptions> {
     if constexpr (kOptions) apply(params_.teacher_transform, t);
   }
 
-  // Adds the hard-label term, applies the softcap's derivative and hands over.
+  // Adds the hard-label term and applies the softcap's derivative.
   template <class Place, int n>
   KD_DEVICE void finish_gradient(const Place& place, const float (&raw)[n], const float (&s)[n],
                                  float (&gradient)[n]) {
@@ -124,7 +124,6 @@ class RowOptions : protected RowStates<Divergence, Row, kOptions> {
       }
       if (student_softcap()) chain_softcap(params_.student_transform, raw, gradient);
     }
-    row_.put_gradient(place, gradient);
   }
 
   KD_DEVICE void write_row_scale() const {

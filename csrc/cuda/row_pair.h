@@ -160,6 +160,7 @@ class RowPair : protected RowOptions<Divergence, Row, kOptions> {
 #pragma unroll
           for (int i = 0; i < n; ++i) slopes[i] *= kd_scale_;
           this->finish_gradient(place, raw, s, slopes);
+          row_.hold_gradient(place, slopes);
         }
       } else if constexpr (Row::kKeeps) {
         row_.keep(place, slopes);
@@ -188,7 +189,7 @@ class RowPair : protected RowOptions<Divergence, Row, kOptions> {
     constexpr Exchange kExchange = kFar ? kOfFarSums : kOfNearSums;
     team_.tell(kExchange, team_.mine().sums[kFar], mine);
     if constexpr (Divergence::kSlopeSumsToZero)
-      if (with_gradient) row_.store_gradient();
+      if (with_gradient) row_.store_held_gradient();
     team_.wait(kExchange);
     team_.for_slots([&](const WarpSlot& slot) {
       all.value += slot.sums[kFar].value;
@@ -216,8 +217,8 @@ class RowPair : protected RowOptions<Divergence, Row, kOptions> {
 #pragma unroll
       for (int i = 0; i < n; ++i) gradient[i] = of_logits(params_.term, s[i], t[i]);
       this->finish_gradient(place, raw, s, gradient);
+      row_.store_gradient(place, gradient);
     });
-    row_.store_gradient();
   }
 
   template <class Points>
@@ -247,6 +248,7 @@ class RowPair : protected RowOptions<Divergence, Row, kOptions> {
         for (int i = 0; i < n; ++i)
           slopes[i] = (slopes[i] - probabilities.q(s[i]) * slope_sum) * scale;
         this->finish_gradient(place, raw, s, slopes);
+        row_.store_gradient(place, slopes);
       });
     } else {
       row_.for_each_at_last([&](const auto& place, auto& s, auto& t) {
@@ -260,9 +262,9 @@ class RowPair : protected RowOptions<Divergence, Row, kOptions> {
               (term(probabilities, point).slope - probabilities.q(s[i]) * slope_sum) * scale;
         }
         this->finish_gradient(place, raw, s, gradient);
+        row_.store_gradient(place, gradient);
       });
     }
-    row_.store_gradient();
   }
 
   // Slopes, or their sum, may be of any size (reverse KL, alpha-beta): a float16 row takes another
@@ -282,8 +284,8 @@ class RowPair : protected RowOptions<Divergence, Row, kOptions> {
       float raw[n], gradient[n] = {};
       this->transform_student(s, raw);
       this->finish_gradient(place, raw, s, gradient);
+      row_.store_gradient(place, gradient);
     });
-    row_.store_gradient();
   }
 
   float largest_slope_ = 0;  // in size, where slopes may cancel

@@ -50,7 +50,7 @@ class StreamingRow {
     sweep<true>(step);
   }
 
-  KD_DEVICE void put_gradient(const Place<kCount>& place, const float (&x)[kCount]) const {
+  KD_DEVICE void store_gradient(const Place<kCount>& place, const float (&x)[kCount]) const {
     if (!columns_.aligned) {
 #pragma unroll
       for (int i = 0; i < kCount; ++i)
@@ -63,11 +63,16 @@ class StreamingRow {
       store_16(gradient + place.begin * (int64_t)2, pack<2>(x, dtype_ == DType::kBFloat16));
     }
   }
-  KD_DEVICE void put_gradient(const Place<1>& place, const float (&x)[1]) const {
+  KD_DEVICE void store_gradient(const Place<1>& place, const float (&x)[1]) const {
     store_1(gradient, place.begin, dtype_, x[0]);
   }
 
-  KD_DEVICE void store_gradient() const {}  // it is stored already
+  // The same: there is no place to hold it.
+  template <class Place, int n>
+  KD_DEVICE void hold_gradient(const Place& place, const float (&x)[n]) const {
+    store_gradient(place, x);
+  }
+  KD_DEVICE void store_held_gradient() const {}
 
   KD_DEVICE DType dtype() const { return dtype_; }
 

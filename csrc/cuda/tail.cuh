@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kTailThreads) tails_gradient_kernel(const Tail
         for (int i = 0; i < n; ++i) g[i] += tail_at_1(x[i]);
       }
       if (params.transform.softcap > 0) chain_softcap(params.transform, raw, g);
-      row.put_gradient(place, g);
+      row.store_gradient(place, g);
     });
   } else {
     fill(team, row.gradient, row.dtype(), 0, params.vocab, 0);
