@@ -40,6 +40,8 @@ TILES = [
     *(f"registers:{cluster}x256+ahead" for cluster in (1, 2, 4, 8, 16)),
     *(f"registers:{cluster}x128" for cluster in (2, 4, 8, 16)),
     *(f"registers:{cluster}x128+ahead" for cluster in (2, 4, 8, 16)),
+    # 50257 tokens: ten vectors a thread, as many as there is room for, and three CTAs an SM.
+    "registers:4x160+ahead",
     *(f"registers:{cluster}x512" for cluster in (1, 2, 4, 8, 16)),
     *(f"shared:{cluster}x256" for cluster in (1, 2, 4, 8, 16)),
     *(f"shared:{cluster}x256+ahead" for cluster in (1, 2, 4, 8, 16)),
