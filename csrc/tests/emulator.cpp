@@ -194,7 +194,13 @@ void fetch_into_cache(const void* from, uint32_t bytes, Where where) {
   if (bytes == 0 || bytes % 16) fail(where, "fetch_into_cache of %u bytes", bytes);
   if (__asan_region_is_poisoned && __asan_region_is_poisoned(const_cast<void*>(from), bytes))
     fail(where, "fetch_into_cache of %u bytes, not all of which may be read", bytes);
-  if (fetched) fetched->push_back({(const char*)from, bytes});
+  if (!fetched) return;
+  // One list for all threads, which no barrier orders.
+  if (AnnotateIgnoreReadsBegin) AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+  if (AnnotateIgnoreWritesBegin) AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+  fetched->push_back({(const char*)from, bytes});
+  if (AnnotateIgnoreWritesEnd) AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+  if (AnnotateIgnoreReadsEnd) AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
 }
 
 // ---- mbarriers and asynchronous stores ----

@@ -20,6 +20,10 @@ KD_WEAK void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 KD_WEAK void __tsan_set_fiber_name(void* fiber, const char* name);
 KD_WEAK void __tsan_acquire(void* address);
 KD_WEAK void __tsan_release(void* address);
+KD_WEAK void AnnotateIgnoreReadsBegin(const char* file, int line);
+KD_WEAK void AnnotateIgnoreReadsEnd(const char* file, int line);
+KD_WEAK void AnnotateIgnoreWritesBegin(const char* file, int line);
+KD_WEAK void AnnotateIgnoreWritesEnd(const char* file, int line);
 }
 
 namespace kd::emulator {
