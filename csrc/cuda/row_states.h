@@ -108,8 +108,9 @@ class RowStates {
       if (apart()) mine.student_at_1 = warp_merge(at_1.state(), kLog2E);
       if (params_.metrics) mine.tops = warp_tops(tops);
       // Nobody else needs it. But whoever has been told may overwrite this logit, so its load has
-      // to be over by then.
+      // to be over by then, in the lanes that tell nobody or others too.
       mine.pair.label_logit = label_logit;
+      __syncwarp();
       team_.tell(kOfStates, team_.mine().states, mine);
     } else {
       team_.tell(kOfStates, team_.mine().states.pair, mine.pair);
