@@ -27,24 +27,19 @@ class RowOptions : protected RowStates<Divergence, Row, kOptions> {
     float scale = summary().scale;
     if (kOptions && !student_softcap()) scale *= params_.student_transform.scale;
     kd_scale_ = scale * params_.kd_weight * params_.inverse_temperature;
-    if (!kOptions || !params_.labels || params_.ce_weight == 0) return;
-    ce_scale_ = scale * params_.ce_weight;
-    ce_inverse_ = reciprocal(state_at_1().sum);
-    ce_shift_ = state_at_1().shift(kLog2E);
-    ce_column_ = (int)label();
+    if (kOptions && params_.labels) ce_scale_ = scale * params_.ce_weight;
   }
 
   KD_DEVICE const State& state_at_1() const { return summary().student_at_1; }
 
   KD_DEVICE bool student_softcap() const { return params_.student_transform.softcap > 0; }
 
-  KD_DEVICE int64_t label() const { return params_.labels[index_]; }
   KD_DEVICE bool label_in_range() const { return is_label_in_range(params_, index_); }
 
   // NaN for a label outside the vocabulary.
   KD_DEVICE float label_logit() const {
     if (!uses_cross_entropy() || !label_in_range()) return NAN;
-    float x[1] = {load_1(row_.student, label(), row_.dtype())};
+    float x[1] = {load_1(row_.student, params_.labels[index_], row_.dtype())};
     apply(params_.student_transform, x);
     return x[0];
   }
@@ -115,11 +110,11 @@ class RowOptions : protected RowStates<Divergence, Row, kOptions> {
                                  float (&gradient)[n]) {
     if constexpr (kOptions) {
       if (ce_scale_ != 0) {
-        const float scale = ce_scale_ * ce_inverse_;
+        const float scale = ce_scale_ * summary().inverse_at_1, shift = state_at_1().shift(kLog2E);
 #pragma unroll
         for (int i = 0; i < n; ++i) {
-          gradient[i] = fmaf(exp2_approx(fmaf(s[i], kLog2E, -ce_shift_)), scale, gradient[i]);
-          if (place.column(i) == ce_column_) gradient[i] -= ce_scale_;
+          gradient[i] = fmaf(exp2_approx(fmaf(s[i], kLog2E, -shift)), scale, gradient[i]);
+          if (place.column(i) == summary().label) gradient[i] -= ce_scale_;
         }
       }
       if (student_softcap()) chain_softcap(params_.student_transform, raw, gradient);
@@ -150,10 +145,7 @@ class RowOptions : protected RowStates<Divergence, Row, kOptions> {
   }
 
   float kd_scale_, ce_scale_ = 0;  // what a term's gradient is multiplied by
-  // Of the hard-label term, where it has a weight. Not from memory and in double for each vector.
-  float ce_inverse_, ce_shift_;
-  int ce_column_;
-  float range_factor_ = 1;  // of a float16 row, see fit_float16_range
+  float range_factor_ = 1;         // of a float16 row, see fit_float16_range
 };
 
 }  // namespace kd::cuda

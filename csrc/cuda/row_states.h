@@ -19,6 +19,9 @@ struct alignas(16) RowSummary {
   State student, teacher, student_at_1;
   OfFarRow<Divergence> of_far;
   float scale = 0;
+  // Of the hard-label term: neither in double nor from the device's memory for each vector.
+  float inverse_at_1 = 0;
+  int label = -1;
   // Not bool: a copy of the padding would go through memory.
   int agree = 0;          // on the top token
   int far = 0;            // see csrc/core/divergences.h
@@ -54,6 +57,12 @@ class RowStates {
   // What the gradient of a term of weight 1 is multiplied by.
   KD_DEVICE float scale() const {
     return params_.row_scale ? params_.gradient_scale : weight() * inverse_normalizer();
+  }
+
+  // -1 where it is no column of these, or nobody asks.
+  KD_DEVICE int label() const {
+    const bool asked = kOptions && params_.labels && is_label_in_range(params_, index_);
+    return asked ? (int)params_.labels[index_] : -1;
   }
 
   KD_DEVICE bool uses_divergence() const { return cuda::uses_divergence<kOptions>(params_); }
@@ -116,15 +125,19 @@ class RowStates {
       team_.tell(kOfStates, team_.mine().states.pair, mine.pair);
     }
     float scale = 0;
-    if (team_.in_first_warp()) scale = this->scale();  // from memory, while others are waited for
+    int label = 0;
+    if (team_.in_first_warp()) {  // from memory, while others are waited for
+      scale = this->scale();
+      label = this->label();
+    }
     team_.meet();
-    if (team_.in_first_warp()) summarize(scale);
+    if (team_.in_first_warp()) summarize(scale, label);
     __syncthreads();
   }
 
  private:
   // For all warps of the CTA.
-  KD_DEVICE void summarize(float scale) {
+  KD_DEVICE void summarize(float scale, int label) {
     team_.wait_for(kOfStates);
     PairState pair;
     State at_1;
@@ -144,6 +157,8 @@ class RowStates {
     all.student = pair.student, all.teacher = pair.teacher;
     if constexpr (kOptions) {
       all.student_at_1 = apart() ? warp_merge(at_1, kLog2E) : all.student;
+      all.inverse_at_1 = reciprocal(all.student_at_1.sum);
+      all.label = label;
       if (params_.metrics) {
         tops = warp_tops(tops);
         all.agree = tops.student.column == tops.teacher.column;

@@ -102,6 +102,8 @@ class ShardPair : RowPair<Divergence, StreamingRow, true> {
     all.student = pair.student, all.teacher = pair.teacher;
     all.student_at_1 = state_from(base, states_[kStudentSumAt1], 1, kLog2E);
     all.scale = this->scale();
+    all.inverse_at_1 = reciprocal(all.student_at_1.sum);
+    all.label = this->label();
     if constexpr (Divergence::kIsKL) {
       if (!is_far_row<Divergence>(states_)) return;
       KL kl(params_.term, pair, params_.c);
