@@ -5,13 +5,12 @@
 
 namespace kd::KD_NAMESPACE {
 
-// The mixture m = share p + rest q of JSD and the skew divergences, share + rest = 1.
+// p_weight KL(p || m) + q_weight KL(q || m), where m = share p + rest q and share + rest = 1.
 //
-// Near the teacher, where q - p has few digits, everything is a power series in r, that of
-// L = log(m / p) = log(share + rest exp(r)), or follows from it:
-//   value / p = (a + b r) exp(r) + (c + d exp(r)) L + constant
-//   slope / q = e log(q / m) + f g = e (r - L) + f g
-// with g = (q - p) / m, from which L' = rest (1 + share g).
+// Near the teacher, where q - p has few digits, everything is a power series in r:
+//   slope / q = q_weight log(q / m) + rest (p_weight rest - q_weight share) g,  g = (q - p) / m
+//   d log(q / m) / dr = share (1 - rest g)
+//   d (value / p) / dr = exp(r) slope / q
 struct Mixture : Defaults {
   static constexpr bool kHasClose = true;
   static constexpr float close_radius = 0.75f;  // of |r|, for the polynomials below
@@ -22,21 +21,19 @@ struct Mixture : Defaults {
 
   // Takes doubles: rounded to float, coefficients would lose the few digits that do not cancel near
   // the teacher.
-  Mixture(double share, double rest, double a, double b, double c, double d, double e, double f)
+  Mixture(double share, double rest, double p_weight, double q_weight)
       : share((float)share), rest((float)rest) {
-    double exponential[kTerms + 2] = {1}, g[kTerms + 2], m_over_p[kTerms + 2], q_over_m[kTerms + 2];
-    double slope[kTerms], value[kTerms];
-    for (int n = 1; n <= kTerms + 1; ++n) {
+    double exponential[kTerms + 1] = {1}, g[kTerms + 1], slope[kTerms], value[kTerms];
+    const double g_weight = rest * (p_weight * rest - q_weight * share);
+    for (int n = 1; n <= kTerms; ++n) {
       exponential[n] = exponential[n - 1] / n;
-      // From g m / p = exp(r) - 1: a small share takes no digits from it, nor from the logarithms.
+      // From g m / p = exp(r) - 1: a small share takes no digits from it, nor from the logarithm.
       g[n] = exponential[n];
       for (int k = 1; k < n; ++k) g[n] -= rest * g[k] * exponential[n - k];
-      m_over_p[n] = n == 1 ? rest : rest * share * g[n - 1] / n;
-      q_over_m[n] = n == 1 ? share : -m_over_p[n];
-      if (n <= kTerms) slope[n - 1] = e * q_over_m[n] + f * g[n];
-      if (n == 1) continue;
-      value[n - 2] = a * exponential[n] + (b + d) * exponential[n - 1] + c * m_over_p[n];
-      for (int k = 1; k <= n; ++k) value[n - 2] -= d * q_over_m[k] * exponential[n - k];
+      const double log_q_over_m = n == 1 ? share : -share * rest * g[n - 1] / n;
+      slope[n - 1] = q_weight * log_q_over_m + g_weight * g[n];
+      value[n - 1] = 0;
+      for (int k = 1; k <= n; ++k) value[n - 1] += slope[k - 1] * exponential[n - k] / (n + 1);
     }
     economize(slope, of_slope);
     economize(value, of_value);
@@ -148,7 +145,7 @@ struct JSD : Mixture {
   float log_share, log_rest;
 
   JSD(double beta, double rest)
-      : Mixture(beta, rest, 0, rest, -beta, -rest, rest, 0),
+      : Mixture(beta, rest, beta, rest),
         log_share((float)::log(beta)),
         log_rest((float)::log1p(-beta)) {}
 
@@ -184,7 +181,7 @@ struct JSD : Mixture {
 
 // KL(p || alpha p + (1 - alpha) q). Ko et al. 2024 (DistiLLM).
 struct SkewForwardKL : Mixture {
-  SkewForwardKL(double alpha, double rest) : Mixture(alpha, rest, rest, 0, -1, 0, 0, rest * rest) {}
+  SkewForwardKL(double alpha, double rest) : Mixture(alpha, rest, 1, 0) {}
 
   template <class F>
   KD_INLINE Term<F> operator()(const Point<F>& x) const {
@@ -209,8 +206,7 @@ struct SkewForwardKL : Mixture {
 
 // KL(q || alpha q + (1 - alpha) p). Ko et al. 2024 (DistiLLM).
 struct SkewReverseKL : Mixture {
-  SkewReverseKL(double alpha, double share)
-      : Mixture(share, alpha, -share, 1, 0, -1, 1, -share * alpha) {}
+  SkewReverseKL(double alpha, double share) : Mixture(share, alpha, 0, 1) {}
 
   template <class F>
   KD_INLINE Term<F> operator()(const Point<F>& x) const {
