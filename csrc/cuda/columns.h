@@ -58,20 +58,34 @@ struct Columns {
   KD_DEVICE bool holds(const Place<kCount>& place) const { return place.begin < end; }
 };
 
+// The vectors of 16 bytes that lie in columns [begin, end) of a row: columns [head, tail).
+struct WholeVectors {
+  char* row;
+  int shift;
+  int64_t head, tail, count;
+
+  KD_DEVICE WholeVectors(char* row, DType dtype, int64_t begin, int64_t end)
+      : row(row), shift(log2_lanes(dtype)) {
+    const int64_t misaligned = -(uintptr_t)(row + begin * (16 >> shift)) % 16 >> (4 - shift);
+    head = begin + misaligned < end ? begin + misaligned : end;
+    count = (end - head) >> shift;
+    tail = head + (count << shift);
+  }
+
+  KD_DEVICE char* operator[](int64_t i) const { return row + (head << (4 - shift)) + i * 16; }
+};
+
 // Not inlined: rows without a softmax and padding are rare, and must not cost kernels registers.
 KD_DEVICE_CALL void fill_share(int64_t first, int stride, char* row, DType dtype, int64_t begin,
                                int64_t end, float value) {
-  const int shift = dtype == DType::kFloat32 ? 2 : 3;  // 1 << shift of them are 16 bytes
-  const int64_t misaligned = -(uintptr_t)(row + begin * (16 >> shift)) % 16 >> (4 - shift);
-  const int64_t head = begin + misaligned < end ? begin + misaligned : end;
-  const int64_t vectors = (end - head) >> shift, tail = head + (vectors << shift);
-  for (int64_t i = begin + first; i < head; i += stride) store_1(row, i, dtype, value);
-  for (int64_t i = tail + first; i < end; i += stride) store_1(row, i, dtype, value);
+  const WholeVectors vectors(row, dtype, begin, end);
+  for (int64_t i = begin + first; i < vectors.head; i += stride) store_1(row, i, dtype, value);
+  for (int64_t i = vectors.tail + first; i < end; i += stride) store_1(row, i, dtype, value);
   const uint32_t word = dtype == DType::kFloat32    ? bits_as<uint32_t>(value)
                         : dtype == DType::kBFloat16 ? pack_bfloat16x2(value, value)
                                                     : pack_float16x2(value, value);
-  for (int64_t i = first; i < vectors; i += stride)
-    store_16(row + (head << (4 - shift)) + i * 16, {word, word, word, word});
+  for (int64_t i = first; i < vectors.count; i += stride)
+    store_16(vectors[i], {word, word, word, word});
 }
 
 // Columns [begin, end) of a row of the gradient become `value`, 16 bytes at a time.

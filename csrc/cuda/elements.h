@@ -205,6 +205,8 @@ struct Pairs {
 template <int kItem>
 constexpr int kLanes = 16 / kItem;
 
+KD_INLINE constexpr int log2_lanes(DType dtype) { return dtype == DType::kFloat32 ? 2 : 3; }
+
 template <int kItem>
 KD_DEVICE void unpack(const uint4& packed, bool bfloat16, float (&x)[kLanes<kItem>]) {
   const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};

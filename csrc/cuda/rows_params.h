@@ -16,7 +16,7 @@ KD_INLINE int head_of(const char* student, DType student_dtype, const char* teac
   const int student_size = (int)item_size(student_dtype);
   const int teacher_size = (int)item_size(teacher_dtype);
   const auto whole = [](const char* row, int bytes) { return ((uintptr_t)row + bytes) % 16 == 0; };
-  const int shift = student_dtype == DType::kFloat32 ? 2 : 3;  // 1 << shift of them are 16 bytes
+  const int shift = log2_lanes(student_dtype);
   int head = (int)(-(uintptr_t)student % 16) >> (4 - shift);
   for (; head < 8; head += 1 << shift)
     if (whole(student, head * student_size) && whole(teacher, head * teacher_size) &&

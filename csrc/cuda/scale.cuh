@@ -30,17 +30,14 @@ KD_DEVICE void scale_row(const ScaleLaunch& params, int64_t index) {
   if (factor == 1) return;
   const Rows& rows = params.gradient;
   char* const row = params.gradient_rows[index];
-  const int shift = rows.dtype == DType::kFloat32 ? 2 : 3;  // 1 << shift of them are 16 bytes
-  const int64_t misaligned = -(uintptr_t)row % 16 >> (4 - shift);
-  const int64_t head = misaligned < rows.width ? misaligned : rows.width;
-  const int64_t vectors = (rows.width - head) >> shift, tail = head + (vectors << shift);
+  const WholeVectors vectors(row, rows.dtype, 0, rows.width);
   const auto scale_1 = [&](int64_t i) {
     store_1(row, i, rows.dtype, load_1(row, i, rows.dtype) * factor);
   };
-  for (int64_t i = threadIdx.x; i < head; i += blockDim.x) scale_1(i);
-  for (int64_t i = tail + threadIdx.x; i < rows.width; i += blockDim.x) scale_1(i);
-  for (int64_t i = threadIdx.x; i < vectors; i += blockDim.x) {
-    char* const at = row + (head << (4 - shift)) + i * 16;
+  for (int64_t i = threadIdx.x; i < vectors.head; i += blockDim.x) scale_1(i);
+  for (int64_t i = vectors.tail + threadIdx.x; i < rows.width; i += blockDim.x) scale_1(i);
+  for (int64_t i = threadIdx.x; i < vectors.count; i += blockDim.x) {
+    char* const at = vectors[i];
     if (rows.dtype == DType::kFloat32)
       scale_vector<4>(at, false, factor);
     else
