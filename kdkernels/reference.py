@@ -71,26 +71,30 @@ def _kd_loss(
     s_logits = transform(s, o.student_scale, o.student_softcap)
     t_logits = transform(t, o.teacher_scale, o.teacher_softcap)
 
-    # A sum of zeros with a gradient of zeros, for a loss without terms.
-    loss = torch.where(torch.zeros_like(s, dtype=torch.bool), s, 0.0).sum(-1)
     values: dict[str, Tensor] = {}
     if o.kd_weight != 0 or o.metrics:
         log_q = F.log_softmax(s_logits / o.temperature, dim=-1)
         log_p = F.log_softmax(t_logits / o.temperature, dim=-1)
         values["divergence"] = not_negative(sum_of_terms(divergence, log_p, log_q))
-        if o.kd_weight != 0:
-            loss = loss + o.kd_weight * values["divergence"]
         if o.metrics:
             values["teacher_entropy"] = entropy(log_p)
             values["student_entropy"] = entropy(log_q)
             values["agreement"] = _agreement(s, t, log_p.sum(-1) + log_q.sum(-1))
     if labels is not None and outside is not None and (o.ce_weight != 0 or o.metrics):
         values["cross_entropy"] = _cross_entropy(s_logits, labels, kept, outside)
-        if o.ce_weight != 0:
-            loss = loss + o.ce_weight * values["cross_entropy"]
-
+    loss = weighted_sum(values, o)
+    if loss is None:  # zeros with a gradient of zeros
+        loss = torch.where(torch.zeros_like(s, dtype=torch.bool), s, 0.0).sum(-1)
     metrics = stacked_metrics(values, kept) if o.metrics else None
     return reduced(loss, rows, normalizer, o).to(out), metrics
+
+
+def weighted_sum(values: dict[str, Tensor], o: LogitsOptions) -> Tensor | None:
+    """The losses ``(...)`` of divergence and cross-entropy; None where neither has a weight."""
+    weights = {"divergence": o.kd_weight, "cross_entropy": o.ce_weight}
+    # What has a weight of 0 may be infinite.
+    terms = [weight * values[name] for name, weight in weights.items() if weight != 0]
+    return sum(terms[1:], terms[0]) if terms else None
 
 
 def sum_of_terms(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from . import collectives, reference, watchers
 from .backends.row_plan import row_plan
 from .backends.rows import has_row_scale
 from .constants import FAR_FROM, LOWEST_LOGIT, MOST_CANCELLED
-from .divergences import AlphaBeta, kl_weights
+from .divergences import AlphaBeta, SoftCrossEntropy, kl_weights
 from .options import METRICS, SHARD_STATES, SHARD_SUMS, LogitsOptions
 from .top import Top
 
@@ -26,9 +26,8 @@ _LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 
 _LARGEST_SLOPE = SHARD_SUMS.index("largest_slope")
 
-#: Columns of states.
-_BASES, _SUMS, _KLS = slice(0, 2), slice(2, 4), slice(4, 6)
-_SUMS_AND_KLS, _ENTROPY, _AT_1 = slice(2, 6), slice(6, 7), slice(7, 8)
+#: Columns of states, in pairs of student and teacher.
+_BASES, _SUMS = slice(0, 2), slice(2, 4)
 
 
 def logits_loss(
@@ -76,10 +75,9 @@ def logits_loss(
         written |= run("sums", whole.states, sums)
         own = sums
         sums = collectives.all_gather(own, o.group).sum(0)
-        divergence = _divergence(sums, o)
+        values["divergence"] = _divergence(sums, o)
         if whole.of_far is not None:
-            divergence = torch.where(*whole.of_far, divergence)
-        values["divergence"] = divergence
+            values["divergence"] = torch.where(*whole.of_far, values["divergence"])
         if o.metrics:
             named = _named(SHARD_SUMS, sums)
             values |= {name: named[name] for name in ("student_entropy", "teacher_entropy")}
@@ -90,12 +88,9 @@ def logits_loss(
     if gradient is not None and o.vocab == 0:
         gradient.zero_()
 
-    terms = []  # one of weight 0 may be infinite
-    if o.kd_weight != 0:
-        terms.append(values["divergence"] * o.kd_weight)
-    if o.ce_weight != 0:
-        terms.append(values["cross_entropy"] * o.ce_weight)
-    loss = sum(terms[1:], start=terms[0]) if terms else torch.zeros_like(weight)
+    loss = reference.weighted_sum(values, o)
+    if loss is None:
+        loss = torch.zeros_like(weight)
     if plan.weight is not None:
         loss = loss * plan.weight
     loss = loss.masked_fill_(masked, 0.0)
@@ -179,36 +174,38 @@ def _of_whole(
 def _merged(shards: Tensor, with_labels: bool, o: LogitsOptions) -> _WholeStates:
     """Merges the states of all shards, ``(processes, rows, 8)``, which it overwrites.
 
-    Pairs are of student and teacher.
+    Student and teacher stay together, in pairs, for half the launches.
     """
-    base = shards[..., _BASES].amax(0)
-    fall = shards[..., _BASES] - base
-    nothing = base.new_full((len(base), 1), math.nan)
-    at_1 = nothing
-    if with_labels:
-        at_1 = (shards[..., _AT_1] * fall[..., :1].exp()).sum(0)
+    bases, sums, gaps, entropy, at_1 = shards.split([2, 2, 2, 1, 1], -1)
+    base = bases.amax(0)
+    fall = bases - base
+    nan = base.new_full((len(base), 1), math.nan)
+    at_1 = (at_1 * fall[..., :1].exp()).sum(0) if with_labels else nan
     fall = fall / o.temperature
     factor = fall.exp()
     weights = None if o.kd_weight == 0 else kl_weights(o.divergence, o.parameter_0)
     if weights is None:
-        sums = (shards[..., _SUMS] * factor).sum(0)
-        return _WholeStates(torch.cat([base, sums, nothing.expand(-1, 3), at_1], -1))
+        sums = (sums * factor).sum(0)
+        return _WholeStates(torch.cat([base, sums, nan.expand(-1, 3), at_1], -1))
 
-    # Gaps relative to the bases of the whole vocabulary.
-    shards[..., _KLS].addcmul_(shards[..., _SUMS], fall[..., :1] - fall[..., 1:])
-    sums_and_kls = shards[..., _SUMS_AND_KLS].unflatten(-1, (2, 2)) * factor.unsqueeze(-2)
-    sums, pair = sums_and_kls.sum(0).unbind(-2)
+    # Relative to the base of the whole vocabulary x is x + fall, and e is e factor.
+    s_fall, t_fall = fall.split(1, -1)
+    gaps.addcmul_(sums, s_fall - t_fall)
+    with_entropy = o.divergence == SoftCrossEntropy.name
+    if with_entropy:
+        entropy = (torch.addcmul(entropy, sums[..., 1:], t_fall) * factor[..., 1:]).sum(0)
+    sums_and_gaps = shards[..., 2:6].unflatten(-1, (2, 2)) * factor.unsqueeze(-2)
+    sums, gaps = sums_and_gaps.sum(0).unbind(-2)
+
     log_sum = sums.log()
     offset = log_sum[:, 1:] - log_sum[:, :1]
-    pair = torch.addcdiv(offset, pair, sums)  # KL(q || p), -KL(p || q)
-    kl = torch.sub(weights[1] * pair[:, :1], pair[:, 1:], alpha=weights[0])
+    reverse, minus_forward = torch.addcdiv(offset, gaps, sums).split(1, -1)
+    kl = torch.sub(weights[1] * reverse, minus_forward, alpha=weights[0])
     least = (offset.abs() / MOST_CANCELLED).clamp(min=FAR_FROM)
     far = (kl > least) & (kl <= _LARGEST_FLOAT32)
-    if o.divergence == "soft_cross_entropy":
-        entropy = torch.addcmul(shards[..., _ENTROPY], shards[..., _SUMS][..., 1:], fall[..., 1:])
-        entropy = (entropy * factor[..., 1:]).sum(0)
+    if with_entropy:
         kl = torch.addcdiv(kl + log_sum[:, 1:], entropy, sums[:, 1:], value=-1)
-    reverse = torch.where(far, pair[:, :1], nothing)
+    reverse = torch.where(far, reverse, nan)
     states = torch.cat([base, sums, reverse.expand(-1, 3), at_1], -1)
     return _WholeStates(states, (far.squeeze(-1), kl.squeeze(-1)))
 

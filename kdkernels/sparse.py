@@ -249,7 +249,6 @@ def _loss(
         with_tails=labels is not None or (with_divergence and tail != "renormalize"),
         options=o,
     )
-    terms = []
     values: dict[str, Tensor] = {}
     if with_divergence:
         rounding = min(16 * torch.finfo(logprobs.dtype).eps, MOST_PROBABILITY - 1)
@@ -260,17 +259,15 @@ def _loss(
         few = few_tokens(tail, log_p, *of_student, has_term, total, rounding)
         of_rows = values_of(few, call.divergence, o.metrics, call.backend)
         values["divergence"] = value = of_rows[0]
-        if o.kd_weight != 0:
-            terms.append(o.kd_weight * value)
         if o.metrics:
             values["teacher_entropy"], values["student_entropy"] = of_rows[1:]
             undefined = torch.where(value.isnan(), math.nan, 1.0)
             values["agreement"] = undefined * _agreement(logits.top, indices, log_p)
     if labels is not None and rows.outside is not None:
         values["cross_entropy"] = logits.cross_entropy() * torch.where(rows.outside, math.nan, 1.0)
-        if o.ce_weight != 0:
-            terms.append(o.ce_weight * values["cross_entropy"])
-    loss = sum(terms[1:], terms[0]) if terms else logits.no_loss()
+    loss = reference.weighted_sum(values, o)
+    if loss is None:
+        loss = logits.no_loss()
     out = torch.float64 if student.like.dtype == torch.float64 else torch.float32
     metrics = reference.stacked_metrics(values, rows.kept) if o.metrics else None
     return reference.reduced(loss, rows, call.normalizer, o).to(out), metrics
