@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -165,6 +166,19 @@ def gradient_dtypes(
     return product, [w.dtype for w in weight]
 
 
+@dataclass
+class _Product:
+    """A term hidden @ weight.T of the student's logits, and its gradients where they are needed."""
+
+    hidden: Tensor  # (rows, hidden)
+    weight: Tensor  # (vocab, hidden)
+    weight_dtype: torch.dtype  # of its gradient
+    needs_hidden: bool
+    needs_weight: bool
+    hidden_gradient: Tensor | None = None
+    weight_gradient: Tensor | None = None
+
+
 class StudentHead:
     """The student's logits, a chunk of rows at a time, and the gradients of what they are made of.
 
@@ -182,15 +196,16 @@ class StudentHead:
     ):
         self.dtype = options.student_dtype
         self.logits_dtype = torch.float32 if options.float32_logits else self.dtype
-        self.hidden = [payload.take(h, rows.index).to(self.dtype) for h in hidden]  # (rows, hidden)
-        self.weight = [w.to(self.dtype) for w in weight]  # (vocab, hidden)
-        self.bias = None if bias is None else bias.to(self.dtype)
-        self.rows, self.vocab = rows, weight[0].shape[0]
-        needs = needs_grad or [False] * (len(hidden) + len(weight) + 1)
-        self.needs_hidden, self.needs_weight = needs[: len(hidden)], needs[len(hidden) : -1]
-        self.needs_bias = needs[-1]
+        self.rows, self.vocab, self.device = rows, weight[0].shape[0], hidden[0].device
         self.half = self.dtype == torch.float16
-        self.hidden_dtype, self.weight_dtypes = gradient_dtypes(self.dtype, weight)
+        *needs, self.needs_bias = needs_grad or [False] * (2 * len(hidden) + 1)
+        of_products = zip(needs[: len(hidden)], needs[len(hidden) :], strict=True)
+        self.hidden_dtype, dtypes = gradient_dtypes(self.dtype, weight)
+        self.products = [
+            _Product(payload.take(h, rows.index).to(self.dtype), w.to(self.dtype), dtype, *needed)
+            for h, w, dtype, needed in zip(hidden, weight, dtypes, of_products, strict=True)
+        ]
+        self.bias = None if bias is None else bias.to(self.dtype)
 
     def row_bytes(self, width: int | None = None) -> int:
         """Memory of a row of the logits, and of its copy for the products where dtypes differ."""
@@ -199,13 +214,7 @@ class StudentHead:
 
     def weight_gradient_bytes(self) -> tuple[int, int]:
         """Bytes of the largest one, and of the float32 sums that several chunks need."""
-        needed = [
-            (weight.numel(), dtype)
-            for weight, dtype, needed in zip(
-                self.weight, self.weight_dtypes, self.needs_weight, strict=True
-            )
-            if needed
-        ]
+        needed = [(p.weight.numel(), p.weight_dtype) for p in self.products if p.needs_weight]
         largest = max((n * dtype.itemsize for n, dtype in needed), default=0)
         return largest, sum(4 * n for n, dtype in needed if dtype != torch.float32)
 
@@ -225,33 +234,23 @@ class StudentHead:
             width = -(-o.vocab_size // o.processes)
             largest = sums = 0
         teacher_row = 0 if teacher is None else teacher.row_bytes(width)
-        device = self.hidden[0].device.type
-        student_row = self.row_bytes(width)
-        return plan(self.rows.count, student_row, teacher_row, largest, sums, chunk_bytes, device)
+        rows = self.rows.count, self.row_bytes(width), teacher_row
+        return plan(*rows, largest, sums, chunk_bytes, self.device.type)
 
     def allocate(self, split: Plan) -> None:
         """Memory for the logits of a chunk and for the gradients."""
-        device = self.hidden[0].device
-        self.chunk = split.chunk
+        device, self.chunk = self.device, split.chunk
         self.logits = empty((self.chunk, self.vocab), dtype=self.logits_dtype, device=device)
-        self.hidden_gradients = [
-            empty(h.shape, dtype=self.hidden_dtype, device=device) if needed else None
-            for h, needed in zip(self.hidden, self.needs_hidden, strict=True)
-        ]
         self.row_scales: list[Tensor] = []
         once = self.chunk >= self.rows.count
-        self.weight_gradients = [
-            empty(w.shape, dtype=dtype if once else torch.float32, device=device)
-            if needed
-            else None
-            for w, dtype, needed in zip(
-                self.weight, self.weight_dtypes, self.needs_weight, strict=True
-            )
-        ]
-        if self.rows.count == 0:
-            for gradient in self.weight_gradients:
-                if gradient is not None:
-                    gradient.zero_()
+        for p in self.products:
+            if p.needs_hidden:
+                p.hidden_gradient = empty(p.hidden.shape, dtype=self.hidden_dtype, device=device)
+            if p.needs_weight:
+                dtype = p.weight_dtype if once else torch.float32
+                p.weight_gradient = empty(p.weight.shape, dtype=dtype, device=device)
+                if self.rows.count == 0:
+                    p.weight_gradient.zero_()
         self.bias_gradient = torch.zeros(
             self.vocab if self.needs_bias else 0, dtype=torch.float32, device=device
         )
@@ -262,7 +261,7 @@ class StudentHead:
 
     def memory_of_a_weight_gradient(self) -> Tensor:
         """The bytes of the largest one, unused until the end of the chunk."""
-        gradients = [gradient for gradient in self.weight_gradients if gradient is not None]
+        gradients = [p.weight_gradient for p in self.products if p.weight_gradient is not None]
         return max(gradients, key=lambda g: g.nbytes).view(-1).view(torch.uint8)
 
     def _place(self, begin: int, end: int) -> Tensor:
@@ -273,9 +272,9 @@ class StudentHead:
     def logits_of(self, begin: int, end: int) -> Tensor:
         """Logits ``(end - begin, vocab)`` of a block of rows; what follows may overwrite them."""
         logits = self._place(begin, end)
-        for i, (hidden, weight) in enumerate(zip(self.hidden, self.weight, strict=True)):
+        for i, p in enumerate(self.products):
             bias = self.bias if i == 0 else None
-            gemm.write_logits(logits, hidden[begin:end], weight, bias, accumulate=i > 0)
+            gemm.write_logits(logits, p.hidden[begin:end], p.weight, bias, accumulate=i > 0)
         return logits
 
     def take(self, begin: int, end: int, row_scale: Tensor | None) -> None:
@@ -300,11 +299,12 @@ class StudentHead:
 
     def _take_block(self, gradient: Tensor, row_scale: Tensor | None, begin: int, end: int) -> None:
         """Hidden and bias gradients of a block of rows."""
-        for out, weight in zip(self.hidden_gradients, self.weight, strict=True):
-            if out is not None:
-                gemm.write_hidden_gradient(out[begin:end], gradient, weight)
+        for p in self.products:
+            if p.hidden_gradient is not None:
+                out = p.hidden_gradient[begin:end]
+                gemm.write_hidden_gradient(out, gradient, p.weight)
                 if row_scale is not None:
-                    out[begin:end] *= row_scale.unsqueeze(1)
+                    out *= row_scale.unsqueeze(1)
         if self.needs_bias:
             gemm.add_bias_gradient(self.bias_gradient, gradient, row_scale)
 
@@ -318,15 +318,15 @@ class StudentHead:
         if row_scale is not None:
             self.unit = torch.maximum(before, row_scale.abs().amax())
             row_scale = (row_scale / self.unit).unsqueeze(1)
-        for out, hidden in zip(self.weight_gradients, self.hidden, strict=True):
-            if out is None:
+        for p in self.products:
+            if p.weight_gradient is None:
                 continue
-            part = hidden[begin:end]
+            hidden = p.hidden[begin:end]
             if row_scale is not None:
-                part = (part * row_scale).to(self.dtype)
+                hidden = (hidden * row_scale).to(self.dtype)
                 if begin > 0:
-                    out *= before / self.unit
-            gemm.add_weight_gradient(out, gradient, part, accumulate=begin > 0)
+                    p.weight_gradient *= before / self.unit
+            gemm.add_weight_gradient(p.weight_gradient, gradient, hidden, accumulate=begin > 0)
 
     def gradients(self, group: str = "") -> list[Tensor]:
         """In the order of needs_grad, empty where not needed.
@@ -335,14 +335,14 @@ class StudentHead:
         """
         hidden = [
             self.logits.new_empty(0, dtype=self.hidden_dtype)
-            if g is None
+            if (g := p.hidden_gradient) is None
             else self.rows.everywhere(collectives.all_sum(g, group) if group else g)
-            for g in self.hidden_gradients
+            for p in self.products
         ]
         weight = [
-            self.logits.new_empty(0, dtype=dtype)
-            if g is None
-            else (g.mul_(self.unit) if self.half else g).to(dtype)
-            for g, dtype in zip(self.weight_gradients, self.weight_dtypes, strict=True)
+            self.logits.new_empty(0, dtype=p.weight_dtype)
+            if (g := p.weight_gradient) is None
+            else (g.mul_(self.unit) if self.half else g).to(p.weight_dtype)
+            for p in self.products
         ]
         return [*hidden, *weight, self.bias_gradient]

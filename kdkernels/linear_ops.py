@@ -37,16 +37,15 @@ def _run(
     o: LogitsOptions,
 ) -> tuple[Tensor, Tensor]:
     """Loss and metrics of the rows that take part; gradients stay with the student."""
-    device = student.hidden[0].device
     split = student.plan(teacher, linear.chunk_bytes, o)
     student.allocate(split)
     spans = split.spans(rows.count)
     lent = student.memory_of_a_weight_gradient() if split.lend else None
 
     # Not of torch.get_default_dtype().
-    floats = functools.partial(torch.empty, dtype=torch.float32, device=device)
+    floats = functools.partial(torch.empty, dtype=torch.float32, device=student.device)
     losses = floats(rows.count if o.reduction == "none" else 0)
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total = torch.zeros((), dtype=torch.float64, device=student.device)
     metrics = floats((len(METRICS), rows.count) if o.metrics else 0)
     for (begin, end), teacher_logits in zip(spans, teacher.blocks(spans, lent), strict=True):
         logits = student.logits_of(begin, end)
