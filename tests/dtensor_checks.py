@@ -9,7 +9,7 @@ import torch.distributed as dist
 from kdkernels import kd_loss, linear_kd_loss, sparse_kd_loss
 
 from .cases import correlated_pair, labels_for, normal
-from .process_checks import OPTIONS, SIZE, distributed, same_when_compiled, whole_of
+from .process_checks import OPTIONS, SIZE, distributed, run, same_when_compiled
 
 
 def _replicated(x):
@@ -64,12 +64,11 @@ def dtensors(rank):
     for vocab in (64, 33, 1):
         student, teacher = correlated_pair(6, vocab)
         options = {**OPTIONS, "labels": labels_for(6, vocab=vocab)}
-        loss, gradient = whole_of(student, teacher, **options)
-        leaf = distributed(student, rank).requires_grad_()
-        shared = kd_loss(leaf, distributed(teacher, rank), **options)
-        shared.backward()
-        torch.testing.assert_close(shared.detach(), loss, rtol=2e-6, atol=1e-7)
-        torch.testing.assert_close(leaf.grad.full_tensor(), gradient, rtol=1e-5, atol=1e-7)
+        loss, gradient = run(kd_loss, [student], teacher, **options)
+        mine = [distributed(student, rank)], distributed(teacher, rank)
+        shared, shards = run(kd_loss, *mine, **options)
+        torch.testing.assert_close(shared, loss, rtol=2e-6, atol=1e-7)
+        torch.testing.assert_close(shards.full_tensor(), gradient, rtol=1e-5, atol=1e-7)
 
 
 def sparse_dtensors(rank):

@@ -19,11 +19,20 @@ def columns(x: torch.Tensor, rank: int, dim: int = -1) -> torch.Tensor:
     return x.chunk(SIZE, dim)[rank].clone()
 
 
-def whole_of(student, teacher, **options):
-    student = student.clone().requires_grad_()
-    loss = kd_loss(student, teacher, **options)
+def run(loss_of, leaves, *constants, **options):
+    """The loss of these tensors, and the gradients of the leaves."""
+    leaves = [x.clone().requires_grad_() for x in leaves]
+    loss = loss_of(*leaves, *constants, **options)
     loss.backward()
-    return loss.detach(), student.grad
+    return loss.detach(), *(leaf.grad for leaf in leaves)
+
+
+def assert_shared(shared, whole, rank, dims, *, rtol=2e-6, atol=1e-8):
+    """The same loss, and this process's half of each gradient along its dim, all of it for None."""
+    torch.testing.assert_close(shared[0], whole[0], rtol=rtol, atol=0)
+    for mine, gradient, dim in zip(shared[1:], whole[1:], dims, strict=True):
+        expected = gradient if dim is None else columns(gradient, rank, dim)
+        torch.testing.assert_close(mine, expected, rtol=1e-5, atol=atol)
 
 
 OPTIONS = {
@@ -32,45 +41,36 @@ OPTIONS = {
     "divergence": "jsd",
     "temperature": 2.0,
 }
+HIDDEN, TEACHER_HIDDEN = normal(5, 8, seed=1), normal(5, 12, seed=2)
+WEIGHT, TEACHER_WEIGHT = normal(30, 8, seed=3), normal(30, 12, seed=4)
 
 
 def logits(rank):
     student, teacher = correlated_pair(6, 64)
-    loss, gradient = whole_of(student, teacher, **OPTIONS)
+    whole = run(kd_loss, [student], teacher, **OPTIONS)
+    mine = [columns(student, rank)], columns(teacher, rank)
     for group in (dist.group.WORLD, dist.new_group([0, 1])):
-        mine = columns(student, rank).requires_grad_()
-        shared = kd_loss(mine, columns(teacher, rank), group=group, **OPTIONS)
-        shared.backward()
-        torch.testing.assert_close(shared.detach(), loss, rtol=2e-6, atol=0)
-        torch.testing.assert_close(mine.grad, columns(gradient, rank), rtol=1e-5, atol=1e-8)
+        assert_shared(run(kd_loss, *mine, group=group, **OPTIONS), whole, rank, [-1])
 
 
 def linear(rank):
-    hidden, teacher_hidden = normal(5, 8, seed=1), normal(5, 12, seed=2)
-    weight, teacher_weight = normal(30, 8, seed=3), normal(30, 12, seed=4)
-    whole = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    loss = linear_kd_loss(*whole, teacher_hidden, teacher_weight)
-    loss.backward()
-    mine = hidden.clone().requires_grad_(), columns(weight, rank, 0).requires_grad_()
-    teacher = teacher_hidden, columns(teacher_weight, rank, 0)
-    shared = linear_kd_loss(*mine, *teacher, group=dist.group.WORLD)
-    shared.backward()
-    torch.testing.assert_close(shared, loss, rtol=2e-6, atol=0)
-    torch.testing.assert_close(mine[0].grad, whole[0].grad, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(mine[1].grad, columns(whole[1].grad, rank, 0), rtol=1e-5, atol=1e-7)
+    whole = run(linear_kd_loss, [HIDDEN, WEIGHT], TEACHER_HIDDEN, TEACHER_WEIGHT)
+    mine = [HIDDEN, columns(WEIGHT, rank, 0)], TEACHER_HIDDEN, columns(TEACHER_WEIGHT, rank, 0)
+    shared = run(linear_kd_loss, *mine, group=dist.group.WORLD)
+    assert_shared(shared, whole, rank, [None, 0], atol=1e-7)
 
 
 def reference(rank):
     """The definition in float64, the hidden gradient of its heads included."""
-    hidden, weight = normal(5, 8, seed=1).double(), normal(30, 8, seed=3).double()
+    hidden, weight = HIDDEN.double(), WEIGHT.double()
     teacher = normal(5, 30, seed=2).double()
-    whole = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    linear_kd_loss(*whole, teacher_logits=teacher).backward()
-    mine = hidden.clone().requires_grad_(), columns(weight, rank, 0).requires_grad_()
-    shard = columns(teacher, rank)
-    linear_kd_loss(*mine, teacher_logits=shard, group=dist.group.WORLD).backward()
-    torch.testing.assert_close(mine[0].grad, whole[0].grad)
-    torch.testing.assert_close(mine[1].grad, columns(whole[1].grad, rank, 0))
+    whole = run(linear_kd_loss, [hidden, weight], teacher_logits=teacher)
+    mine = [hidden, columns(weight, rank, 0)]
+    shared = run(
+        linear_kd_loss, mine, teacher_logits=columns(teacher, rank), group=dist.group.WORLD
+    )
+    torch.testing.assert_close(shared[1], whole[1])
+    torch.testing.assert_close(shared[2], columns(whole[2], rank, 0))
 
 
 def module(rank):
@@ -88,18 +88,17 @@ def documented(rank):
     labels = OPTIONS["labels"]
     mine = columns(student, rank), columns(teacher, rank)
     listed = teacher.log_softmax(-1).topk(5)
-    hidden, teacher_hidden = normal(5, 8, seed=1), normal(5, 12, seed=2)
-    weight, teacher_weight = normal(30, 8, seed=3), normal(30, 12, seed=4)
-    heads = columns(weight, rank, 0), columns(teacher_weight, rank, 0)
-    sharded = distributed(weight, rank, 0).requires_grad_()
+    heads = columns(WEIGHT, rank, 0), columns(TEACHER_WEIGHT, rank, 0)
+    whole_heads = linear_kd_loss(HIDDEN, WEIGHT, TEACHER_HIDDEN, TEACHER_WEIGHT)
+    sharded = distributed(WEIGHT, rank, 0).requires_grad_()
     pairs = [
         (
             names["loss_of_shards"](*mine, labels, group),
             kd_loss(student, teacher, labels=labels, ce_weight=0.5, temperature=2.0),
         ),
         (
-            names["loss_of_heads"](hidden, heads[0], teacher_hidden, heads[1], group),
-            linear_kd_loss(hidden, weight, teacher_hidden, teacher_weight),
+            names["loss_of_heads"](HIDDEN, heads[0], TEACHER_HIDDEN, heads[1], group),
+            whole_heads,
         ),
         (
             names["loss_of_lists"](mine[0], listed.indices, listed.values, group),
@@ -117,9 +116,9 @@ def documented(rank):
         ),
         (
             of_heads := names["loss_of_dtensor_heads"](
-                hidden, sharded, teacher_hidden, distributed(teacher_weight, rank, 0)
+                HIDDEN, sharded, TEACHER_HIDDEN, distributed(TEACHER_WEIGHT, rank, 0)
             ),
-            linear_kd_loss(hidden, weight, teacher_hidden, teacher_weight),
+            whole_heads,
         ),
     ]
     for shared, whole in pairs:
@@ -131,14 +130,10 @@ def documented(rank):
 def sparse(rank):
     student, teacher = correlated_pair(6, 64)
     logprobs, indices = teacher.log_softmax(-1).topk(5)
-    whole = student.clone().requires_grad_()
-    loss = sparse_kd_loss(whole, indices, logprobs, divergence="jsd")
-    loss.backward()
-    mine = columns(student, rank).requires_grad_()
-    shared = sparse_kd_loss(mine, indices, logprobs, divergence="jsd", group=dist.group.WORLD)
-    shared.backward()
-    torch.testing.assert_close(shared, loss, rtol=5e-6, atol=0)
-    torch.testing.assert_close(mine.grad, columns(whole.grad, rank), rtol=1e-5, atol=1e-8)
+    call = {"teacher_indices": indices, "teacher_logprobs": logprobs, "divergence": "jsd"}
+    whole = run(sparse_kd_loss, [student], **call)
+    shared = run(sparse_kd_loss, [columns(student, rank)], group=dist.group.WORLD, **call)
+    assert_shared(shared, whole, rank, [-1], rtol=5e-6)
 
 
 def operators(rank):
@@ -149,13 +144,8 @@ def operators(rank):
 
 def same_when_compiled(loss_of, student, *others, dynamic=None):
     """In one graph: operators are opaque, and what they tell others is inside."""
-    results = []
     compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for function in (loss_of, compiled):
-        leaf = student.clone().requires_grad_()
-        loss = function(leaf, *others)
-        loss.backward()
-        results.append((loss.detach(), leaf.grad))
+    results = (run(function, [student], *others) for function in (loss_of, compiled))
     for eager, graph in zip(*results, strict=True):
         assert torch.equal(_plain(eager), _plain(graph))
 
