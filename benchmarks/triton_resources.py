@@ -196,33 +196,15 @@ def compile_tails(kernel: Kernel):
     return function.warmup(*arguments, chosen.block, grid=(kernel.rows,), **options)
 
 
-def compile_shard(kernel: Kernel, call: launch.ShardCall):
-    """The kernel of one phase of a shard."""
-    arguments, options = launch.arguments_of_shard(call, device_of(kernel.target))
-    return launch.shard_kernel.warmup(*arguments, grid=(kernel.rows,), **options)
-
-
-def compile_kernel(kernel: Kernel):
-    """The compiled kernel of one configuration, from tensors without memory."""
-    driver.set_active(_Driver(kernel.target))
-    if kernel.divergence == SCALE:
-        return compile_scale(kernel)
-    if kernel.divergence == TAILS:
-        return compile_tails(kernel)
-    dtype = getattr(torch, kernel.dtype)
-    width = kernel.vocab + kernel.padding
-    student = torch.empty(kernel.rows, width, dtype=dtype, device="meta")
-    per_row = torch.empty(kernel.rows, device="meta")
-    half = kernel.gradient and dtype == torch.float16
+def options_of(kernel: Kernel) -> LogitsOptions:
     cap = 30.0 if kernel.options else 0.0
-    with_labels = kernel.labels or kernel.options
-    options = LogitsOptions(
+    return LogitsOptions(
         divergence=kernel.divergence,
         parameter_0=0.5,
         parameter_1=0.3,
         temperature=2.0,
         kd_weight=4.0,
-        ce_weight=0.5 if with_labels else 0.0,
+        ce_weight=0.5 if kernel.labels or kernel.options else 0.0,
         ignore_index=-100,
         reduction="mean",
         vocab=kernel.vocab,
@@ -237,38 +219,38 @@ def compile_kernel(kernel: Kernel):
         vocab_start=0,
         vocab_size=kernel.vocab,
     )
-    gradient = student.clone() if kernel.gradient else None
-    labels = torch.empty(kernel.rows, dtype=torch.int64, device="meta") if with_labels else None
-    row_scale = per_row if half else None
+
+
+def compile_rows(kernel: Kernel):
+    """The kernel of a loss, or of one phase of a shard."""
+    o, device = options_of(kernel), device_of(kernel.target)
+    dtype = getattr(torch, kernel.dtype)
+    student = torch.empty(kernel.rows, kernel.vocab + kernel.padding, dtype=dtype, device="meta")
+    teacher, gradient = student.clone(), student.clone() if kernel.gradient else None
+    per_row = torch.empty(kernel.rows, device="meta")
+    labels = weight = None
+    if o.ce_weight:
+        labels, weight = torch.empty(kernel.rows, dtype=torch.int64, device="meta"), per_row
+    row_scale = per_row if kernel.gradient and dtype == torch.float16 else None
+    logits = student, teacher, gradient, labels
     if kernel.phase:
         records = torch.empty(kernel.rows, 6, dtype=torch.float64, device="meta")
-        call = launch.ShardCall(
-            kernel.phase,
-            student,
-            student.clone(),
-            gradient,
-            labels,
-            per_row,
-            records,
-            records,
-            row_scale,
-            options,
-        )
-        return compile_shard(kernel, call)
-    call = launch.Call(
-        student,
-        student.clone(),
-        gradient,
-        labels,
-        per_row if with_labels else None,
-        None,
-        per_row,
-        row_scale,
-        torch.empty(len(METRICS), kernel.rows, device="meta") if kernel.options else None,
-        options,
-    )
-    arguments, compiled_as = launch.arguments_of(call, device_of(kernel.target))
-    return launch.loss_kernel.warmup(*arguments, grid=(kernel.rows,), **compiled_as)
+        shard = launch.ShardCall(kernel.phase, *logits, per_row, records, records, row_scale, o)
+        function, taken = launch.shard_kernel, launch.arguments_of_shard(shard, device)
+    else:
+        metrics = torch.empty(len(METRICS), kernel.rows, device="meta") if o.metrics else None
+        call = launch.Call(*logits, weight, None, per_row, row_scale, metrics, o)
+        function, taken = launch.loss_kernel, launch.arguments_of(call, device)
+    arguments, options = taken
+    return function.warmup(*arguments, grid=(kernel.rows,), **options)
+
+
+def compile_kernel(kernel: Kernel):
+    """The compiled kernel of one configuration, from tensors without memory."""
+    driver.set_active(_Driver(kernel.target))
+    if kernel.divergence == SCALE:
+        return compile_scale(kernel)
+    return compile_tails(kernel) if kernel.divergence == TAILS else compile_rows(kernel)
 
 
 def nvidia_resources(cubin: bytes, *, count: bool) -> dict[str, int]:
