@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from ..constants import FAR_FROM, LEAST_SHARE
+from . import mixtures
 from .math import (
     LARGEST_FLOAT,
     LOG2E,
@@ -29,20 +30,6 @@ from .math import (
     expm1,
     phi,
     times_or_zero,
-)
-from .mixtures import (
-    jsd_far_slope,
-    jsd_far_value,
-    jsd_slope,
-    jsd_value,
-    skew_forward_kl_far_slope,
-    skew_forward_kl_far_value,
-    skew_forward_kl_slope,
-    skew_forward_kl_value,
-    skew_reverse_kl_far_slope,
-    skew_reverse_kl_far_value,
-    skew_reverse_kl_slope,
-    skew_reverse_kl_value,
 )
 
 
@@ -200,7 +187,7 @@ class Functions(NamedTuple):
     kl_from: Callable[[float, float], float] | None = None
 
 
-def _mixture_functions(*functions: triton.JITFunction, kl_from) -> Functions:
+def _of_mixture(*functions: triton.JITFunction, kl_from) -> Functions:
     value, slope, far_value, far_slope = functions
     return Functions(
         value,
@@ -214,44 +201,30 @@ def _mixture_functions(*functions: triton.JITFunction, kl_from) -> Functions:
 
 
 FUNCTIONS: dict[str, Functions] = {
-    "forward_kl": Functions(
-        forward_kl_value,
-        forward_kl_slope,
-        slope_sums_to_zero=True,
-        lean=True,
-    ),
-    "reverse_kl": Functions(
-        reverse_kl_value,
-        reverse_kl_slope,
-        lean=True,
-    ),
-    "jsd": _mixture_functions(
-        jsd_value,
-        jsd_slope,
-        jsd_far_value,
-        jsd_far_slope,
+    "forward_kl": Functions(forward_kl_value, forward_kl_slope, slope_sums_to_zero=True, lean=True),
+    "reverse_kl": Functions(reverse_kl_value, reverse_kl_slope, lean=True),
+    "jsd": _of_mixture(
+        mixtures.jsd_value,
+        mixtures.jsd_slope,
+        mixtures.jsd_far_value,
+        mixtures.jsd_far_slope,
         kl_from=lambda beta, rest: FAR_FROM / (beta * rest),
     ),
-    "skew_forward_kl": _mixture_functions(
-        skew_forward_kl_value,
-        skew_forward_kl_slope,
-        skew_forward_kl_far_value,
-        skew_forward_kl_far_slope,
+    "skew_forward_kl": _of_mixture(
+        mixtures.skew_forward_kl_value,
+        mixtures.skew_forward_kl_slope,
+        mixtures.skew_forward_kl_far_value,
+        mixtures.skew_forward_kl_far_slope,
         kl_from=lambda alpha, rest: FAR_FROM / rest**2,
     ),
-    "skew_reverse_kl": _mixture_functions(
-        skew_reverse_kl_value,
-        skew_reverse_kl_slope,
-        skew_reverse_kl_far_value,
-        skew_reverse_kl_far_slope,
+    "skew_reverse_kl": _of_mixture(
+        mixtures.skew_reverse_kl_value,
+        mixtures.skew_reverse_kl_slope,
+        mixtures.skew_reverse_kl_far_value,
+        mixtures.skew_reverse_kl_far_slope,
         kl_from=lambda alpha, rest: FAR_FROM / rest**2,
     ),
-    "symmetric_kl": Functions(
-        symmetric_kl_value,
-        symmetric_kl_slope,
-        parameters=True,
-        lean=True,
-    ),
+    "symmetric_kl": Functions(symmetric_kl_value, symmetric_kl_slope, parameters=True, lean=True),
     "tvd": Functions(
         tvd_value,
         tvd_slope,
@@ -271,9 +244,6 @@ FUNCTIONS: dict[str, Functions] = {
         far_from=_alpha_beta_far_from,
     ),
     "soft_cross_entropy": Functions(
-        soft_cross_entropy_value,
-        forward_kl_slope,
-        slope_sums_to_zero=True,
-        lean=True,
+        soft_cross_entropy_value, forward_kl_slope, slope_sums_to_zero=True, lean=True
     ),
 }

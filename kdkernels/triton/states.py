@@ -57,9 +57,21 @@ def base_for(top, base, c):
 
 
 @triton.jit
-def moved(total, by, sum, factor):
-    """A sum of e x, where e becomes e factor and x becomes x + by; ``sum`` is that of e."""
-    return (total + sum * by) * factor
+def risen(base, to, c):
+    """A base moved to another one, what x - base grows by, and the factor of its exponential."""
+    up = base - to
+    return to, up, tl.exp2(up * c)
+
+
+@triton.jit
+def moved(forward, reverse, entropy, s_sum, t_sum, s_up, t_up, s_factor, t_factor):
+    """The sums of Gaps once the bases have risen; ``s_sum`` and ``t_sum`` are those before."""
+    apart = s_up - t_up
+    return (
+        (forward + t_sum * apart) * t_factor,
+        (reverse + s_sum * apart) * s_factor,
+        (entropy + t_sum * t_up) * t_factor,
+    )
 
 
 @triton.jit
@@ -93,23 +105,17 @@ def states(pair):
         columns = start + tl.arange(0, pair.BLOCK)
         s_raw = load_logits(pair, s_row, columns)
         x = transformed(s_raw, pair.student)
-        base = base_for(top_of(pair, x), s_base, s_c)
-        s_up = s_base - base
-        s_base = base
-        s_factor = tl.exp2(s_up * c)
-        x = less(pair, x, base)
+        s_base, s_up, s_factor = risen(s_base, base_for(top_of(pair, x), s_base, s_c), c)
+        x = less(pair, x, s_base)
         if pair.wanted.DIVERGENCE:
             t_raw = load_logits(pair, t_row, columns)
             y = transformed(t_raw, pair.teacher)
-            base = base_for(top_of(pair, y), t_base, c)
-            t_up = t_base - base
-            t_base = base
-            t_factor = tl.exp2(t_up * c)
-            y = less(pair, y, base)
+            t_base, t_up, t_factor = risen(t_base, base_for(top_of(pair, y), t_base, c), c)
+            y = less(pair, y, t_base)
             if pair.divergence.far is not None:
-                forward = moved(forward, s_up - t_up, t_sum, t_factor)
-                reverse = moved(reverse, s_up - t_up, s_sum, s_factor)
-                entropy = moved(entropy, t_up, t_sum, t_factor)
+                forward, reverse, entropy = moved(
+                    forward, reverse, entropy, s_sum, t_sum, s_up, t_up, s_factor, t_factor
+                )
             t_sum *= t_factor
         s_sum *= s_factor
         s_e = tl.exp2(x * c)
@@ -134,18 +140,12 @@ def states(pair):
         if pair.wanted.DIVERGENCE and pair.wanted.METRICS:
             t_token = tl.where(t_raw > t_top, columns, t_token)
             t_top = tl.maximum(t_top, t_raw)
-    base = tl.max(s_base, 0)
-    s_up = s_base - base
-    s_factor = tl.exp2(s_up * c)
-    s_base = base
-    base = tl.max(t_base, 0)
-    t_up = t_base - base
-    t_factor = tl.exp2(t_up * c)
-    t_base = base
+    s_base, s_up, s_factor = risen(s_base, tl.max(s_base, 0), c)
+    t_base, t_up, t_factor = risen(t_base, tl.max(t_base, 0), c)
     if pair.divergence.far is not None:
-        forward = moved(forward, s_up - t_up, t_sum, t_factor)
-        reverse = moved(reverse, s_up - t_up, s_sum, s_factor)
-        entropy = moved(entropy, t_up, t_sum, t_factor)
+        forward, reverse, entropy = moved(
+            forward, reverse, entropy, s_sum, t_sum, s_up, t_up, s_factor, t_factor
+        )
     s_sum_at_1 *= exp(s_up)
     s_sum *= s_factor
     t_sum *= t_factor
