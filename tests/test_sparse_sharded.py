@@ -123,16 +123,21 @@ def test_no_rows(backend, three):
 
 
 @pytest.mark.parametrize("look", [True, False], ids=["raises", "nan"])
-def test_lists_that_differ(backend, monkeypatch, three, look):
+@pytest.mark.parametrize("what", ["lists", "labels"])
+def test_what_differs_between_processes(backend, monkeypatch, three, what, look):
     student, teacher = correlated_pair(3, 96)
     indices, logprobs = top(teacher[:, :VOCAB], 5)
     if not look:
         monkeypatch.setattr(watchers, "may_look", lambda tensor: False)
 
     def one(columns, where):
-        mine = indices.clone()
-        mine[0, 0] = (indices[0, 0] + 1 + where["vocab_start"]) % VOCAB
-        return run(backend, student[:, columns], mine, logprobs, reduction="none", **where)
+        mine, labels = indices.clone(), indices[:, 1].clone()
+        if what == "lists":
+            mine[0, 0] = (indices[0, 0] + 1 + where["vocab_start"]) % VOCAB
+        else:  # that the teacher lists: what is listed does not tell them apart
+            labels[0] = indices[0, where["vocab_start"] % 2]
+        options = where | {"labels": labels, "ce_weight": 0.5, "reduction": "none"}
+        return run(backend, student[:, columns], mine, logprobs, **options)
 
     if look and backend.device == "cpu":
         with pytest.raises(ValueError, match=r"they differ|lists \d+ twice"):
