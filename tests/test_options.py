@@ -286,6 +286,31 @@ def test_an_infinite_term_of_weight_0_that_metrics_ask_for(backend, options, met
     assert_as_oracle(actual, student, teacher, **options)
 
 
+def test_a_sum_of_weights_that_divides_nothing(backend):
+    """0, as of rows that all take no part, or less."""
+    student, teacher = correlated_pair(2, 96)
+    for weight in (torch.tensor([1.0, -1.0]), torch.tensor([1.0, -3.0])):
+        mean = run(backend, student, teacher, token_weight=weight)
+        total = run(backend, student, teacher, token_weight=weight, reduction="sum")
+        assert_same_bits(mean, total)
+        assert total.loss.isfinite()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"kd_weight": 1e-4, "ce_weight": 32.0}, {"student_scale": 1024.0}, {"temperature": 2.0**-10}],
+    ids=str,
+)
+def test_float16_gradient_of_terms_of_any_size(backend, options):
+    """A row's power of two has to leave room for them."""
+    student, teacher = correlated_pair(3, 96)
+    temperature = options.get("temperature", 1.0)
+    student = (student * temperature / options.get("student_scale", 1.0)).half()
+    teacher = (teacher * temperature).half()
+    options = options | {"labels": labels_for(3, vocab=96)}
+    assert_as_oracle(run(backend, student, teacher, **options), student, teacher, **options)
+
+
 def test_both_weights_0(backend):
     student, teacher = correlated_pair(3, 300)
     student[1, 7] = torch.nan
