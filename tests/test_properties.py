@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
+import sys
+
 import pytest
 import torch
 
@@ -134,6 +138,27 @@ def test_same_bits_where_subnormals_are_flushed(kernel, threads, divergence):
             results.append(run(kernel, student, teacher, divergence=divergence))
     finally:
         torch.set_flush_denormal(False)
+    for other in results[1:]:
+        assert_same_bits(other, results[0])
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+def test_same_bits_where_the_caller_rounds_upward(kernel, threads, divergence):
+    """That belongs to a thread likewise."""
+    if kernel.backend != "cpu" or (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        pytest.skip(f"{kernel.name}: FE_UPWARD is that of x86-64 Linux, for its CPU kernels")
+    student, teacher = correlated_pair(23, 5003)
+    nearest = run(kernel, student, teacher, divergence=divergence)
+    set_rounding, upward = ctypes.CDLL("libm.so.6").fesetround, 0x800
+    assert set_rounding(upward) == 0
+    try:
+        results = []
+        for count in (1, 2, 3):
+            threads(count)
+            results.append(run(kernel, student, teacher, divergence=divergence))
+    finally:
+        set_rounding(0)
+    assert not torch.equal(results[0].gradient, nearest.gradient)
     for other in results[1:]:
         assert_same_bits(other, results[0])
 
