@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import mmap
 
 import pytest
 import torch
 
+from kdkernels import sparse_kd_loss
 from kdkernels.backends.rows import gradient_like, in_rows
 
 from . import tolerances
@@ -23,6 +25,7 @@ from .harness import (
     loss_of,
     oracle,
     run,
+    run_backward,
 )
 
 VOCAB = 37
@@ -174,20 +177,54 @@ def test_vocabularies(backend, dtype, vocab):
             assert actual.gradient.abs().max() <= tolerances.ROUNDING_OF_1
 
 
-def test_nothing_is_written_outside_the_rows(kernel):
+@pytest.mark.parametrize(("begin", "width"), [(1, 40), (16, 64)], ids=["odd", "aligned"])
+def test_nothing_is_written_outside_the_rows(kernel, begin, width):
+    columns = slice(begin, begin + VOCAB)
     for dtype in DTYPES:
-        memory = torch.full((6, 40), 7.0, dtype=dtype, device=kernel.device)
-        before = memory.clone()
+        memory = torch.full((6, width), 7.0, dtype=dtype, device=kernel.device)
+        before, of_teacher = memory.clone(), memory.clone()
         student, teacher = (x.to(dtype) for x in correlated_pair(4, VOCAB))
-        memory[1:5, 1 : 1 + VOCAB] = student
-        view = memory[1:5, 1 : 1 + VOCAB]
-        expected = run(kernel, student, teacher)
+        view = memory[1:5, columns].copy_(student)
+        teacher = of_teacher[1:5, columns].copy_(teacher)
+        expected = run(kernel, view.clone(), teacher)
         seed = torch.zeros((), device=kernel.device, requires_grad=True)
         loss_of(kernel, InPlace.apply(seed, view), teacher, inplace_grad=True).backward()
         actual = expected._replace(gradient=view.cpu())
         assert_same(actual, expected, "forward_kl", kernel)
-        before[1:5, 1 : 1 + VOCAB] = memory[1:5, 1 : 1 + VOCAB] = 0
+        before[1:5, columns] = memory[1:5, columns] = 0
         assert torch.equal(memory, before)
+
+
+def far_apart(x):
+    """The rows of x in memory that is taken only where they lie: the last begins past 2^31."""
+    stride, last = 2**30 + 1, len(x) - 1
+    size = x.element_size() * (stride * last + x.shape[-1])
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    memory = torch.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=x.dtype)
+    return memory.as_strided(x.shape, (stride, 1)).copy_(x)
+
+
+def test_rows_more_than_2_to_the_31_elements_apart(kernel):
+    if kernel.device != "cpu":
+        pytest.skip("there untouched memory is memory too: test_gpu.py has so many elements")
+    student, teacher = (x.bfloat16() for x in correlated_pair(3, VOCAB))
+    logprobs, indices = teacher.float().log_softmax(-1).topk(5)
+
+    def sparse(logits, **options):
+        return sparse_kd_loss(logits, indices, logprobs, backend=kernel.backend, **options)
+
+    def dense(logits, **options):
+        return loss_of(kernel, logits, far_apart(teacher), divergence="jsd", **options)
+
+    # The interpreter, which is given whole numbers of 64 bits, loops over some of 32.
+    grad_output = torch.tensor(1.0 if kernel.backend == "triton" else 3.0)
+    for loss_of_logits in (dense, sparse):
+        expected = run_backward(kernel, student, loss_of_logits, grad_output=grad_output)
+        rows, seed = far_apart(student), torch.zeros((), requires_grad=True)
+        loss = loss_of_logits(InPlace.apply(seed, rows), inplace_grad=True)
+        loss.backward(grad_output)
+        actual = expected._replace(loss=loss.detach(), gradient=rows)
+        assert_same(actual, expected, "jsd", kernel)
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
