@@ -204,6 +204,15 @@ def test_float16_gradient_of_slopes_that_cancel(kernel, powers, order):
     assert_as_oracle(actual, student.half(), teacher, **options)
 
 
+def test_float16_gradient_of_slopes_that_add_up(kernel):
+    # To far more than any of them, at the token that the student is certain of.
+    student, teacher = torch.zeros(2, 3, 200)
+    student[:, 7] = 8.0
+    options = {"divergence": AlphaBeta(-0.5, 0), "reduction": "none"}
+    actual = run(kernel, student.half(), teacher, **options)
+    assert_as_oracle(actual, student.half(), teacher, **options)
+
+
 @pytest.mark.parametrize("other", [-0.3, 0.0, 0.7, 1.0])
 def test_powers_of_nearly_0_count_as_0(backend, other):
     student, teacher = correlated_pair(4, 517)

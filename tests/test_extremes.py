@@ -168,6 +168,15 @@ def test_alpha_beta_of_a_token_that_the_student_rules_out(backend, parameters, g
     assert_gradient(actual.gradient[:, :1], expected.gradient[:, :1], tolerances.OTHER_LOSS[0])
 
 
+@pytest.mark.parametrize("vocab", [6, 96], ids=["far", "near"])
+def test_tvd_where_models_agree_on_all_other_tokens(backend, vocab):
+    """It has no slope there: in exact sums of exponentials of 0 and of next to none."""
+    student, teacher = torch.zeros(2, 1, vocab)
+    student[0, 2] = teacher[0, 5] = -1000.0
+    actual = run(backend, student, teacher, divergence="tvd")
+    assert_as_oracle(actual, student, teacher, divergence="tvd")
+
+
 @pytest.mark.parametrize("size", [1e4, -1e4])
 def test_certain_of_different_tokens(backend, size):
     student, teacher = torch.zeros(2, 37), torch.zeros(2, 37)

@@ -40,6 +40,20 @@ def test_rows_that_take_no_part_give_exact_zeros(backend, tail):
     assert not nothing.gradient.any()
 
 
+@pytest.mark.parametrize("kd_weight", [0.0, 1.0])
+def test_a_bad_row_of_capped_logits_is_nan(backend, kd_weight):
+    """Also where the cap has no derivative."""
+    student, teacher = correlated_pair(3, 80)
+    listed = top(teacher, 5, 2.0)
+    student[1, teacher[1].argsort()[:2]] = torch.tensor([math.nan, -1e4])
+    options = {"labels": labels_for(3, vocab=80), "ce_weight": 1.0, "kd_weight": kd_weight}
+    options |= {"student_softcap": 5.0, "temperature": 2.0, "reduction": "none"}
+    actual = run(backend, student, *listed, **options)
+    assert actual.loss.isnan().tolist() == [False, True, False]
+    assert actual.gradient.isnan().all(-1).tolist() == [False, True, False]
+    assert actual.gradient.isnan().any(-1).tolist() == [False, True, False]
+
+
 @pytest.mark.parametrize("tail", TAILS)
 def test_bad_rows_are_nan_alone(backend, tail):
     student, teacher = correlated_pair(6, 600)
