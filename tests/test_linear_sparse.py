@@ -184,6 +184,11 @@ def test_a_row_without_a_gradient_takes_no_digits_from_others(linear_backend):
     check(linear_backend, (hidden, weight, bias, indices, logprobs), torch.float16, **options)
 
 
+def test_logits_whose_gradient_float16_cannot_hold(linear_kernel):
+    """In a mean over many rows it is less than the smallest one; what the head adds up is not."""
+    check(linear_kernel, make(torch.float16), torch.float16, normalizer=2e4)
+
+
 @pytest.mark.filterwarnings("ignore:Using backward")
 @pytest.mark.parametrize(
     "options", [{"temperature": 0.02}, {"student_scale": 100.0}, {"temperature": 0.05}], ids=str
