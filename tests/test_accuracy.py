@@ -213,6 +213,14 @@ def test_float16_gradient_of_slopes_that_add_up(kernel):
     assert_as_oracle(actual, student.half(), teacher, **options)
 
 
+def test_float16_gradient_of_small_slopes_beside_a_label(kernel):
+    # A power of two that suits them alone is too large for its term.
+    student, teacher = close_pair(3, 200)
+    options = {"divergence": "reverse_kl", "labels": labels_for(3, vocab=200), "ce_weight": 0.5}
+    actual = run(kernel, student.half(), teacher, **options)
+    assert_as_oracle(actual, student.half(), teacher, close=True, **options)
+
+
 @pytest.mark.parametrize("other", [-0.3, 0.0, 0.7, 1.0])
 def test_powers_of_nearly_0_count_as_0(backend, other):
     student, teacher = correlated_pair(4, 517)
