@@ -349,8 +349,11 @@ def test_a_late_logit_far_above_a_shards_first(backend, monkeypatch, divergence)
 
 
 def test_metrics_of_a_divergence_without_weight(backend, three):
+    """They need sums, whose launch must leave the gradient to the next one."""
     student, teacher = correlated_pair(3, 96)
     options = {"kd_weight": 0.0, "labels": labels_for(3, vocab=96), "ce_weight": 0.7}
     options["return_metrics"] = True
-    actual = sharded(three, backend, student, teacher, CUTS["uneven"], **options)
-    harness.assert_as_oracle(actual, student, teacher, **options)
+    for inplace in {False, backend.kernel}:
+        beside = options | {"inplace_grad": inplace}
+        actual = sharded(three, backend, student, teacher, CUTS["uneven"], **beside)
+        harness.assert_as_oracle(actual, student, teacher, **options)
