@@ -246,6 +246,20 @@ def test_infinities_with_scale_softcap_and_labels(backend, divergence):
     assert_as_oracle(actual, student, teacher, **options)
 
 
+@pytest.mark.parametrize("why", ["a NaN", "an infinite divergence"])
+def test_a_row_without_a_gradient_is_nan_where_a_softcap_has_no_slope(kernel, why):
+    student, teacher = correlated_pair(3, 70)
+    student[1, 5] = -1e4
+    if why == "a NaN":
+        student[1, 3] = math.nan
+    else:
+        teacher[1, 3] = -INF
+    options = {"divergence": "reverse_kl", "student_softcap": 5.0, "reduction": "none"}
+    gradient = run(kernel, student, teacher, **options).gradient
+    assert gradient.isnan().all(-1).tolist() == [False, True, False]
+    assert gradient.isnan().any(-1).tolist() == [False, True, False]
+
+
 def test_label_of_probability_0(backend):
     student, teacher = correlated_pair(2, 70)
     student[0, 5] = teacher[0, 5] = -INF
