@@ -242,12 +242,16 @@ def test_a_first_row_that_takes_no_part(backend, tail):
     check(backend, student, *top(teacher, 5), tail=tail, token_weight=weight)
 
 
+@pytest.mark.parametrize(
+    ("height", "temperature"), [(300.0, 2.0), (14.0, 2.0), (300.0, 100.0)], ids=str
+)
 @pytest.mark.parametrize("tail", ["bucket", "drop"])
-def test_a_late_logit_far_above_the_first(backend, tail):
+def test_a_late_logit_far_above_the_first(backend, tail, height, temperature):
+    """At one of both temperatures, or at both; all others together may weigh as much."""
     student, teacher = correlated_pair(2, 2500)
-    entries = top(teacher, 5)
-    student[0, next(i for i in range(2100, 2500) if i not in entries[0][0])] = 300.0
-    options = {"temperature": 2.0, "labels": torch.tensor([0, 7]), "ce_weight": 0.5}
+    entries = top(teacher, 5, temperature)
+    student[0, next(i for i in range(2100, 2500) if i not in entries[0][0])] = height
+    options = {"temperature": temperature, "labels": torch.tensor([0, 7]), "ce_weight": 0.5}
     check(backend, student, *entries, tail=tail, **options)
 
 
