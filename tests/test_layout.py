@@ -177,20 +177,23 @@ def test_vocabularies(backend, dtype, vocab):
             assert actual.gradient.abs().max() <= tolerances.ROUNDING_OF_1
 
 
+@pytest.mark.parametrize("padding", [0, 7])
 @pytest.mark.parametrize(("begin", "width"), [(1, 40), (16, 64)], ids=["odd", "aligned"])
-def test_nothing_is_written_outside_the_rows(kernel, begin, width):
-    columns = slice(begin, begin + VOCAB)
+def test_nothing_is_written_outside_the_rows(kernel, begin, width, padding):
+    columns, options = slice(begin, begin + VOCAB), {"vocab_size": VOCAB - padding}
     for dtype in DTYPES:
         memory = torch.full((6, width), 7.0, dtype=dtype, device=kernel.device)
         before, of_teacher = memory.clone(), memory.clone()
         student, teacher = (x.to(dtype) for x in correlated_pair(4, VOCAB))
         view = memory[1:5, columns].copy_(student)
         teacher = of_teacher[1:5, columns].copy_(teacher)
-        expected = run(kernel, view.clone(), teacher)
+        expected = run(kernel, view, teacher, **options)
         seed = torch.zeros((), device=kernel.device, requires_grad=True)
-        loss_of(kernel, InPlace.apply(seed, view), teacher, inplace_grad=True).backward()
+        logits = InPlace.apply(seed, view)
+        loss_of(kernel, logits, teacher, inplace_grad=True, **options).backward()
         actual = expected._replace(gradient=view.cpu())
-        assert_same(actual, expected, "forward_kl", kernel)
+        # A fresh gradient's rows may lie otherwise, and Triton's threads share columns by that.
+        assert_matches(actual, expected, "forward_kl", dtype)
         before[1:5, columns] = memory[1:5, columns] = 0
         assert torch.equal(memory, before)
 
