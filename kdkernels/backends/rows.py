@@ -69,12 +69,13 @@ def in_rows(tensor: Tensor) -> Tensor:
 def gradient_like(
     student: Tensor, empty_strided: Callable[..., Tensor] = torch.empty_strided
 ) -> Tensor:
-    """Memory for the gradient, its rows as far apart as the student's modulo 16 bytes.
+    """Memory for the gradient, its rows as far apart as the student's modulo 16 entries.
 
     CUDA kernels move 16 bytes at a time where the rows of student, teacher and gradient have the
-    same alignment. At an odd vocabulary the rows of ``logits[:, :-1]`` and of a contiguous tensor
-    have not; a few unused entries between the gradient's rows mend that. A dense student's strides
-    are kept. The storage offset is ignored, as tensors lose it under torch.compile.
+    same alignment, Triton's where all strides are multiples of 16. At an odd vocabulary those of
+    ``logits[:, :-1]`` or ``logits[..., :vocab]`` and of a contiguous tensor differ; a few unused
+    entries between the gradient's rows mend that. A dense student's strides are kept. The storage
+    offset is ignored, as tensors lose it under torch.compile.
     """
     strides = _congruent_strides(student)
     return empty_strided(student.shape, strides, dtype=student.dtype, device=student.device)
@@ -84,11 +85,10 @@ def _congruent_strides(student: Tensor) -> Sequence[int]:
     if student.is_contiguous():
         return student.stride()
     if student.numel() > 0:
-        lanes = 16 // student.element_size()
         strides, extent = [1] * student.dim(), student.shape[-1]
         inner_first = sorted(range(student.dim() - 1), key=lambda i: (student.stride(i), -i))
         for i in inner_first:
-            strides[i] = extent + (student.stride(i) - extent) % lanes
+            strides[i] = extent + (student.stride(i) - extent) % 16
             extent += strides[i] * (student.shape[i] - 1)
         if len(_leading(student.shape, strides)) <= 2:
             return strides
