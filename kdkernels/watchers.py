@@ -26,7 +26,10 @@ try:  # private names: where a PyTorch lacks them, every call is dispatched
         ).raw_repr()
 
     _THREAD_KEYS = _keys("BackendSelect", "ADInplaceOrView")
-    _TENSOR_KEYS = _keys("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU")
+    _TENSOR_KEYS = {
+        _keys(device, "ADInplaceOrView", f"Autograd{device}", f"Autocast{device}")
+        for device in ("CPU", "CUDA")
+    }
 except (AttributeError, ImportError, TypeError):
     _THREAD_KEYS = 0
 
@@ -74,7 +77,7 @@ def may_look(tensor: Tensor) -> bool:
 
 
 def goes_straight(*tensors: Tensor | None) -> bool:
-    """Whether dispatching an operator would only run its implementation on plain CPU tensors.
+    """Whether dispatching an operator would only run its implementation on plain tensors.
 
     Then the implementation is called directly, as dispatching takes longer than the kernel of a
     small call. Whoever intercepts operators shows in the keys by which torch dispatches: in the
@@ -90,6 +93,6 @@ def goes_straight(*tensors: Tensor | None) -> bool:
     ):
         return False
     for tensor in tensors:
-        if tensor is not None and _dispatch_keys(tensor).raw_repr() != _TENSOR_KEYS:
+        if tensor is not None and _dispatch_keys(tensor).raw_repr() not in _TENSOR_KEYS:
             return False
     return True

@@ -295,6 +295,12 @@ def test_the_default_dtype_is_not_that_of_linear_results(student_dtype):
         assert torch.equal(x, y)
 
 
+def test_plain_tensors_need_no_dispatching(kernel):
+    student, teacher = (x.to(kernel.device) for x in pair())
+    assert watchers.goes_straight(student, teacher, None)
+    assert watchers.goes_straight(student.requires_grad_())
+
+
 def test_without_torchs_private_names_every_call_is_dispatched(monkeypatch):
     student, teacher = pair()
     assert watchers.goes_straight(student, teacher, None)
