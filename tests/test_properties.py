@@ -147,8 +147,9 @@ def test_same_bits_where_the_caller_rounds_upward(kernel, threads, divergence):
     """That belongs to a thread likewise."""
     if kernel.backend != "cpu" or (sys.platform, platform.machine()) != ("linux", "x86_64"):
         pytest.skip(f"{kernel.name}: FE_UPWARD is that of x86-64 Linux, for its CPU kernels")
-    student, teacher = correlated_pair(23, 5003)
-    nearest = run(kernel, student, teacher, divergence=divergence)
+    student, teacher = correlated_pair(600, 5003)  # more than one thread takes before others begin
+    threads(3)
+    nearest = run(kernel, student, teacher, divergence=divergence)  # all threads have started now
     set_rounding, upward = ctypes.CDLL("libm.so.6").fesetround, 0x800
     assert set_rounding(upward) == 0
     try:
