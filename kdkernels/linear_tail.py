@@ -105,10 +105,9 @@ def _row_scale(grad_tails: Tensor, grad_listed: Tensor, o: TailOptions) -> Tenso
     largest = grad_listed.abs().amax(1)
     for of_tail, temperature in zip(tails, o.temperatures(), strict=True):
         largest = torch.maximum(largest, of_tail * (o.scale / temperature))  # of one certain token
-    exponent = torch.frexp(torch.where(largest.isfinite(), largest, 0.0)).exponent
-    # Rows of zeros get a small one: scales are taken relative to the largest.
-    exponent = torch.where(largest > 0, exponent - 12, -100).clamp(-100, 100)
-    return torch.ldexp(torch.ones_like(largest), exponent)
+    # Rows of zeros and of no size get a small one: scales are taken relative to the largest.
+    largest = largest.nan_to_num(0.0, 0.0).clamp(min=2.0**-89)
+    return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 12)
 
 
 def _check_memory(hidden: list[Tensor], weight: list[Tensor]) -> None:

@@ -260,6 +260,16 @@ def test_a_row_without_a_gradient_is_nan_where_a_softcap_has_no_slope(kernel, wh
     assert gradient.isnan().any(-1).tolist() == [False, True, False]
 
 
+def test_columns_beyond_the_vocabulary_get_nothing_of_a_row_without_a_gradient(backend):
+    """Also where a float16 gradient is yet to be multiplied by a power of two."""
+    student, teacher = (x.half() for x in correlated_pair(2, 70))
+    teacher[1, 3] = -INF
+    options = {"divergence": "reverse_kl", "vocab_size": 60, "reduction": "none"}
+    gradient = run(backend, student, teacher, **options).gradient
+    assert not gradient[1, :60].isfinite().all()
+    assert not gradient[:, 60:].any()
+
+
 def test_label_of_probability_0(backend):
     student, teacher = correlated_pair(2, 70)
     student[0, 5] = teacher[0, 5] = -INF

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from kdkernels.triton.math import inverse64, log64
+from kdkernels.triton.math import inverse64, log1p, log64
 
 
 @triton.jit
@@ -12,3 +12,9 @@ def log_and_inverse(x, logs, inverses, SIZE: tl.constexpr):
     numbers = tl.load(x + at)
     tl.store(logs + at, log64(numbers))
     tl.store(inverses + at, inverse64(numbers))
+
+
+@triton.jit
+def log1p_of(x, logs, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    tl.store(logs + at, log1p(tl.load(x + at)))
