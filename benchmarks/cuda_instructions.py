@@ -178,13 +178,13 @@ def reachable(ways: list[list[int]], starts: set[int]) -> set[int]:
 def near_blocks(
     blocks: list[list[Instruction]], successors: list[list[int]], order: list[int]
 ) -> set[int]:
-    """Those for rows that are not far, see csrc/core/divergences.h: those whose terms take
-    polynomials, and what leads to them and to nothing else once the gradient of a far row could
-    have begun."""
+    """Those for rows that are not far, see csrc/core/divergences.h: those whose terms compare, to
+    choose a polynomial, and what leads to them and to nothing else once the gradient of a far row
+    could have begun."""
     exponentials = [sum(x.name == "MUFU.EX2" for x in block) for block in blocks]
-    multiply_adds = [sum(x.name.startswith("FFMA") for x in block) for block in blocks]
+    comparisons = [sum(x.name.startswith("FSETP") for x in block) for block in blocks]
     sweeps = {i for i, n in enumerate(exponentials) if n >= 8}
-    terms = {i for i in sweeps if 4 * exponentials[i] <= multiply_adds[i]}
+    terms = {i for i in sweeps if exponentials[i] <= 2 * comparisons[i]}
     predecessors: list[list[int]] = [[] for _ in blocks]
     for i, ways in enumerate(successors):
         for way in ways:
@@ -231,7 +231,9 @@ def longest_path(code: list[Instruction], trips: int, *, far: bool) -> Cost:
     left_out = near_blocks(blocks, successors, order) if far else set()
     vectors = set()
     for loop in loops:
-        if any(x.name.startswith(row) for i in loop for x in blocks[i]):
+        names = [x.name for i in loop for x in blocks[i]]
+        # Doubles are added over what the warps tell each other.
+        if any(x.startswith(row) for x in names) and "DADD" not in names:
             vectors |= loop
 
     best: dict[int, Cost] = {}  # from a block to the end

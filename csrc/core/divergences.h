@@ -8,9 +8,9 @@
 // That takes two to four times the operations of the textbook's formulas, which lose nothing to
 // rounding where a row's divergence is not small. So each divergence has those too, for far rows.
 // A KL divergence has forward() and reverse(), its weights of KL(p || q) and KL(q || p), which the
-// first sweep over a row adds up. Any other has far(), of log2 p, log2 q and exponentials that are
-// p and q up to a constant of the row; far_value() turns the sums of its terms into the divergence,
-// without what Rounding put into them; far_unit() is the unit of its slopes, in nats.
+// first sweep over a row adds up. Any other has far(), which adds a term to the sums of a far row
+// and returns its slope, divided by q where kFarOverQ says so. far_value() turns the sums into the
+// divergence, without what Rounding put into them; far_unit() is the unit of slopes, in nats.
 #pragma once
 
 #include "mixtures.h"
@@ -71,6 +71,7 @@ struct SymmetricKL : Defaults {
 // Total variation, sum |p - q| / 2; slope 0 where p = q. Wen et al. 2023.
 struct TVD : Defaults {
   static constexpr bool kCheapSlope = true;
+  static constexpr bool kFarOverQ = true;
   TVD(float, float) {}
 
   template <class F>
@@ -87,14 +88,17 @@ struct TVD : Defaults {
   static KD_INLINE constexpr double kl_from() { return 2 * kFarFrom * kFarFrom; }
 
   template <class F>
-  KD_INLINE Term<F> far(const Point<F>& x, Weights weights) const {
-    const F zero = splat<F>(0.0f);
-    return {abs(weights.q * x.q - weights.p * x.p),
-            select(x.r > 0.0f, x.q, select(x.r < 0.0f, -x.q, zero))};
+  KD_INLINE F far(const Point<F>& x, Weights weights, Term<F>& sums) const {
+    const F over_q = step(x.r, weights.offset);  // half of the sign, and 1/2, which cancels
+    sums.value += abs(weights.q * x.q - weights.p * x.p);
+    sums.slope += x.q * over_q;
+    return over_q;
   }
 
-  KD_INLINE double far_value(double value, double, Weights, Rounding) const { return 0.5 * value; }
-  KD_INLINE double far_unit(Weights weights) const { return 0.5 * weights.q; }
+  KD_INLINE double far_value(double value, double, Weights weights, Rounding) const {
+    return 0.5 * weights.unit * value;
+  }
+  KD_INLINE double far_unit(Weights weights) const { return weights.unit * weights.q; }
 };
 
 // The alpha-beta divergence, Wang et al. 2025 (ABKD), Cichocki et al. 2011:
@@ -219,16 +223,21 @@ struct AlphaBeta : Defaults {
   KD_INLINE double kl_from() const { return far_from(); }
 
   template <class F>
-  KD_INLINE Term<F> far(const Point<F>& x, Weights) const {
-    const F both = exp2(a * x.log_p + b * x.log_q);
+  KD_INLINE F far(const Point<F>& x, Weights weights, Term<F>& sums) const {
+    const F log_p = x.log_p + weights.log_p, log_q = x.log_q + weights.log_q;
+    const F both = exp2(a * log_p + b * log_q);
     // Not by a + b, which rounds apart from the exponents of `both`.
-    const F of_p = exp2(a * x.log_p + b * x.log_p), of_q = exp2(a * x.log_q + b * x.log_q);
+    const F of_p = exp2(a * log_p + b * log_p), of_q = exp2(a * log_q + b * log_q);
     const F from_q = of_q - both;
-    return {(1 / (b * (a + b))) * (of_p - both) + (1 / (a * (a + b))) * from_q, (1 / a) * from_q};
+    sums.value += of_p - both;
+    sums.slope += from_q;
+    return from_q;
   }
 
-  KD_INLINE double far_value(double value, double, Weights, Rounding) const { return value; }
-  KD_INLINE double far_unit(Weights) const { return 1; }
+  KD_INLINE double far_value(double value, double slope, Weights, Rounding) const {
+    return (1 / (b * (a + b))) * value + (1 / (a * (a + b))) * slope;
+  }
+  KD_INLINE double far_unit(Weights) const { return 1 / a; }
 };
 
 // -sum p log q = KL(p || q) + the teacher's entropy.

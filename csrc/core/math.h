@@ -25,6 +25,13 @@ KD_INLINE F quotient(F x, F y) {
   return x / y;
 }
 
+// 1 where x + y > 0, 0 where it is < 0, 1/2 where x = y = 0; csrc/cuda has a faster one.
+template <class F>
+KD_INLINE F step(F x, float y) {
+  const F zero = splat<F>(0.0f);
+  return select(x > -y, splat<F>(1.0f), select(x < -y, zero, splat<F>(0.5f)));
+}
+
 // x y, and 0 where x is 0, whatever y is: a probability of 0 times an infinite logarithm.
 template <class F>
 KD_INLINE F times_or_zero(F x, F y) {

@@ -13,6 +13,7 @@ namespace kd::KD_NAMESPACE {
 //   d (value / p) / dr = exp(r) slope / q
 struct Mixture : Defaults {
   static constexpr bool kHasClose = true;
+  static constexpr bool kFarOverQ = true;
   static constexpr float close_radius = 0.75f;  // of |r|, for the polynomials below
   static constexpr int kDegree = 7;
   float share, rest;
@@ -48,16 +49,20 @@ struct Mixture : Defaults {
     return share * x.p + (rest * x.q + FLT_MIN);
   }
 
+  // Next to nothing beside a far row's exponentials, whose largest is about 1 while m may be as
+  // large as their number: what it is added to is no subnormal float, nor are quotients of it.
+  static constexpr float kNegligible = 1e-30f;
+
   template <class F>
   KD_INLINE F far_of(const Point<F>& x, Weights weights) const {
-    return (share * weights.p) * x.p + ((rest * weights.q) * x.q + FLT_MIN);
+    return (share * weights.p) * x.p + ((rest * weights.q) * x.q + kNegligible);
   }
 
   // p / m or q / m of a far row's point, never 0. The error of its logarithm is relative to that,
   // not to the logarithms of p and m, which may be large.
   template <class F>
   KD_INLINE F over_m(F exponential, float weight, const Point<F>& x, Weights weights) const {
-    return quotient(weight * exponential + FLT_MIN, far_of(x, weights));
+    return quotient(weight * exponential + kNegligible, far_of(x, weights));
   }
 
   // log(m / own) away from the teacher, given m - own: small where m has little of the other one.
@@ -166,17 +171,23 @@ struct JSD : Mixture {
 
   KD_INLINE double kl_from() const { return kFarFrom / (share * rest); }
 
+  // log2(q / m) is more by a constant of the row, which cancels in the gradient.
   template <class F>
-  KD_INLINE Term<F> far(const Point<F>& x, Weights weights) const {
-    const F log_m = log2(far_of(x, weights));
-    return {x.p * (x.log_p - log_m), x.q * (x.log_q - log_m)};
+  KD_INLINE F far(const Point<F>& x, Weights weights, Term<F>& sums) const {
+    const F log_m = log2(far_of(x, weights)), over_q = x.log_q - log_m;
+    sums.value += x.p * (x.log_p - log_m);
+    sums.slope += x.q * over_q;
+    return over_q;
   }
 
   KD_INLINE double far_value(double value, double slope, Weights weights, Rounding added) const {
-    return share * (kNatsPerBit * (weights.p * value - added.log_p) + added.p) +
-           rest * (kNatsPerBit * (weights.q * slope - added.log_q) + added.q);
+    const double of_p = weights.p * value, of_q = weights.q * slope;
+    const double bits = weights.unit * (share * of_p + rest * of_q) + rest * added.offset;
+    return kNatsPerBit * bits + share * added.p + rest * added.q;
   }
-  KD_INLINE double far_unit(Weights weights) const { return kNatsPerBit * rest * weights.q; }
+  KD_INLINE double far_unit(Weights weights) const {
+    return kNatsPerBit * rest * weights.unit * weights.q;
+  }
 };
 
 // KL(p || alpha p + (1 - alpha) q). Ko et al. 2024 (DistiLLM).
@@ -193,15 +204,20 @@ struct SkewForwardKL : Mixture {
   KD_INLINE double kl_from() const { return kFarFrom / (rest * rest); }
 
   template <class F>
-  KD_INLINE Term<F> far(const Point<F>& x, Weights weights) const {
+  KD_INLINE F far(const Point<F>& x, Weights weights, Term<F>& sums) const {
     const F ratio = over_m(x.p, weights.p, x, weights);
-    return {x.p * log2(ratio), x.q * ratio};
+    sums.value += x.p * log2(ratio);
+    sums.slope += x.q * ratio;
+    return ratio;
   }
 
   KD_INLINE double far_value(double value, double slope, Weights weights, Rounding added) const {
-    return kNatsPerBit * weights.p * value + far_unit(weights) * slope * (added.p - added.q);
+    return kNatsPerBit * weights.unit * weights.p * value +
+           far_unit(weights) * slope * (added.p - added.q);
   }
-  KD_INLINE double far_unit(Weights weights) const { return -(double)rest * weights.q; }
+  KD_INLINE double far_unit(Weights weights) const {
+    return -(double)rest * weights.unit * weights.q;
+  }
 };
 
 // KL(q || alpha q + (1 - alpha) p). Ko et al. 2024 (DistiLLM).
@@ -226,16 +242,21 @@ struct SkewReverseKL : Mixture {
   KD_INLINE double kl_from() const { return kFarFrom / (share * share); }
 
   template <class F>
-  KD_INLINE Term<F> far(const Point<F>& x, Weights weights) const {
+  KD_INLINE F far(const Point<F>& x, Weights weights, Term<F>& sums) const {
     const F ratio = over_m(x.q, weights.q, x, weights), log = log2(ratio);
-    return {x.q * log, x.q * (log - (kLog2E * rest) * ratio)};
+    const F over_q = log - (kLog2E * rest) * ratio;
+    sums.value += x.q * log;
+    sums.slope += x.q * over_q;
+    return over_q;
   }
 
   KD_INLINE double far_value(double value, double slope, Weights weights, Rounding added) const {
     const double unit = far_unit(weights);
     return unit * value + (1 - unit * (value - slope)) * (added.p - added.q);
   }
-  KD_INLINE double far_unit(Weights weights) const { return kNatsPerBit * weights.q; }
+  KD_INLINE double far_unit(Weights weights) const {
+    return kNatsPerBit * weights.unit * weights.q;
+  }
 };
 
 }  // namespace kd::KD_NAMESPACE

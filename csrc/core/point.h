@@ -20,7 +20,8 @@ KD_INLINE bool is_far(double divergence, double from) {
 constexpr float kLeastShare = 1.0f / 16;
 
 // One vocabulary entry: probabilities, their logarithms, and r = log q - log p computed from the
-// logits' difference, so that it is accurate where p and q are close.
+// logits' difference, so that it is accurate where p and q are close. Of a far row p and q are
+// exponentials, and the logarithms those of these, to base 2.
 template <class F>
 struct Point {
   F p, q, log_p, log_q, r;
@@ -47,16 +48,19 @@ struct Term {
   F value, slope;
 };
 
-// Factors that make p and q of a far row's points, which are exponentials, probabilities.
+// What makes the exponentials of a far row probabilities. Multiplied by `p` and `q` they are these
+// up to a factor that both have in common, next to 1 for the teacher.
 struct Weights {
   float p, q;
+  float unit;          // that factor
+  float log_p, log_q;  // added to the logarithms to base 2
+  float offset;        // added to r
 };
 
-// Errors that all points of a far row have in common, by rounding of the weights and of the
-// logarithms.
+// What rounding of a far row's weights has in common for all points.
 struct Rounding {
-  float log_p = 0, log_q = 0;  // added to log2 p and log2 q
-  float p = 0, q = 0;          // by which the sums of p and of q exceed 1
+  float p = 0, q = 0;  // by which the sums of p and of q exceed 1
+  double offset = 0;   // exactly what log2 q - log2 p is more than of the exponentials
 };
 
 struct Defaults {
@@ -80,6 +84,8 @@ struct Defaults {
   static constexpr bool kHasClose = false;
   // Whether computing the slopes a second time costs less than keeping them.
   static constexpr bool kCheapSlope = false;
+  // Whether what far() returns is still to be multiplied by q.
+  static constexpr bool kFarOverQ = false;
 };
 
 }  // namespace kd::KD_NAMESPACE

@@ -159,4 +159,15 @@ class RowBlocks {
   alignas(64) float gradient_block_[kBlock];
 };
 
+// A row of weight 0: exact zeros, whatever the logits hold.
+inline void write_masked_row(const LogitsParams& params, const RowPlan& plan, int64_t row) {
+  if (params.gradient.data) {
+    const Writer gradient(params.gradient, row, plan.streams);
+    gradient.fill(0, gradient.width(), 0);
+  }
+  if (params.row_scale) params.row_scale[row] = 0;
+  if (params.metrics)
+    for (int i = 0; i < kMetrics; ++i) params.metrics[i * params.rows + row] = 0;
+}
+
 }  // namespace kd::KD_NAMESPACE

@@ -168,13 +168,13 @@ class RowPair : protected RowBlocks {
     } else if (may_be_far() && is_far(kl_.forward, divergence_.kl_from())) {
       const Sums sums = term_sweep<kGradient, true>();
       if (is_far(sums.value, divergence_.far_from())) {
-        if constexpr (kGradient) gradient_sweep(sums);
+        if constexpr (kGradient) gradient_sweep<true>(sums);
         return sums.value;
       }
       read_softmaxes();  // slopes took the place of exponentials
     }
     const Sums sums = term_sweep<kGradient, false>();
-    if constexpr (kGradient && !Divergence::kSlopeSumsToZero) gradient_sweep(sums);
+    if constexpr (kGradient && !Divergence::kSlopeSumsToZero) gradient_sweep<false>(sums);
     return settled(sums);
   }
 
@@ -206,6 +206,25 @@ class RowPair : protected RowBlocks {
     for (int k = 0; k < 2; ++k) term[k] = divergence(x[k]);
   }
 
+  // Adds two terms to the sums, and gives what their slopes are computed from.
+  template <bool kGradient, bool kFar>
+  static KD_INLINE void add_terms(const Divergence& divergence, const Weights& weights,
+                                  const Point<Vec> (&x)[2], Term<Vec>& sums, Vec (&slope)[2]) {
+    if constexpr (kFar) {
+      for (int k = 0; k < 2; ++k) slope[k] = divergence.far(x[k], weights, sums);
+    } else {
+      Term<Vec> term[2];
+      near_terms(divergence, x, term);
+      for (int k = 0; k < 2; ++k) {
+        slope[k] = term[k].slope;
+        // Rounded before they are added, since no product that is stored, or comes from a branch,
+        // is fused with the sum: the same bits with a gradient and without.
+        sums.value += rounded(term[k].value);
+        sums.slope += kGradient ? slope[k] : rounded(slope[k]);
+      }
+    }
+  }
+
   // Value and slope of every term, and the gradient too where the slopes are known to sum to 0.
   template <bool kGradient, bool kFar>
   Sums term_sweep() {
@@ -228,7 +247,8 @@ class RowPair : protected RowBlocks {
         Vec value_parts = {}, slope_parts = {}, shift_parts = {};
         for (int i = 0; i < n;) {
           const int end = end_of_part(i, n);
-          Vec values = {}, slopes = {}, shifts = {};
+          Term<Vec> sums = {};
+          Vec shifts = {};
           for (; i < end; i += kPair) {
             next_student.fetch<2>(begin + i, kPair);
             next_teacher.fetch<2>(begin + i, kPair);
@@ -236,30 +256,21 @@ class RowPair : protected RowBlocks {
             const Point<Vec> v[] = {
                 point(x.first, y.first, load(s_kept + i), load(t_kept + i)),
                 point(x.second, y.second, load(s_kept + i + kLanes), load(t_kept + i + kLanes))};
-            Term<Vec> term[2];
-            if constexpr (kFar)
-              for (int k = 0; k < 2; ++k) term[k] = divergence.far(v[k], point.weights);
-            else
-              near_terms(divergence, v, term);
+            Vec slope[2];
+            add_terms<kGradient, kFar>(divergence, point.weights, v, sums, slope);
             for (int k = 0; k < 2; ++k) {
-              // Rounded before they are added, since no product that is stored, or comes from a
-              // branch, is fused with the sum: the same bits with a gradient and without.
-              values += kFar ? term[k].value : rounded(term[k].value);
-              slopes += kGradient ? term[k].slope : rounded(term[k].slope);
-              if constexpr (kSizes) sizes = max(sizes, abs(term[k].slope));
+              if constexpr (kSizes) sizes = max(sizes, abs(slope[k]));
               if constexpr (kFeelsShift) {
                 const Vec difference = bregman(v[k].p, v[k].q, v[k].r).difference;
                 shifts += difference;
               }
               // The teacher's exponentials are not read again.
-              if constexpr (kGradient && !kStoresGradient)
-                store(t_kept + i + k * kLanes, term[k].slope);
+              if constexpr (kGradient && !kStoresGradient) store(t_kept + i + k * kLanes, slope[k]);
             }
-            if constexpr (kStoresGradient)
-              g.store(i, {term[0].slope * scale, term[1].slope * scale});
+            if constexpr (kStoresGradient) g.store(i, {slope[0] * scale, slope[1] * scale});
           }
-          value_parts += values;
-          if constexpr (!Divergence::kSlopeSumsToZero) slope_parts += slopes;
+          value_parts += sums.value;
+          if constexpr (!Divergence::kSlopeSumsToZero) slope_parts += sums.slope;
           if constexpr (kFeelsShift) shift_parts += shifts;
         }
         value_sum += sum(value_parts);
@@ -272,8 +283,8 @@ class RowPair : protected RowBlocks {
     if constexpr (kSizes) sums.largest = largest(sizes);
     if constexpr (kFar) {
       sums.unit = divergence_.far_unit(points.weights);
-      sums.value = divergence_.far_value(value_sum < 0 ? 0 : value_sum, slope_sum, points.weights,
-                                         rounding_of(points, student_softmax_, teacher_softmax_));
+      const Rounding added = rounding_of(points.weights, student_softmax_, teacher_softmax_);
+      sums.value = divergence_.far_value(value_sum, slope_sum, points.weights, added);
     }
     return sums;
   }
@@ -337,14 +348,16 @@ class RowPair : protected RowBlocks {
   }
 
   // slopes - q slope_sum, times their unit.
+  template <bool kFar>
   void gradient_sweep(const Sums& sums) {
+    constexpr bool kOverQ = Divergence::kFarOverQ && kFar;
     const float slope_sum = (float)(sums.slope * sums.unit);
     // Covers NaN and both infinities: an infinite divergence of q has no gradient.
     if (!(::fabsf(slope_sum) <= FLT_MAX)) return gradient_.fill(0, params_.vocab, NAN);
     const double size = larger(sums.largest, ::fabs(sums.slope));
     const float factor = fit_float16_range((float)(size * sums.unit));
     const float scale = kd_scale_ * (float)sums.unit * factor;
-    const float of_exponential = (float)(sums.slope * student_softmax_.scale());
+    const float mean = (float)(sums.slope * student_softmax_.scale());
     for_blocks(params_.vocab, [&](int64_t begin, int n) {
       view_pair<true, false>(begin, n, [&](auto, auto, auto g) {
         const float* s_kept = student_kept_ + begin;
@@ -352,8 +365,8 @@ class RowPair : protected RowBlocks {
         for (int i = 0; i < n; i += kPair) {
           Vec result[2];
           for (int k = 0; k < 2; ++k) {
-            const int at = i + k * kLanes;
-            result[k] = (load(slopes + at) - load(s_kept + at) * of_exponential) * scale;
+            const Vec slope = load(slopes + i + k * kLanes), e = load(s_kept + i + k * kLanes);
+            result[k] = (kOverQ ? e * (slope - mean) : slope - e * mean) * scale;
           }
           g.store(i, {result[0], result[1]});
         }
@@ -368,17 +381,6 @@ class RowPair : protected RowBlocks {
   const float c_ = (float)(kBitsPerNat / params_.temperature);
   KL kl_;
 };
-
-// A row of weight 0: exact zeros, whatever the logits hold.
-inline void write_masked_row(const LogitsParams& params, const RowPlan& plan, int64_t row) {
-  if (params.gradient.data) {
-    const Writer gradient(params.gradient, row, plan.streams);
-    gradient.fill(0, gradient.width(), 0);
-  }
-  if (params.row_scale) params.row_scale[row] = 0;
-  if (params.metrics)
-    for (int i = 0; i < kMetrics; ++i) params.metrics[i * params.rows + row] = 0;
-}
 
 template <class Divergence, bool kGradient>
 void run_rows(const LogitsParams& params, const RowPlan& plan, int64_t begin, int64_t end,

@@ -77,7 +77,7 @@ class ShardOfRow : RowPair<Divergence> {
     if (has_gradient && of_divergence) {
       auto sums = Base::template term_sweep<true, false>();
       sums.slope = sums_[kSlopeSum];
-      Base::gradient_sweep(sums);
+      Base::template gradient_sweep<false>(sums);
     } else if (has_gradient) {
       Base::hard_label_gradient();
     }

@@ -161,21 +161,23 @@ class LogProbability {
         scale_((float)(1 / softmax.temperature())),
         rest_((float)((softmax.log_sum_exp() - origin_) / softmax.temperature())) {}
 
-  // To base 2, from the same exponents as the kept exponentials, so that their rounding cancels in
-  // terms.
-  static LogProbability to_base_2(const Softmax& softmax) {
-    return {softmax.reference(), softmax.c(), (float)softmax.log2_sum()};
-  }
-
   KD_INLINE Vec operator()(Vec x) const { return (x - origin_) * scale_ - rest_; }
 
-  float rest() const { return rest_; }
+ private:
+  float origin_, scale_, rest_;
+};
+
+// The logarithm to base 2 of an exponential, from the same exponent, so that its rounding cancels
+// in terms.
+class LogExponential {
+ public:
+  explicit LogExponential(const Softmax& softmax)
+      : reference_(softmax.reference()), c_(softmax.c()) {}
+
+  KD_INLINE Vec operator()(Vec x) const { return (x - reference_) * c_; }
 
  private:
-  LogProbability(float origin, float scale, float rest)
-      : origin_(origin), scale_(scale), rest_(rest) {}
-
-  float origin_, scale_, rest_;
+  float reference_, c_;
 };
 
 // log q - log p = gap / T + offset.
@@ -193,44 +195,43 @@ struct Gap {
   }
 };
 
-// What a sweep needs to turn a pair of logits and their exponentials into a point. Points of a far
-// row have exponentials in the place of probabilities, and logarithms to base 2.
+// What a sweep needs to turn a pair of logits and their exponentials into a point.
 template <bool kFar>
 struct Points {
   Points(const Softmax& student, const Softmax& teacher)
-      : weights{(float)teacher.scale(), (float)student.scale()},
-        s_log(log_probability(student)),
-        t_log(log_probability(teacher)),
+      : s_log(student),
+        t_log(teacher),
         gap{shifts_between((float)student.log_sum_exp(), (float)teacher.log_sum_exp(), 2)},
-        inverse_temperature((float)(1 / student.temperature())),
-        offset((float)gap.offset(student, teacher)) {}
+        inverse_temperature((float)(1 / student.temperature())) {
+    const double unit = kFar ? 1 / teacher.total() : 1;
+    weights = {(float)(teacher.scale() / unit),
+               (float)(student.scale() / unit),
+               (float)unit,
+               (float)-teacher.log2_sum(),
+               (float)-student.log2_sum(),
+               (float)gap.offset(student, teacher)};
+  }
 
   KD_INLINE Point<Vec> operator()(Vec s, Vec t, Vec s_exponential, Vec t_exponential) const {
     // r is NaN where both are -inf; a divergence never lets it past p = q = 0.
-    const Vec r = gap(s, t) * inverse_temperature + offset;
-    const Vec p = kFar ? t_exponential : t_exponential * weights.p;
-    const Vec q = kFar ? s_exponential : s_exponential * weights.q;
-    return {p, q, t_log(t), s_log(s), r};
+    const Vec r = gap(s, t) * inverse_temperature;
+    if constexpr (kFar) return {t_exponential, s_exponential, t_log(t), s_log(s), r};
+    return {t_exponential * weights.p, s_exponential * weights.q, t_log(t), s_log(s),
+            r + weights.offset};
   }
 
   Weights weights;  // of exponentials
-  LogProbability s_log, t_log;
+  std::conditional_t<kFar, LogExponential, LogProbability> s_log, t_log;
   Gap gap;
-  float inverse_temperature, offset;
-
- private:
-  static LogProbability log_probability(const Softmax& softmax) {
-    return kFar ? LogProbability::to_base_2(softmax) : LogProbability(softmax);
-  }
+  float inverse_temperature;
 };
 
-// How far rounding put the points of a far row off.
-inline Rounding rounding_of(const Points<true>& points, const Softmax& student,
+// What rounding of its weights did to a far row.
+inline Rounding rounding_of(const Weights& weights, const Softmax& student,
                             const Softmax& teacher) {
-  return {(float)(teacher.log2_sum() - points.t_log.rest()),
-          (float)(student.log2_sum() - points.s_log.rest()),
-          (float)(points.weights.p / teacher.scale() - 1),
-          (float)(points.weights.q / student.scale() - 1)};
+  return {(float)(weights.p / (teacher.scale() * teacher.total()) - 1),
+          (float)(weights.q / (student.scale() * teacher.total()) - 1),
+          teacher.log2_sum() - student.log2_sum()};
 }
 
 // Sums over a row, by kept exponentials e.

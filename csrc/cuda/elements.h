@@ -57,6 +57,15 @@ KD_INLINE float log1p(float x) {
 #endif
 }
 
+KD_INLINE float step(float x, float y) {
+#if defined(__CUDA_ARCH__) || defined(KD_EMULATE)
+  constexpr float kSteep = 0x1p60f;
+  return fma_saturated(x, kSteep, fmaf(y, kSteep, 0.5f));
+#else
+  return x > -y ? 1.0f : x < -y ? 0.0f : 0.5f;
+#endif
+}
+
 KD_INLINE float quotient(float x, float y) {
 #if defined(__CUDA_ARCH__) || defined(KD_EMULATE)
   return x * reciprocal_approx(y);
@@ -180,12 +189,13 @@ struct ShortSum {
   KD_DEVICE double value() const { return total; }
 };
 
-// The largest of pairs of 16-bit logits; NaN is lost.
-struct Pairs {
+// The largest of logits that come in 16 bytes each; NaN is lost. 16-bit ones are compared in pairs.
+template <int kItem>
+struct LargestOf {
   uint32_t largest;
   bool bfloat16;
 
-  KD_DEVICE explicit Pairs(bool bfloat16)
+  KD_DEVICE explicit LargestOf(bool bfloat16)
       : largest(bfloat16 ? 0xff80ff80u : 0xfc00fc00u), bfloat16(bfloat16) {}  // -inf
 
   KD_DEVICE uint32_t larger(uint32_t x, uint32_t y) const {
@@ -194,10 +204,23 @@ struct Pairs {
   KD_DEVICE void push(const uint4& x) {
     largest = larger(larger(larger(x.x, x.y), larger(x.z, x.w)), largest);
   }
-  KD_DEVICE float max() const {
+  KD_DEVICE float value() const {
     const float2 pair = bfloat16 ? unpack_bfloat16x2(largest) : unpack_float16x2(largest);
     return fmaxf(pair.x, pair.y);
   }
+};
+
+template <>
+struct LargestOf<4> {
+  float largest = -INFINITY;
+
+  KD_DEVICE explicit LargestOf(bool) {}
+  KD_DEVICE void push(const uint4& x) {
+    const float floats[] = {bits_as<float>(x.x), bits_as<float>(x.y), bits_as<float>(x.z),
+                            bits_as<float>(x.w)};
+    largest = fmaxf(largest, max_of(floats));
+  }
+  KD_DEVICE float value() const { return largest; }
 };
 
 // 16 bytes as 4 or 8 logits, and back.

@@ -23,6 +23,11 @@ class Registers {
     }
   }
 
+  template <class Columns, class Step>
+  KD_DEVICE void for_each_new_place(const Columns& columns, Step step) {
+    for_each_place(columns, step);
+  }
+
   KD_DEVICE uint4& student(int slot) { return student_[slot]; }
   KD_DEVICE uint4& teacher(int slot) { return teacher_[slot]; }
 
@@ -50,13 +55,17 @@ class Shared {
   KD_DEVICE explicit Shared(const Team& team)
       : mine_(team.end_of_slots() + 16 * threadIdx.x), pace_(16 * blockDim.x) {}
 
+  // The first loop over the thread's places finds where its slots end.
+  template <class Columns, class Step>
+  KD_DEVICE void for_each_new_place(const Columns& columns, Step step) {
+    auto place = columns.place(0);
+    for (; columns.holds(place); advance(place, columns)) step(place);
+    end_ = place.slot;
+  }
+
   template <class Columns, class Step>
   KD_DEVICE void for_each_place(const Columns& columns, Step step) const {
-    // Counted up, as a product for every address costs more.
-    for (auto place = columns.place(0); columns.holds(place); place.slot += kVectors * pace_) {
-      step(place);
-      place.begin += columns.pace();
-    }
+    for (auto place = columns.place(0); place.slot < end_; advance(place, columns)) step(place);
   }
 
   // A slot is the offset of its first vector.
@@ -84,12 +93,20 @@ class Shared {
   }
 
  private:
+  // Counted up, as a product for every address costs more.
+  template <class Place, class Columns>
+  KD_DEVICE void advance(Place& place, const Columns& columns) const {
+    place.slot += kVectors * pace_;
+    place.begin += columns.pace();
+  }
+
   KD_DEVICE uint4& vector(int slot, int i) {
     return *reinterpret_cast<uint4*>(mine_ + slot + i * pace_);
   }
 
   char* const mine_;
   const int pace_;  // bytes that the CTA's threads hold of one vector each
+  int end_;
 };
 
 // Asks the last-level cache for the CTA's share of a row, of its whole 16-byte vectors.
@@ -126,7 +143,7 @@ class HeldRow {
 
   KD_DEVICE void load() {
     if (columns_.aligned) {
-      storage_.for_each_place(columns_, [&](const Place<kCount>& place) {
+      storage_.for_each_new_place(columns_, [&](const Place<kCount>& place) {
         const int64_t offset = place.begin * (int64_t)kItem;
         storage_.load(storage_.student(place.slot), student + offset);
         if (reads_teacher)
@@ -135,7 +152,7 @@ class HeldRow {
           storage_.teacher(place.slot) = uint4{};
       });
     } else {
-      storage_.for_each_place(columns_, [&](const Place<kCount>& place) {
+      storage_.for_each_new_place(columns_, [&](const Place<kCount>& place) {
         storage_.student(place.slot) = gather(student, place);
         storage_.teacher(place.slot) = reads_teacher ? gather(teacher_, place) : uint4{};
       });
@@ -170,12 +187,22 @@ class HeldRow {
   // Makes the next sweep unpack again, rather than keep every logit in a register of its own.
   KD_DEVICE void refresh() { bfloat16_ = opaque((int)bfloat16_); }
 
-  // The largest logit of this thread's columns; NaN is lost.
-  KD_DEVICE float max_of_student() {
-    return max_of([&](int slot) { return storage_.student(slot); }, student_edge_[0]);
-  }
-  KD_DEVICE float max_of_teacher() {
-    return max_of([&](int slot) { return storage_.teacher(slot); }, teacher_edge_[0]);
+  // The largest logits of this thread's columns; NaN is lost.
+  struct Largest {
+    float student, teacher;
+  };
+  KD_DEVICE Largest largest() {
+    Largest x{-INFINITY, -INFINITY};
+    if (columns_.edge >= 0) x = {student_edge_[0], teacher_edge_[0]};
+    of_dtype([&] {
+      LargestOf<kItem> student(bfloat16_), teacher(bfloat16_);
+      storage_.for_each_place(columns_, [&](const Place<kCount>& place) {
+        student.push(storage_.student(place.slot));
+        teacher.push(storage_.teacher(place.slot));
+      });
+      x = {fmaxf(x.student, student.value()), fmaxf(x.teacher, teacher.value())};
+    });
+    return x;
   }
 
   // Calls step(place, logits) for all of this thread's columns; beyond the vocabulary is -inf.
@@ -191,11 +218,13 @@ class HeldRow {
   // Calls step(place, student's logits, teacher's logits).
   template <class Step>
   KD_DEVICE void for_each(Step step) {
-    storage_.for_each_place(columns_, [&](const Place<kCount>& place) {
-      float s[kCount], t[kCount];
-      unpack<kItem>(storage_.student(place.slot), bfloat16_, s);
-      unpack<kItem>(storage_.teacher(place.slot), bfloat16_, t);
-      step(place, s, t);
+    of_dtype([&] {
+      storage_.for_each_place(columns_, [&](const Place<kCount>& place) {
+        float s[kCount], t[kCount];
+        unpack<kItem>(storage_.student(place.slot), bfloat16_, s);
+        unpack<kItem>(storage_.teacher(place.slot), bfloat16_, t);
+        step(place, s, t);
+      });
     });
     float s[1] = {student_edge_[0]}, t[1] = {teacher_edge_[0]};
     if (columns_.edge >= 0) step(columns_.edge_place(), s, t);
@@ -216,11 +245,13 @@ class HeldRow {
   // Calls step(place, student's logits, slopes).
   template <class Step>
   KD_DEVICE void for_each_kept(Step step) {
-    storage_.for_each_place(columns_, [&](const Place<kCount>& place) {
-      float s[kCount], slopes[kCount];
-      unpack<kItem>(storage_.student(place.slot), bfloat16_, s);
-      storage_.kept(place.slot, slopes);
-      step(place, s, slopes);
+    of_dtype([&] {
+      storage_.for_each_place(columns_, [&](const Place<kCount>& place) {
+        float s[kCount], slopes[kCount];
+        unpack<kItem>(storage_.student(place.slot), bfloat16_, s);
+        storage_.kept(place.slot, slopes);
+        step(place, s, slopes);
+      });
     });
     float s[1] = {student_edge_[0]}, slopes[1] = {teacher_edge_[0]};
     if (columns_.edge >= 0) step(columns_.edge_place(), s, slopes);
@@ -256,6 +287,17 @@ class HeldRow {
   bool reads_teacher = true;
 
  private:
+  // Calls loop() in a copy for each 16-bit type, so that it need not ask.
+  template <class Loop>
+  KD_DEVICE void of_dtype(Loop loop) const {
+    if constexpr (kItem == 4)
+      loop();
+    else if (bfloat16_)
+      loop();
+    else
+      loop();
+  }
+
   template <class Vector, class Step>
   KD_DEVICE void for_each_of(Vector vector, float edge, Step step) const {
     storage_.for_each_place(columns_, [&](const Place<kCount>& place) {
@@ -265,27 +307,6 @@ class HeldRow {
     });
     float x[1] = {edge};
     if (columns_.edge >= 0) step(columns_.edge_place(), x);
-  }
-
-  template <class Vector>
-  KD_DEVICE float max_of(Vector vector, float edge) const {
-    float largest = columns_.edge >= 0 ? edge : -INFINITY;
-    if constexpr (kItem == 4) {
-      storage_.for_each_place(columns_, [&](const Place<kCount>& place) {
-        float x[kCount];
-        unpack<kItem>(vector(place.slot), false, x);
-        largest = fmaxf(largest, cuda::max_of(x));
-      });
-      return largest;
-    } else {
-      const auto of = [&](bool bfloat16) {
-        Pairs pairs(bfloat16);
-        storage_.for_each_place(
-            columns_, [&](const Place<kCount>& place) { pairs.push(vector(place.slot)); });
-        return fmaxf(largest, pairs.max());
-      };
-      return bfloat16_ ? of(true) : of(false);
-    }
   }
 
   // Columns one by one.

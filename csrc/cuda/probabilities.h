@@ -34,8 +34,8 @@ struct Probabilities {
 
   KD_DEVICE Point<float> operator()(float s, float t) const {
     Point<float> x;
-    x.p = p(t);
-    x.q = q(s);
+    x.p = p_of(t);
+    x.q = q_of(s);
     x.log_p = log_p(t);
     x.log_q = log_q(s);
     // NaN where both are -inf; a divergence never lets r past p = q = 0.
@@ -43,8 +43,10 @@ struct Probabilities {
     return x;
   }
 
-  KD_DEVICE float p(float t) const { return exp2_approx(fmaf(t, c, -t_shift)) * t_inverse; }
-  KD_DEVICE float q(float s) const { return exp2_approx(fmaf(s, c, -s_shift)) * s_inverse; }
+  KD_DEVICE float p_of(float t) const { return exp2_approx(fmaf(t, c, -t_shift)) * t_inverse; }
+  KD_DEVICE float q_of(float s) const { return exp2_approx(fmaf(s, c, -s_shift)) * s_inverse; }
+  // 1 over the sum of all q_of(): 1 but for the rounding of s_inverse.
+  KD_DEVICE double inverse_of_total(double s_sum) const { return 2 - s_inverse * s_sum; }
   KD_DEVICE float log_p(float t) const { return (t - t_max) * inverse_temperature - t_log_sum; }
   KD_DEVICE float log_q(float s) const { return (s - s_max) * inverse_temperature - s_log_sum; }
 
@@ -60,10 +62,10 @@ struct Probabilities {
   }
 };
 
-// The same for a far row: exponentials, and logarithms to base 2.
+// The same for a far row, whose exponentials weigh 1 for the teacher.
 struct FarProbabilities {
   float c, s_shift, t_shift, s_log, t_log, offset;
-  Weights weights;
+  float q, unit;  // as in Weights
 
   FarProbabilities() = default;
   KD_DEVICE FarProbabilities(float c, const PairState& pair, const KL& kl)
@@ -73,14 +75,31 @@ struct FarProbabilities {
         s_log((float)kl.s_log),
         t_log((float)kl.t_log),
         offset((float)kl.offset),
-        weights{reciprocal(pair.teacher.sum), reciprocal(pair.student.sum)} {}
+        q((float)(pair.teacher.sum * inverse(pair.student.sum))),
+        unit(reciprocal(pair.teacher.sum)) {}
 
   KD_DEVICE Point<float> operator()(float s, float t) const {
     const float s_x = fmaf(s, c, -s_shift), t_x = fmaf(t, c, -t_shift);
-    return {exp2_approx(t_x), exp2_approx(s_x), t_x - t_log, s_x - s_log, s_x - t_x + offset};
+    return {exp2_approx(t_x), exp2_approx(s_x), t_x, s_x, s_x - t_x};
   }
 
-  KD_DEVICE float q(float s) const { return exp2_approx(fmaf(s, c, -s_shift)); }
+  KD_DEVICE Weights weights() const { return {1, q, unit, -t_log, -s_log, offset}; }
+
+  KD_DEVICE float q_of(float s) const { return exp2_approx(fmaf(s, c, -s_shift)); }
+  KD_DEVICE double inverse_of_total(double s_sum) const {
+    const double approximately = q * unit;
+    return approximately * (2 - approximately * s_sum);
+  }
+
+  // Where `factor` is above 1/2, multiplies the exponentials of both, which slopes over q do not
+  // feel, by its power of two. Returns what is left of it: no logarithm, which may be as large as a
+  // float, makes that overflow.
+  KD_DEVICE float take_power_of_two(float factor) {
+    const int exponent = (int)(bits_as<uint32_t>(factor) >> 23 & 0xff) - 125;
+    const int power = exponent < 0 ? 0 : exponent > 126 ? 126 : exponent;
+    s_shift -= power, t_shift -= power;
+    return factor * bits_as<float>((uint32_t)(127 - power) << 23);
+  }
 };
 
 struct FarRow {
@@ -88,11 +107,14 @@ struct FarRow {
   Rounding rounding;
 
   FarRow() = default;
-  KD_DEVICE FarRow(float c, const PairState& pair, const KL& kl)
-      : points(c, pair, kl),
-        rounding{(float)(kl.t_log - points.t_log), (float)(kl.s_log - points.s_log),
-                 (float)(points.weights.p * pair.teacher.sum - 1),
-                 (float)(points.weights.q * pair.student.sum - 1)} {}
+  KD_DEVICE FarRow(float c, const PairState& pair, const KL& kl) : points(c, pair, kl) {
+    // The logarithms are those of a sum whose largest term is exact, as exponentials are not.
+    const double t_inverse = inverse(pair.teacher.sum);
+    const double exceeds = 1 - pair.teacher.corrected_sum(c) * t_inverse;
+    rounding.p = (float)exceeds;
+    rounding.q = (float)(exceeds + (points.q * pair.student.sum * t_inverse - 1));
+    rounding.offset = kl.offset;
+  }
 };
 
 // The gradient of a far row by a KL divergence, up to a factor:

@@ -38,6 +38,13 @@ KD_DEVICE float reciprocal_approx(float x) {
   return y;
 }
 
+// x y + z, or the nearer one of 0 and 1 beyond these.
+KD_DEVICE float fma_saturated(float x, float y, float z) {
+  float sum;
+  asm("fma.rn.ftz.sat.f32 %0, %1, %2, %3;" : "=f"(sum) : "f"(x), "f"(y), "f"(z));
+  return sum;
+}
+
 // 16 bytes past the first-level cache. Not through the non-coherent path, which is for memory that
 // a kernel never writes: an in-place gradient overwrites what was loaded.
 KD_DEVICE uint4 load_16(const void* from) {

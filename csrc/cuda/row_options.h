@@ -62,12 +62,12 @@ class RowOptions : protected RowStates<Divergence, Row, kOptions> {
     Sum of_q, of_p;
     row_.for_each_of_student([&](const auto&, auto& s) {
       apply(params_.student_transform, s);
-      for (float& x : s) x = times_or_zero(probabilities.q(x), probabilities.log_q(x));
+      for (float& x : s) x = times_or_zero(probabilities.q_of(x), probabilities.log_q(x));
       of_q.add(sum_of(s));
     });
     row_.for_each_of_teacher([&](const auto&, auto& t) {
       apply(params_.teacher_transform, t);
-      for (float& x : t) x = times_or_zero(probabilities.p(x), probabilities.log_p(x));
+      for (float& x : t) x = times_or_zero(probabilities.p_of(x), probabilities.log_p(x));
       of_p.add(sum_of(t));
     });
     team_.tell(kOfEntropies, team_.mine().entropies,

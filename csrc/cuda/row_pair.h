@@ -107,11 +107,16 @@ class RowPair : protected RowOptions<Divergence, Row, kOptions> {
   template <class Points>
   static constexpr bool is_far_v = std::is_same_v<Points, FarProbabilities>;
 
-  KD_DEVICE Term<float> term(const Probabilities&, const Point<float>& point) const {
-    return params_.term(point);
+  // Adds a term to the sums; returns what its slope is computed from once their sum is known.
+  KD_DEVICE float add_term(const Probabilities&, const Point<float>& point,
+                           Term<float>& sums) const {
+    const Term<float> term = params_.term(point);
+    sums.value += term.value, sums.slope += term.slope;
+    return term.slope;
   }
-  KD_DEVICE Term<float> term(const FarProbabilities& of, const Point<float>& point) const {
-    return params_.term.far(point, of.weights);
+  KD_DEVICE float add_term(const FarProbabilities& of, const Point<float>& point,
+                           Term<float>& sums) const {
+    return params_.term.far(point, of.weights(), sums);
   }
 
   // Sets the divergence and returns the sum of the slopes.
@@ -120,7 +125,7 @@ class RowPair : protected RowOptions<Divergence, Row, kOptions> {
     const TermSums sums = term_sweep(probabilities, with_gradient);
     divergence_ = sums.value;
     if constexpr (is_far_v<Points>) {
-      divergence_ = params_.term.far_value(divergence_, sums.slope, probabilities.weights,
+      divergence_ = params_.term.far_value(divergence_, sums.slope, probabilities.weights(),
                                            summary().of_far.rounding);
     } else if constexpr (Divergence::kFeelsShift) {
       // sum q - p is 0; what it comes to is how far rounding of the softmax sums moved all log q.
@@ -140,21 +145,20 @@ class RowPair : protected RowOptions<Divergence, Row, kOptions> {
       constexpr int n = std::decay_t<decltype(place)>::kCount;
       float raw[n];
       this->transform(s, t, raw);
-      float values[n], slopes[n];
-      [[maybe_unused]] float shifts[n];
+      float slopes[n];
+      [[maybe_unused]] float shift = 0;
+      Term<float> here{0, 0};
 #pragma unroll
       for (int i = 0; i < n; ++i) {
         const Point<float> point = probabilities(s[i], t[i]);
-        const Term<float> term = this->term(probabilities, point);
-        values[i] = term.value;
-        slopes[i] = term.slope;
-        if constexpr (kFeelsShift) shifts[i] = bregman(point.p, point.q, point.r).difference;
+        slopes[i] = add_term(probabilities, point, here);
+        if constexpr (kFeelsShift) shift += bregman(point.p, point.q, point.r).difference;
         if constexpr (kFeelsLargest<is_far_v<Points>>)
-          sums.largest = fmaxf(sums.largest, abs(term.slope));
+          sums.largest = fmaxf(sums.largest, abs(slopes[i]));
       }
-      sums.value.add(sum_of(values));
-      if constexpr (!Divergence::kSlopeSumsToZero) sums.slope.add(sum_of(slopes));
-      if constexpr (kFeelsShift) sums.shift.add(sum_of(shifts));
+      sums.value.add(here.value);
+      if constexpr (!Divergence::kSlopeSumsToZero) sums.slope.add(here.slope);
+      if constexpr (kFeelsShift) sums.shift.add(shift);
       if constexpr (Divergence::kSlopeSumsToZero) {
         if (with_gradient) {
 #pragma unroll
@@ -222,22 +226,19 @@ class RowPair : protected RowOptions<Divergence, Row, kOptions> {
   }
 
   template <class Points>
-  KD_DEVICE void gradient_sweep(const Points& probabilities, double sum) {
-    float s_inverse;
+  KD_DEVICE void gradient_sweep(Points points, double sum) {
+    constexpr bool kOverQ = Divergence::kFarOverQ && is_far_v<Points>;
     double unit = 1;  // of a slope, in nats
-    if constexpr (is_far_v<Points>) {
-      s_inverse = probabilities.weights.q;
-      unit = params_.term.far_unit(probabilities.weights);
-    } else {
-      s_inverse = probabilities.s_inverse;
-    }
-    // The slopes' sum divided by that of q(), which is 1 but for the rounding of s_inverse.
-    double of_q = sum * (2 - (double)s_inverse * student().sum);
-    if constexpr (is_far_v<Points>) of_q *= s_inverse;
-    const float slope_sum = (float)of_q;
+    if constexpr (is_far_v<Points>) unit = params_.term.far_unit(points.weights());
+    const float mean = (float)(sum * points.inverse_of_total(student().sum));
     // Covers NaN and both infinities: an infinite divergence of q has no gradient.
-    if (!(abs(slope_sum) <= FLT_MAX)) return fill_vocab_with_nan();
-    const float scale = kd_scale_ * (float)unit * fit_float16_range((float)(sum * unit));
+    if (!(abs(mean) <= FLT_MAX)) return fill_vocab_with_nan();
+    float scale = kd_scale_ * (float)unit * fit_float16_range((float)(sum * unit));
+    if constexpr (kOverQ) scale = points.take_power_of_two(scale);
+    const float mean_scale = mean * scale;
+    const auto gradient_of = [&](float slope, float q) {
+      return kOverQ ? q * fmaf(slope, scale, -mean_scale) : (slope - q * mean) * scale;
+    };
     row_.refresh();
     if constexpr (Row::kKeeps) {
       row_.for_each_kept([&](const auto& place, auto& s, auto& slopes) {
@@ -245,8 +246,7 @@ class RowPair : protected RowOptions<Divergence, Row, kOptions> {
         float raw[n];
         this->transform_student(s, raw);
 #pragma unroll
-        for (int i = 0; i < n; ++i)
-          slopes[i] = (slopes[i] - probabilities.q(s[i]) * slope_sum) * scale;
+        for (int i = 0; i < n; ++i) slopes[i] = gradient_of(slopes[i], points.q_of(s[i]));
         this->finish_gradient(place, raw, s, slopes);
         row_.store_gradient(place, slopes);
       });
@@ -255,12 +255,11 @@ class RowPair : protected RowOptions<Divergence, Row, kOptions> {
         constexpr int n = std::decay_t<decltype(place)>::kCount;
         float raw[n], gradient[n];
         this->transform(s, t, raw);
+        Term<float> unused{};
 #pragma unroll
-        for (int i = 0; i < n; ++i) {
-          const Point<float> point = probabilities(s[i], t[i]);
+        for (int i = 0; i < n; ++i)
           gradient[i] =
-              (term(probabilities, point).slope - probabilities.q(s[i]) * slope_sum) * scale;
-        }
+              gradient_of(add_term(points, points(s[i], t[i]), unused), points.q_of(s[i]));
         this->finish_gradient(place, raw, s, gradient);
         row_.store_gradient(place, gradient);
       });

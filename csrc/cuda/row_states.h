@@ -84,8 +84,9 @@ class RowStates {
     Tops tops;
     constexpr bool kMaxFirst = Row::kHeld && !kOptions;
     if constexpr (kMaxFirst) {
-      pair.student.rise(row_.max_of_student());
-      pair.teacher.rise(row_.max_of_teacher());
+      const auto largest = row_.largest();
+      pair.student.rise(largest.student);
+      pair.teacher.rise(largest.teacher);
       row_.for_each([&](const auto&, auto& s, auto& t) { pair.add(s, t); });
     } else {
       const auto read_student = [&](const auto& place, auto& s) {

@@ -172,6 +172,10 @@ inline float reciprocal_approx(float x) {
   return flush_subnormal((float)((1 + 0.25 * allowed_error(x)) / (double)flush_subnormal(x)));
 }
 
+inline float fma_saturated(float x, float y, float z) {
+  return std::fmin(std::fmax(std::fma(flush_subnormal(x), y, z), 0.0f), 1.0f);
+}
+
 inline uint4 load_16(const void* address, KD_HERE) {
   emulator::check_aligned(address, 16, "load_16", where);
   return *static_cast<const uint4*>(address);
