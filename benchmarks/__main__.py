@@ -24,6 +24,7 @@ import torch
 from kdkernels.divergences import DIVERGENCES
 
 from . import output, shapes
+from .arguments import count
 from .case import DTYPES, LOSS_AND_GRADIENT, WHAT
 from .cases import CASES
 from .device import DEVICES, Cpu, Cuda, device_of
@@ -65,14 +66,14 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
     named = ", ".join(shapes.MODELS)
     add("--shapes", nargs="+", metavar="SHAPE", help=f"real, {named}, [ROWSx]VOCAB[xD_SxD_T]")
-    add("--rows", type=int, help="of shapes without: 512, linear 128; on a GPU 8192")
+    add("--rows", type=count, help="of shapes without: 512, linear 128; on a GPU 8192")
     add("--close", action="store_true", help="a student next to its teacher: KL of about 1e-3")
     add("--providers", nargs="+", default=["default"], metavar="PROVIDER")
     add("--what", nargs="+", choices=WHAT, default=[LOSS_AND_GRADIENT])
     add("--device", choices=DEVICES, default="cpu")
-    add("--rounds", type=int, default=9)
+    add("--rounds", type=count, default=9)
     add("--budget", type=float, metavar="SECONDS", help="stop in time and say what is left out")
-    add("--threads", type=int, help="default: PyTorch's")
+    add("--threads", type=count, help="default: PyTorch's")
     add("--output", type=Path, help="FILE.json, .csv, .md or .png, or a stem for all four")
     return result
 

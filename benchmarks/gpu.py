@@ -24,6 +24,7 @@ from kdkernels import collectives, kd_loss, scalars
 from kdkernels.divergences import DIVERGENCES
 
 from . import output
+from .arguments import count
 from .case import APPROXIMATE, DTYPES, Case, Step, relative
 from .cases import LogitsCase
 from .device import Cpu, Cuda, device_of
@@ -298,10 +299,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("what", choices=("check", "tune", "table"))
     parser.add_argument("files", type=Path, nargs="*", help="of table")
-    parser.add_argument("--rows", type=int, default=8192, help="of tune, with bfloat16")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rows", type=count, default=8192, help="of tune, with bfloat16")
+    parser.add_argument("--rounds", type=count, default=7)
     parser.add_argument("--budget", type=float, metavar="SECONDS")
-    parser.add_argument("--vocab", type=int, nargs="+", default=[128256, 32000, 151936, 256000])
+    parser.add_argument("--vocab", type=count, nargs="+", default=[128256, 32000, 151936, 256000])
     parser.add_argument("--output", type=Path, help="a JSON file to write")
     argv = sys.argv[1:] if argv is None else argv
     arguments = parser.parse_intermixed_args(argv)

@@ -31,6 +31,7 @@ import torch
 from kdkernels import kd_loss, linear_kd_loss
 
 from . import behaviour, dense
+from .arguments import count
 from .case import DTYPES, relative
 from .environment import ROOT, environment
 from .pairs import Pair, compare
@@ -273,7 +274,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--vocab", type=int, default=1024)
+    parser.add_argument("--vocab", type=count, default=1024)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, required=True, help="a JSON file to write")
     parser.add_argument("--plot", type=Path, help="a picture to draw")

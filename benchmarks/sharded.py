@@ -24,6 +24,7 @@ from torch import Tensor
 from kdkernels import kd_loss
 
 from . import dense
+from .arguments import count
 from .case import DTYPES, Step
 from .cases import LogitsCase
 from .device import Cpu
@@ -221,12 +222,12 @@ def sharded_table(report: dict, file: str) -> str:
 def main() -> None:
     """Starts the processes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--rows", type=int, default=ROWS)
-    parser.add_argument("--vocab", type=int, nargs="+", default=VOCABS)
+    parser.add_argument("--processes", type=count, default=2)
+    parser.add_argument("--rows", type=count, default=ROWS)
+    parser.add_argument("--vocab", type=count, nargs="+", default=VOCABS)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=("float32", "bfloat16"))
     parser.add_argument("--divergence", nargs="+", choices=dense.TERMS, default=DIVERGENCES)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=count, default=7)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:

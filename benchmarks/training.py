@@ -30,6 +30,7 @@ from torch import Tensor
 
 from kdkernels import kd_loss, linear_kd_loss
 
+from .arguments import count
 from .case import Step
 from .device import DEVICES, Cpu, Cuda, device_of, status_bytes
 from .environment import ROOT, environment
@@ -301,13 +302,13 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    add("--batch", type=int, default=4, help="sequences of a timed step (%(default)s)")
-    add("--seq-len", type=int, default=128, help="tokens of a sequence (%(default)s)")
+    add("--batch", type=count, default=4, help="sequences of a timed step (%(default)s)")
+    add("--seq-len", type=count, default=128, help="tokens of a sequence (%(default)s)")
     add("--temperature", type=float, default=1.0, help="(%(default)s)")
-    add("--rounds", type=int, default=5, help="timed steps of each method (%(default)s)")
+    add("--rounds", type=count, default=5, help="timed steps of each method (%(default)s)")
     add("--memory", type=float, default=3.0, help="GiB that a batch has to fit (%(default)s)")
-    add("--most", type=int, default=MOST, help="sequences tried at most (%(default)s)")
-    add("--threads", type=int, help="default: PyTorch's")
+    add("--most", type=count, default=MOST, help="sequences tried at most (%(default)s)")
+    add("--threads", type=count, help="default: PyTorch's")
     add("--device", choices=DEVICES, default="cpu")
     add("--output", type=Path, help="a JSON file to write")
     arguments = parser.parse_args()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import collectives, watchers
 from .backends.row_plan import row_weights
-from .divergences import Divergence
+from .divergences import Divergence, is_built_in
 from .options import METRICS, LogitsOptions
 
 
@@ -75,7 +75,7 @@ def _kd_loss(
     if o.kd_weight != 0 or o.metrics:
         log_q = F.log_softmax(s_logits / o.temperature, dim=-1)
         log_p = F.log_softmax(t_logits / o.temperature, dim=-1)
-        values["divergence"] = not_negative(sum_of_terms(divergence, log_p, log_q))
+        values["divergence"] = settled(divergence, sum_of_terms(divergence, log_p, log_q))
         if o.metrics:
             values["teacher_entropy"] = entropy(log_p)
             values["student_entropy"] = entropy(log_q)
@@ -110,8 +110,10 @@ def sum_of_terms(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor
     return terms.sum(-1)
 
 
-def not_negative(value: Tensor) -> Tensor:
-    """Clamps at 0, below which only rounding can fall; the gradient passes."""
+def settled(divergence: Divergence, value: Tensor) -> Tensor:
+    """Clamps a built-in divergence at 0, below which only rounding falls; the gradient passes."""
+    if not is_built_in(divergence):
+        return value
     return torch.where(value < 0, value - value.detach(), value)
 
 

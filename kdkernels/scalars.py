@@ -77,7 +77,7 @@ def _flag(name: str, value: bool) -> bool:
 
 def _one_of(known: tuple[str, ...]) -> Callable[[str, str], str]:
     def check(name: str, value: str) -> str:
-        if value not in known:
+        if not (isinstance(value, str) and value in known):  # an array compares entries
             raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
         return value
 
@@ -103,7 +103,7 @@ def _chunk_bytes(name: str, value: int | None) -> int:
 
 
 def _logits_dtype(name: str, value: torch.dtype | None) -> torch.dtype | None:
-    if value not in (None, torch.float32):
+    if value is not None and value is not torch.float32:
         raise ValueError(f"{name} is {value}, expected None or torch.float32")
     return value
 

@@ -18,7 +18,7 @@ from . import collectives, reference, watchers
 from .backends.row_plan import row_plan
 from .backends.rows import has_row_scale
 from .constants import FAR_FROM, LOWEST_LOGIT, MOST_CANCELLED
-from .divergences import AlphaBeta, SoftCrossEntropy, kl_weights
+from .divergences import DIVERGENCES, AlphaBeta, SoftCrossEntropy, kl_weights
 from .options import METRICS, SHARD_STATES, SHARD_SUMS, LogitsOptions
 from .top import Top
 
@@ -236,7 +236,8 @@ def _divergence(sums: Tensor, o: LogitsOptions) -> Tensor:
         # sum (q - p) should be 0: what it is instead tells how far rounding moved all log q.
         slope = named["slope"].nan_to_num(0.0, 0.0, 0.0)
         value = torch.addcmul(value, named["shift"], slope, value=-1)
-    return value.clamp(min=0)  # rounding may fall below; NaN stays
+    # Rounding may fall below 0, as a divergence of a user's own may; NaN stays.
+    return value.clamp(min=0) if o.divergence in DIVERGENCES else value
 
 
 def _cross_entropy(states: Tensor, label_logit: Tensor) -> Tensor:

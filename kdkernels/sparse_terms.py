@@ -78,7 +78,7 @@ def _by_definition(few: FewTokens, divergence: Divergence, entropies: bool) -> t
     else:
         log_p = log_p - log_p.logsumexp(-1, keepdim=True)
     value = reference.sum_of_terms(divergence, log_p, log_q)
-    of_rows = [value if few.tail == "drop" else reference.not_negative(value)]
+    of_rows = [value if few.tail == "drop" else reference.settled(divergence, value)]
     if entropies:
         of_rows += [reference.entropy(log_p), reference.entropy(log_q)]
     return tuple(torch.where(few.kept, x, 0.0) for x in of_rows)

@@ -299,6 +299,7 @@ def test_peak_is_beyond_what_was_there(cpu):
     ("options", "message"),
     [
         ("--providers nobody", "provider 'nobody' is unknown at the logits level"),
+        ("--rounds 0", "argument --rounds: 0 is less than 1"),
         ("--shapes wide", "shape 'wide' is unknown"),
         ("--level linear --shapes 512x32000", "has no hidden sizes"),
         ("--level linear --shapes 32000x64x32", "a student wider than its teacher"),

@@ -114,6 +114,31 @@ def test_on_the_reference_backend(hellinger):
     torch.testing.assert_close(loss, expected)
 
 
+def test_a_divergence_may_be_negative(three):
+    from .triton_functions import minus_overlap, minus_overlap_slope
+
+    def reference(log_p, log_q):
+        return -((log_p + log_q) / 2).exp()
+
+    divergence = kdkernels.register_divergence(
+        "minus_overlap", value=minus_overlap, slope=minus_overlap_slope, reference=reference
+    )
+    student, teacher = correlated_pair(3, 96)
+    log_p, log_q = (x.double().log_softmax(-1) for x in (teacher, student))
+    expected = reference(log_p, log_q).sum(-1).mean()
+    options = {"divergence": divergence}
+    losses = {
+        "reference": kd_loss(student.double(), teacher.double(), **options),
+        "triton": loss_of(TRITON, student, teacher, **options).cpu(),
+        "sharded": sharded(three, TRITON, student, teacher, CUTS["uneven"], **options).loss,
+    }
+    top, indices = log_p.topk(95)
+    losses["sparse"] = kdkernels.sparse_kd_loss(student.double(), indices, top, **options)
+    del kdkernels.divergences.REGISTERED["minus_overlap"]
+    for backend, loss in losses.items():
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0, msg=backend)
+
+
 def test_compiled(hellinger):
     compiled = torch.compile(kd_loss, fullgraph=True, backend="aot_eager")
     student, teacher = (move(x, TRITON.device) for x in correlated_pair(3, 70))

@@ -18,3 +18,13 @@ def log_and_inverse(x, logs, inverses, SIZE: tl.constexpr):
 def log1p_of(x, logs, SIZE: tl.constexpr):
     at = tl.arange(0, SIZE)
     tl.store(logs + at, log1p(tl.load(x + at)))
+
+
+@triton.jit
+def minus_overlap(p, q, log_p, log_q, r):
+    return -tl.sqrt(p * q)
+
+
+@triton.jit
+def minus_overlap_slope(p, q, log_p, log_q, r):
+    return -0.5 * tl.sqrt(p * q)

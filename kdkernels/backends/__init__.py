@@ -31,7 +31,7 @@ def why_not(
 
 def check_name(backend: str) -> str:
     """Returns the name; raises if it is neither a backend's nor ``"auto"``."""
-    if backend != "auto" and backend not in BACKENDS:
+    if not (isinstance(backend, str) and backend in ("auto", *BACKENDS)):
         raise ValueError(
             f"backend is {backend!r}, expected 'auto', {', '.join(map(repr, BACKENDS))}"
         )
