@@ -25,8 +25,8 @@ auto fields(LogitsParams& x) {
                   x.parameters[1], x.temperature, x.student_transform.scale,
                   x.student_transform.softcap, x.teacher_transform.scale,
                   x.teacher_transform.softcap, x.kd_weight, x.ce_weight, x.labels, x.ignore_index,
-                  x.token_weight, x.reduction, x.normalizer, x.divisor, x.gradient_scale,
-                  x.row_scale, x.loss, x.metrics);
+                  x.token_weight, x.reduction, x.normalizer, x.gradient_scale, x.row_scale, x.loss,
+                  x.metrics);
 }
 
 auto fields(ShardParams& x) {

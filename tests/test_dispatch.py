@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
-from kdkernels import kd_loss, linear_kd_loss, ops, sparse_kd_loss, watchers
+from kdkernels import backends, kd_loss, linear_kd_loss, ops, sparse_kd_loss, watchers
 
 from .cases import correlated_pair, labels_for, normal
 from .harness import Operators, default_dtype, loss_of
@@ -299,6 +299,29 @@ def test_plain_tensors_need_no_dispatching(kernel):
     student, teacher = (x.to(kernel.device) for x in pair())
     assert watchers.goes_straight(student, teacher, None)
     assert watchers.goes_straight(student.requires_grad_())
+
+
+def test_compiled_kernels_need_no_operators_beside_them(monkeypatch, kernel):
+    """Neither for weights nor for what losses come to: on a GPU each would be a launch."""
+    if kernel.backend == "triton":
+        pytest.skip("what Triton's kernels need once a call comes from PyTorch")
+    implementation, seen = backends.IMPLEMENTATIONS[kernel.backend], set()
+    logits_loss = implementation.logits_loss
+
+    def watched(*arguments):
+        with Operators() as operators:
+            results = logits_loss(*arguments)
+        seen.update(function.overloadpacket.__name__ for function in operators.seen)
+        return results
+
+    monkeypatch.setattr(implementation, "logits_loss", watched)
+    student, teacher = pair()
+    options = {"labels": labels_for(3, vocab=VOCAB), "ce_weight": 0.5}
+    options["token_weight"] = torch.rand(3)
+    for reduction in ("mean", "sum", "none"):
+        loss_of(kernel, student, teacher, reduction=reduction, return_metrics=True, **options)
+    poisoning = {"fill_", "detach"}  # of new memory, in these tests
+    assert seen - poisoning <= {"empty", "empty_strided"}
 
 
 def test_without_torchs_private_names_every_call_is_dispatched(monkeypatch):

@@ -51,9 +51,8 @@ struct LogitsParams {
   const int64_t* labels = nullptr;  // (rows,)
   int64_t ignore_index = -100;
   const float* token_weight = nullptr;  // (rows,)
-  Reduction reduction = Reduction::kMean;
+  Reduction reduction = Reduction::kNone;
   const float* normalizer = nullptr;  // (); null: the sum of the kept rows' weights
-  float divisor = 1;                  // of the gradient, beside the normalizer (CUDA)
 
   // float16 gradients are stored times a power of two per row, without weight and normalizer;
   // row_scale gives what the backward multiplies them by.

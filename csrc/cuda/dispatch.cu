@@ -1,3 +1,5 @@
+#include "plan.cuh"
+#include "rows_params.h"
 #include "scale.cuh"
 #include "tail.cuh"
 
@@ -85,13 +87,36 @@ std::optional<Tile> forced_tile() {
 
 std::string why_not(int device) { return why_not(scale_kernel, device); }
 
-void logits(const LogitsParams& params, std::optional<Tile> forced, int device, void* stream) {
-  if (params.rows == 0) return;
-  check_vocab(params.vocab);
-  check_rows(params.rows);
+void logits(const LogitsParams& call, std::optional<Tile> forced, float* scratch, int device,
+            void* stream) {
+  check_vocab(call.vocab);
+  check_rows(call.rows);
   const Capturable capturable;
   use_device(device);
-  kRows[params.divergence](params, device_of(scale_kernel, device), forced, stream);
+
+  const int64_t threads =
+      std::min<int64_t>(kPlanThreads, std::max<int64_t>(1, (call.rows + 31) / 32) * 32);
+  const Grid once{1, (unsigned)threads, 1, kPlanSharedBytes};
+  float *const weights = scratch, *const losses = scratch + call.rows;
+  float* const normalizer = scratch + 2 * call.rows;
+  LogitsParams params = call;  // of the rows: weights are 0 where they take no part
+  if (call.labels) params.token_weight = weights;
+  if (call.reduction != Reduction::kMean)
+    params.normalizer = nullptr;
+  else if (!call.normalizer && params.token_weight)
+    params.normalizer = normalizer;
+  if (call.labels || params.normalizer == normalizer)
+    launch(weights_kernel, once, stream,
+           WeightsLaunch{call.rows, call.labels, call.ignore_index, call.token_weight,
+                         call.labels ? weights : nullptr, normalizer});
+
+  const bool reduces = call.reduction != Reduction::kNone;
+  if (reduces) params.loss = losses;
+  if (call.rows > 0)
+    kRows[call.divergence](params, device_of(scale_kernel, device), forced, stream);
+  if (reduces)
+    launch(total_kernel, once, stream,
+           TotalLaunch{call.rows, losses, params.normalizer, divisor_of(params), call.loss});
 }
 
 bool shard(const ShardParams& call, int device, void* stream) {

@@ -17,10 +17,11 @@ std::string why_not(int device);
 // while other threads may change the environment.
 std::optional<Tile> forced_tile();
 
-// Launches on `stream`, a cudaStream_t, and returns at once. Beside the comments of LogitsParams:
-// token_weight is 0 for rows that take no part, labels need not be in range and are not compared
-// with ignore_index, a null normalizer is 1, reduction is none.
-void logits(const LogitsParams& params, std::optional<Tile> forced, int device, void* stream);
+// All of these launch on `stream`, a cudaStream_t, and return at once.
+
+// Labels need not be in range: such rows become NaN. `scratch` holds 2 rows + 1 floats.
+void logits(const LogitsParams& params, std::optional<Tile> forced, float* scratch, int device,
+            void* stream);
 
 // One phase; true where it writes the gradient.
 bool shard(const ShardParams& params, int device, void* stream);

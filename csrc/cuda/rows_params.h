@@ -25,6 +25,12 @@ KD_INLINE int head_of(const char* student, DType student_dtype, const char* teac
   return -1;
 }
 
+// What the host knows of the number of rows that a mean divides by.
+inline float divisor_of(const LogitsParams& params) {
+  const bool counts = params.reduction == Reduction::kMean && !params.normalizer;
+  return counts && params.rows > 0 ? (float)params.rows : 1;
+}
+
 // The parameters of a launch, with what the host can compute once. token_weight is 0 for rows
 // that take no part; a null normalizer is 1; loss is (rows,), before the reduction.
 struct LaunchParams : LogitsParams {
@@ -34,6 +40,7 @@ struct LaunchParams : LogitsParams {
   int head = kByRow;      // see head_of, where it is the same for all rows
   int64_t first_row = 0;  // of this launch
   int64_t ahead = 0;  // each CTA fetches its share of the row so far ahead into the cache; 0: none
+  float divisor = 1;  // of the gradient, beside the normalizer
 
   explicit LaunchParams(const LogitsParams& params)
       : LogitsParams(params),
@@ -42,6 +49,7 @@ struct LaunchParams : LogitsParams {
         gradient_rows(params.gradient) {
     if (student_rows.alike() && teacher_rows.alike() && gradient_rows.alike())
       head = head_of(student.data, student.dtype, teacher.data, teacher.dtype, gradient.data);
+    divisor = divisor_of(params);
   }
 };
 

@@ -47,8 +47,8 @@ struct Case {
   Transform student_transform, teacher_transform;
   bool weights = false;  // of the rows, one of them 0
   float normalizer = 0;  // 0: none
-  float divisor = 1;
-  cuda::Tile tile;  // without threads: the chooser's
+  bool mean = false;     // over all rows, where there is no normalizer
+  cuda::Tile tile;       // without threads: the chooser's
   uint64_t first_seed = 0;
   int seeds = 1;  // with the same bits from each
 
@@ -297,7 +297,7 @@ inline void check(const Case& c) {
   if (c.labels) params.labels = labels.data();
   if (c.weights) params.token_weight = weights.data();
   if (c.normalizer != 0) params.normalizer = &c.normalizer;
-  params.divisor = c.divisor;
+  if (c.mean) params.reduction = Reduction::kMean;
   if (c.gradient && c.student == DType::kFloat16) {
     params.gradient_scale = 4096;
     params.row_scale = row_scale.data();
@@ -310,7 +310,7 @@ inline void check(const Case& c) {
   const std::string student_before = student.bytes(), teacher_before = teacher.bytes();
   const std::string gradient_before = gradient.bytes();
   std::vector<Expected> expected;
-  const double normalizer = (c.normalizer != 0 ? c.normalizer : 1.0) * c.divisor;
+  const double normalizer = c.normalizer != 0 ? c.normalizer : c.mean ? c.rows : 1.0;
   for (int row = 0; row < c.rows; ++row)
     expected.push_back(oracle(params, divergence, row, c.weights ? weights[row] : 1, normalizer));
   if (c.logits == Logits::kIdentical)  // exactly: float64 rounds here

@@ -155,7 +155,7 @@ Case mixture(std::array<double, 2> parameters, uint64_t seed) {
   c.temperature = one_of({1, 1, 0.8f, 2});
   if (maybe(3)) c.weights = true;
   if (maybe(3)) c.normalizer = 7.5f;
-  if (maybe(3)) c.divisor = 3;
+  c.mean = maybe(3);
   if (maybe(4)) c.kd_weight = one_of({0.5f, -2, 0});
   if (maybe(3)) {
     c.labels = true;

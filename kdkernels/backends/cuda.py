@@ -14,7 +14,6 @@ from torch import Tensor
 from ..divergences import Divergence
 from ..extension import _C, missing
 from ..options import METRICS, LogitsOptions, TailOptions
-from .row_plan import row_plan
 from .rows import (
     extension_refusals,
     has_row_scale,
@@ -24,7 +23,6 @@ from .rows import (
     tail_params,
 )
 
-P = TypeVar("P")
 T = TypeVar("T")
 
 _MAX_VOCAB = 2**30
@@ -67,11 +65,11 @@ def why_not(student: Tensor, teacher: Tensor, divergence: Divergence) -> list[st
     return reasons
 
 
-def _launch(function: Callable[[P, int, int], T], on: Tensor, params: P) -> T:
+def _launch(function: Callable[..., T], on: Tensor, *arguments: object) -> T:
     """Calls ``function`` for the device of ``on`` and its current stream."""
     with torch.cuda.device(on.device):
         stream = torch.cuda.current_stream()
-        return function(params, stream.device_index, stream.cuda_stream)
+        return function(*arguments, stream.device_index, stream.cuda_stream)
 
 
 def logits_loss(
@@ -85,24 +83,16 @@ def logits_loss(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Loss, metrics and row scales, as in ``backends/cpu.py``."""
     lead = student.shape[:-1]
-    rows = math.prod(lead)
     floats = functools.partial(torch.empty, dtype=torch.float32, device=student.device)
-    loss = floats(lead)
+    loss = floats(lead if o.reduction == "none" else ())
     metrics = floats((len(METRICS), *lead)) if o.metrics else None
     row_scale = floats(lead) if has_row_scale(gradient) else None
-    plan = row_plan(labels, token_weight, normalizer, o, rows)
-    if rows > 0:
-        per_row = labels, plan.weight, plan.normalizer
-        results = row_scale, loss, metrics
-        params = logits_params(
-            student, teacher, *per_row, o, gradient, *results, "none", plan.divisor
-        )
-        _launch(_C.logits_cuda, student, params)
-    if o.reduction == "none":
-        return loss, metrics, row_scale
-    # The divisor is the number of rows, or 1: a launch less than to divide.
-    total = loss.mean() if plan.divisor > 1 else loss.sum()
-    return total if plan.normalizer is None else total / plan.normalizer, metrics, row_scale
+    scratch = floats(2 * math.prod(lead) + 1)
+    per_row = labels, token_weight, normalizer
+    results = row_scale, loss, metrics
+    params = logits_params(student, teacher, *per_row, o, gradient, *results, o.reduction)
+    _launch(_C.logits_cuda, student, params, scratch.data_ptr())
+    return loss, metrics, row_scale
 
 
 def shard(

@@ -161,7 +161,6 @@ def logits_params(
     loss: Tensor | None,  # (...) or () float32
     metrics: Tensor | None,  # (5, ...) float32
     reduction: str = "none",
-    divisor: float = 1.0,
 ) -> LogitsParams:
     """The fields of LogitsParams, see csrc/core/params.h."""
     scale = address(row_scale)
@@ -186,7 +185,6 @@ def logits_params(
         address(token_weight),
         REDUCTIONS.index(reduction),
         address(normalizer),
-        divisor,
         gradient_scale(o) if scale else 1.0,
         scale,
         address(loss),
