@@ -1,4 +1,4 @@
-"""What only the Triton backend has: schedules, agreement with the CPU."""
+"""What only the Triton backend has: compiled kernels, agreement with the CPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import subprocess
 import sys
 import types
 from fractions import Fraction
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -146,16 +145,6 @@ def test_refuses_cpu_tensors_where_kernels_are_compiled(monkeypatch):
     with pytest.raises(ValueError, match="triton: the tensors are on cpu"):
         kd_loss(student, teacher, backend="triton")
     assert math.isfinite(kdkernels.kd_loss(student, teacher))
-
-
-def test_a_schedule_for_a_gpu_whose_properties_have_other_names(monkeypatch):
-    from kdkernels.triton import schedule
-
-    properties = SimpleNamespace(gpu_subslice_count=64, last_level_cache_size=200 * 2**20)
-    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda _: properties)
-    device = schedule.device_of.__wrapped__(torch.device("xpu", 0))
-    assert device == schedule.Device(64, 200 * 2**20, 32, 0)
-    assert schedule.choose(32000, 128000, True, False, device) == schedule.Schedule(2048, 16)
 
 
 def compiling(*arguments: str) -> str:
@@ -369,27 +358,6 @@ def test_far_rows_with_infinite_logits(divergence):
         rows.remove(2)
     gradients = actual.gradient[rows], expected.gradient[rows]
     assert_gradient_of(divergence.name, torch.float32, *gradients)
-
-
-@pytest.mark.parametrize("vocab", [1, 19, 300, 1000, 32000, 128256, 151936, 256000])
-@pytest.mark.parametrize("itemsize", [2, 4])
-def test_schedules(vocab, itemsize):
-    from kdkernels.triton import schedule
-
-    hopper = schedule.Device(132, 50 * 2**20, 32, 65536)
-    pair = 2 * itemsize * vocab
-    for plain, many in ((False, False), (True, False), (True, True)):
-        chosen = schedule.choose(vocab, pair, plain, many, hopper)
-        assert chosen.num_warps == 1 or vocab >= 256
-        few = 32 * chosen.num_warps * schedule.FEW
-        assert chosen.block == (2 * few if many and vocab > 1024 else few)
-        assert 32 * chosen.num_warps * chosen.registers <= hopper.registers
-        if plain and vocab > 1024 and chosen.num_warps < 32:
-            assert 2 * hopper.multiprocessors * pair <= hopper.cache_bytes
-    amd = schedule.Device(304, 4 * 2**20, 64, 0)
-    chosen = schedule.choose(vocab, pair, True, True, amd)
-    assert 64 * chosen.num_warps <= 1024
-    assert chosen.registers == 0
 
 
 def test_tables_of_divergences_agree():

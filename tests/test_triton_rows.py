@@ -1,6 +1,9 @@
-"""Rows as the programs of the Triton backend share them."""
+"""Rows as the programs of the Triton backend share them: schedules and launches."""
 
 from __future__ import annotations
+
+import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,3 +27,50 @@ def test_a_program_scales_several_rows_of_a_gradient(monkeypatch, dtype, per_row
     expected = run(TRITON, student, teacher, **options)
     monkeypatch.setattr(schedule, "SCALING_PROGRAMS", 2)
     assert_same_bits(run(TRITON, student, teacher, **options), expected)
+
+
+def test_a_schedule_for_a_gpu_whose_properties_have_other_names(monkeypatch):
+    from kdkernels.triton import schedule
+
+    properties = SimpleNamespace(gpu_subslice_count=64, last_level_cache_size=200 * 2**20)
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda _: properties)
+    device = schedule.device_of.__wrapped__(torch.device("xpu", 0))
+    assert device == schedule.Device(64, 200 * 2**20, 32, 0)
+    assert schedule.choose(32000, 128000, True, False, device) == schedule.Schedule(2048, 16)
+
+
+@pytest.mark.parametrize(
+    ("hip", "warp_size", "registers"), [(None, 32, 65536), ("7.0", 64, 0)], ids=["NVIDIA", "AMD"]
+)
+def test_what_a_schedule_goes_by_on_a_gpu(monkeypatch, hip, warp_size, registers):
+    # AMD's compiler refuses a limit on registers.
+    from kdkernels.triton import schedule
+
+    properties = SimpleNamespace(
+        multi_processor_count=132, L2_cache_size=50 * 2**20, warp_size=warp_size
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    device = inspect.unwrap(schedule.device_of)(torch.device("cuda", 0))
+    assert device == schedule.Device(132, 50 * 2**20, warp_size, registers)
+
+
+@pytest.mark.parametrize("vocab", [1, 19, 300, 1000, 32000, 128256, 151936, 256000])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_schedules(vocab, itemsize):
+    from kdkernels.triton import schedule
+
+    hopper = schedule.Device(132, 50 * 2**20, 32, 65536)
+    pair = 2 * itemsize * vocab
+    for plain, many in ((False, False), (True, False), (True, True)):
+        chosen = schedule.choose(vocab, pair, plain, many, hopper)
+        assert chosen.num_warps == 1 or vocab >= 256
+        assert chosen.entries == (schedule.MANY if many and vocab > 1024 else schedule.FEW)
+        assert chosen.block == 32 * chosen.num_warps * chosen.entries
+        assert 32 * chosen.num_warps * chosen.registers <= hopper.registers
+        if plain and vocab > 1024 and chosen.num_warps < 32:
+            assert 2 * hopper.multiprocessors * pair <= hopper.cache_bytes
+    amd = schedule.Device(304, 4 * 2**20, 64, 0)
+    chosen = schedule.choose(vocab, pair, True, True, amd)
+    assert 64 <= 64 * chosen.num_warps <= 1024
+    assert chosen.registers == 0
