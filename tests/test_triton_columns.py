@@ -46,8 +46,9 @@ def test_rows_padded_with_anything(divergence, dtype):
         torch.nn.functional.pad(x.to(dtype), (0, width - vocab), value=math.nan)
         for x, width in zip(correlated_pair(2, vocab), widths, strict=True)
     )
-    assert launch.end_of(vocab, [launch._rows(student), launch._rows(teacher)]) == 1008
-    assert launch.end_of(vocab + 8, [launch._rows(student), launch._rows(teacher)]) == vocab + 8
+    rows = [launch._rows(student), launch._rows(teacher)]
+    ends = {992: 992, 993: 1008, vocab: 1008, 1009: 1009}
+    assert {end: launch.end_of(end, rows) for end in ends} == ends
     options = {
         "divergence": divergence,
         "labels": labels_for(2, vocab=vocab),

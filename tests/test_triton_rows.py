@@ -44,7 +44,7 @@ def test_a_schedule_for_a_gpu_whose_properties_have_other_names(monkeypatch):
 )
 def test_what_a_schedule_goes_by_on_a_gpu(monkeypatch, hip, warp_size, registers):
     # AMD's compiler refuses a limit on registers.
-    from kdkernels.triton import schedule
+    from kdkernels.triton import launch, schedule
 
     properties = SimpleNamespace(
         multi_processor_count=132, L2_cache_size=50 * 2**20, warp_size=warp_size
@@ -53,6 +53,9 @@ def test_what_a_schedule_goes_by_on_a_gpu(monkeypatch, hip, warp_size, registers
     monkeypatch.setattr(torch.version, "hip", hip)
     device = inspect.unwrap(schedule.device_of)(torch.device("cuda", 0))
     assert device == schedule.Device(132, 50 * 2**20, warp_size, registers)
+    options = launch.options_of(schedule.choose(32000, 128000, True, True, device))
+    assert options["num_warps"] * warp_size == 512
+    assert options.get("maxnreg") == (64 if registers else None)
 
 
 @pytest.mark.parametrize("vocab", [1, 19, 300, 1000, 32000, 128256, 151936, 256000])
@@ -74,3 +77,38 @@ def test_schedules(vocab, itemsize):
     chosen = schedule.choose(vocab, pair, True, True, amd)
     assert 64 <= 64 * chosen.num_warps <= 1024
     assert chosen.registers == 0
+
+
+def test_launches_go_to_the_device_of_a_tensor():
+    from kdkernels.triton import launch
+
+    device = launch._on(SimpleNamespace(device=torch.device("cuda", 1)))
+    assert isinstance(device, torch.cuda.device)
+    assert device.idx == 1
+
+
+def rows_in(memory, begin, *strides, width=37):
+    """Rows of float16 that begin and lie apart by these entries."""
+    shape = *(2 for _ in strides), width
+    return memory.as_strided(shape, (*strides, 1), begin)
+
+
+@pytest.mark.parametrize(
+    ("begin", "strides", "expected"),
+    [
+        (0, (48,), True),
+        (8, (48,), True),  # 16 bytes
+        (4, (48,), False),
+        (0, (37,), False),
+        (0, (40,), False),
+        (0, (160, 48), True),
+        (0, (168, 48), False),
+        (0, (160, 40), False),
+    ],
+)
+def test_rows_that_begin_at_multiples_of_16(begin, strides, expected):
+    from kdkernels.triton import launch
+
+    memory = torch.zeros(512, dtype=torch.float16)
+    assert memory.data_ptr() % 16 == 0
+    assert launch.aligned(launch._rows(rows_in(memory, begin, *strides))) == expected
