@@ -157,6 +157,9 @@ template <class T>
 T fma_(T x, T y, T z) {
   return std::fma(x, y, z);
 }
+KD_CALL float fma_sat(float x, float y, float z) {
+  return std::fmin(std::fmax(std::fma(x, y, z), 0.0f), 1.0f);
+}
 template <class T>
 T copysign_(T sign, T size) {
   return std::copysign(size, sign);
