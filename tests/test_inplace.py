@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import kdkernels
+from kdkernels.backends.rows import check_in_place
 
 from .cases import correlated_pair, labels_for
 from .harness import Backend, loss_of, move, run
@@ -124,6 +125,24 @@ def test_refuses_memory_that_overlaps_itself(kernel):
     refused(kernel, computed_row.expand(3, VOCAB), teacher, "inplace_grad.*student_logits.*overlap")
     flat = torch.zeros(VOCAB + 2, device=kernel.device).requires_grad_() * 1
     refused(kernel, flat.as_strided((3, VOCAB), (1, 1)), teacher, "inplace_grad.*overlap")
+
+
+@pytest.mark.parametrize(
+    "strides",
+    [
+        *((1554, 518), (1551, 517), (1550, 517), (1033, 517), (516, 2000), (1553, 518)),
+        *((517, 1034), (517, 1033), (518, 1034), (600, 1200), (2000, 517), (2000, 516)),
+    ],
+    ids=str,
+)
+def test_memory_overlaps_itself_where_a_number_has_two_places(strides):
+    memory = torch.arange(6000)
+    places = memory.as_strided((2, 3, VOCAB), (*strides, 1))
+    if places.unique().numel() == places.numel():
+        check_in_place(places)
+    else:
+        with pytest.raises(ValueError, match="overlap themselves"):
+            check_in_place(places)
 
 
 def test_refuses_memory_shared_with_the_teacher(kernel):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kdkernels import sparse_kd_loss
-from kdkernels.backends.rows import gradient_like, in_rows
+from kdkernels.backends.rows import check_in_place, gradient_like, in_rows
 
 from . import tolerances
 from .cases import DTYPES, ONE_OF_EACH, correlated_pair, labels_for, normal
@@ -117,6 +117,36 @@ def test_leading_shapes(backend, shape):
         assert actual.loss.shape == (shape if reduction == "none" else ())
         assert_as_oracle(actual, student, teacher, **options)
         assert actual.metrics["agreement"].shape == shape
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param(wide(normal(2, 3, 2, VOCAB)), id="three dimensions at one stride"),
+        pytest.param(wide(normal(2, 3, 2, VOCAB))[:, :2], id="three at two"),
+        pytest.param(normal(2, 3, 5, VOCAB)[:, :2, :1], id="one of size 1"),
+        pytest.param(normal(2, 3, VOCAB).unsqueeze(1).expand(2, 1, 3, VOCAB), id="expanded to 1"),
+        pytest.param(normal(2, 3, VOCAB).as_strided((2, 1, VOCAB), (VOCAB, 0, 1)), id="stride 0"),
+        pytest.param(normal(3, 2)[:, ::2], id="one column"),
+    ],
+)
+def test_rows_at_two_strides_are_not_copied(rows):
+    assert in_rows(rows) is rows
+    check_in_place(rows)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param(normal(3, 2 * VOCAB)[:, ::2], id="columns apart"),
+        pytest.param(torch.zeros(()).expand(3, VOCAB), id="zeros of autograd"),
+        pytest.param(normal(4, 3, 2, VOCAB).permute(2, 1, 0, 3), id="three strides"),
+    ],
+)
+def test_other_rows_are_copied(rows):
+    copy = in_rows(rows)
+    assert copy.is_contiguous()
+    assert torch.equal(copy, rows)
 
 
 def test_four_dimensions_that_are_no_rows_at_two_strides(kernel):
