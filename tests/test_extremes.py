@@ -7,7 +7,9 @@ import math
 import pytest
 import torch
 
-from kdkernels import AlphaBeta, kd_loss
+from kdkernels import AlphaBeta, ForwardKL, kd_loss
+from kdkernels.backends import cuda
+from kdkernels.backends.rows import gradient_scale
 
 from . import tolerances
 from .cases import ALL, ONE_OF_EACH, close_pair, correlated_pair, labels_for, normal
@@ -20,6 +22,7 @@ from .harness import (
     oracle,
     run,
 )
+from .test_compile import options as operator_options
 
 INF = math.inf
 
@@ -308,3 +311,38 @@ def test_reverse_kl_of_models_far_apart(backend, dtype):
     options = {"divergence": "reverse_kl", "labels": labels_for(3, vocab=517), "ce_weight": 0.5}
     actual = run(backend, student, teacher, **options)
     assert_as_oracle(actual, student, teacher, **options)
+
+
+def test_cuda_counts_columns_in_32_bits():
+    narrow, wide = (torch.empty(1, 2**30 + more, device="meta") for more in (0, 1))
+    above = "the vocabulary is above 2**30"
+    assert above in cuda.why_not(wide, wide, ForwardKL())
+    # What the wider one has beyond the other takes no part.
+    assert above not in cuda.why_not(narrow, wide, ForwardKL())
+    (refusal,) = (x for x in cuda.why_not(narrow, narrow.double(), ForwardKL()) if "float64" in x)
+    assert "teacher_logits" in refusal
+
+
+OPTIONS = operator_options(metrics=False, temperature=1.0, kd_weight=1.0, ce_weight=0.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "bound"),
+    [
+        ({}, 2.0),
+        ({"kd_weight": 0.7, "ce_weight": 0.3, "temperature": 4.0}, 0.65),
+        ({"kd_weight": -1.0, "ce_weight": 2.0}, 4.0),
+        ({"kd_weight": 1.0, "ce_weight": -2.0, "student_scale": 0.25}, 1.0),
+        ({"kd_weight": 1e-4, "student_scale": 8.0}, 1.6e-3),
+    ],
+)
+def test_largest_entry_of_a_float16_gradient(changes, bound):
+    power = gradient_scale(OPTIONS._replace(**changes))
+    assert math.frexp(power)[0] == 0.5
+    assert 2.0**11 <= bound * power < 2.0**12
+
+
+@pytest.mark.parametrize(("kd_weight", "exponent"), [(1e-60, 100), (1e60, -100)])
+def test_power_of_a_float16_gradient_is_a_float32(kd_weight, exponent):
+    options = OPTIONS._replace(kd_weight=kd_weight)
+    assert gradient_scale(options) == 2.0**exponent
