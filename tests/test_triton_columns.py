@@ -12,6 +12,7 @@ from kdkernels import AlphaBeta
 from . import interpreter, tolerances
 from .cases import ONE_OF_EACH, close_pair, correlated_pair, labels_for
 from .harness import TRITON, assert_as_oracle, assert_close, loss_of, oracle, run
+from .test_compile import options as operator_options
 
 pytestmark = pytest.mark.skipif(not interpreter.INSTALLED, reason="Triton is not installed")
 
@@ -61,6 +62,39 @@ def test_rows_padded_with_anything(divergence, dtype):
         assert not actual.gradient[:, vocab:].any()
         assert_close(actual.loss, expected.loss, tolerances.OTHER_LOSS)
         torch.testing.assert_close(actual.gradient[:, :vocab], expected.gradient)
+
+
+def pair_of(vocab, student, teacher, gradient=None):
+    """What a kernel is given for two rows, on an H100."""
+    from kdkernels.triton import launch, schedule
+
+    o = operator_options("forward_kl", metrics=False, ce_weight=0.0, vocab=vocab)
+    call = launch.Call(student, teacher, gradient, None, None, None, torch.empty(2), None, None, o)
+    (pair, _), _ = launch.arguments_of(call, schedule.Device(132, 50 * 2**20, 32, 65536))
+    return pair
+
+
+@pytest.mark.parametrize("which", range(3), ids=["student", "teacher", "gradient"])
+def test_rows_of_every_tensor_have_to_be_aligned_and_wide(which):
+    def with_one(rows):
+        tensors = [torch.zeros(2, 1008) for _ in range(3)]
+        tensors[which] = rows
+        pair = pair_of(1001, *tensors)
+        return pair.ALIGNED.value, pair.end, pair.PADDED.value
+
+    assert with_one(torch.zeros(2, 1008)) == (True, 1008, True)
+    assert with_one(torch.zeros(2, 1008)[:, :1001]) == (True, 1001, False)
+    assert with_one(torch.zeros(2, 1009)[:, :1008]) == (False, 1001, False)
+    assert pair_of(1001, torch.zeros(2, 1008), torch.zeros(2, 1008)).end == 1008
+
+
+@pytest.mark.parametrize("student", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("teacher", [torch.float32, torch.bfloat16], ids=str)
+def test_a_thread_adds_up_what_it_loads_at_once(student, teacher):
+    # 16 bytes of the wider dtype, of a block that has as many for each.
+    logits = (torch.empty(2, 32000, dtype=dtype) for dtype in (student, teacher))
+    pair = pair_of(32000, *logits)
+    assert pair.FOLD.value == (8 if student == teacher == torch.bfloat16 else 4)
 
 
 @pytest.mark.parametrize("divergence", [AlphaBeta(1, 1), AlphaBeta(2, 0.5)], ids=str)
