@@ -82,17 +82,15 @@ def gradient_like(
 
 
 def _congruent_strides(student: Tensor) -> Sequence[int]:
-    if student.is_contiguous():
+    if student.is_contiguous():  # as what is empty is
         return student.stride()
-    if student.numel() > 0:
-        strides, extent = [1] * student.dim(), student.shape[-1]
-        inner_first = sorted(range(student.dim() - 1), key=lambda i: (student.stride(i), -i))
-        for i in inner_first:
-            strides[i] = extent + (student.stride(i) - extent) % 16
-            extent += strides[i] * (student.shape[i] - 1)
-        if len(_leading(student.shape, strides)) <= 2:
-            return strides
-    return dense_strides(student.shape)
+    strides, extent = [1] * student.dim(), student.shape[-1]
+    inner_first = sorted(range(student.dim() - 1), key=lambda i: (student.stride(i), -i))
+    for i in inner_first:
+        strides[i] = extent + (student.stride(i) - extent) % 16
+        extent += strides[i] * (student.shape[i] - 1)
+    in_two = len(_leading(student.shape, strides)) <= 2
+    return strides if in_two else dense_strides(student.shape)
 
 
 def check_in_place(student: Tensor) -> None:
@@ -120,7 +118,7 @@ def row_strides(tensor: Tensor) -> tuple[int, int, int]:
         return max(1, tensor.numel() // width), 0, width
     leading = _leading(tensor.shape, tensor.stride())
     (_, outer), (inner_size, inner) = [(1, 0), (1, 0), *leading][-2:]
-    return max(1, inner_size), outer, inner
+    return inner_size, outer, inner
 
 
 def rows_of(tensor: Tensor) -> Rows:
