@@ -229,6 +229,16 @@ def test_the_weight_of_a_row_may_be_nan_without_touching_others(backend):
     assert torch.equal(actual.gradient[[0, 2]], clean.gradient[[0, 2]])
 
 
+def test_the_weight_of_an_ignored_row_may_be_anything(backend):
+    student, teacher = correlated_pair(4, 37)
+    options = {"labels": torch.tensor([5, -100, -100, 6]), "ce_weight": 0.5}
+    expected = run(backend, student, teacher, token_weight=torch.tensor([2.0, 0, 0, 1]), **options)
+    weight = torch.tensor([2.0, math.nan, math.inf, 1.0])
+    actual = run(backend, student, teacher, token_weight=weight, **options)
+    assert torch.equal(actual.loss, expected.loss)
+    assert torch.equal(actual.gradient, expected.gradient)
+
+
 @pytest.mark.parametrize("divergence", [ForwardKL(), SkewForwardKL(), AlphaBeta(0.2, 0.7)], ids=str)
 def test_infinities_with_scale_softcap_and_labels(backend, divergence):
     student, teacher = correlated_pair(3, 70)
