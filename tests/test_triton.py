@@ -9,6 +9,7 @@ import subprocess
 import sys
 import types
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -100,6 +101,21 @@ except ValueError as error:
 def test_what_stands_in_for_triton_is_not_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
     assert not triton_backend._installed()
+
+
+@pytest.mark.skipif(bool(compiled_triton.FOLDER), reason="kernels are compiled for the CPU")
+@pytest.mark.parametrize("value", ["1", "true", "ON", "yes", "Y", "0", "off", ""])
+def test_an_interpreter_where_triton_has_one(monkeypatch, value):
+    from triton import knobs
+
+    monkeypatch.setenv("TRITON_INTERPRET", value)
+    assert triton_backend._interpreted() == knobs.runtime.interpret
+
+
+@pytest.mark.parametrize(("device", "refusals"), [("cuda", 0), ("xpu", 0), ("mps", 1)])
+def test_devices_that_kernels_are_compiled_for(device, refusals):
+    logits = SimpleNamespace(device=torch.device(device), dtype=torch.float32)
+    assert len(triton_backend.why_not(logits, logits, ForwardKL())) == refusals
 
 
 def test_float64_by_few_operations():
