@@ -157,9 +157,10 @@ def test_other_backends_refuse(hellinger):
             kd_loss(student, teacher, divergence=divergence, backend="cpu")
 
 
-def test_an_unregistered_divergence_is_refused_with_advice():
+@pytest.mark.parametrize("its_name", ["custom", "squared_hellinger"])  # one that is another's
+def test_an_unregistered_divergence_is_refused_with_advice(its_name):
     class Custom(kdkernels.Divergence):
-        name = "custom"
+        name = its_name
 
         def value(self, log_p, log_q):
             return log_p.exp() - log_q.exp()
