@@ -334,6 +334,16 @@ def test_module(backend):
     assert not list(criterion.parameters())
 
 
+def test_ignored_rows_are_as_those_of_weight_0(backend):
+    """Not by the oracle, which asks the same function as the GPU backends which rows take part."""
+    student, teacher = correlated_pair(4, VOCAB)
+    labels = torch.tensor([3, 5, 3, 1])
+    ignored = run(backend, student, teacher, labels=labels, ignore_index=3)
+    weighted = run(backend, student, teacher, token_weight=(labels != 3).float())
+    assert torch.equal(ignored.loss, weighted.loss)
+    assert torch.equal(ignored.gradient, weighted.gradient)
+
+
 @pytest.fixture
 def cuda():
     """The CUDA backend where it has all of its tiles."""
