@@ -48,11 +48,11 @@ struct Term {
   F value, slope;
 };
 
-// What makes the exponentials of a far row probabilities. Multiplied by `p` and `q` they are these
-// up to a factor that both have in common, next to 1 for the teacher.
+// What makes the exponentials of a far row probabilities: times `p` and `q`, and times `unit`, one
+// over the teacher's sum.
 struct Weights {
   float p, q;
-  float unit;          // that factor
+  float unit;
   float log_p, log_q;  // added to the logarithms to base 2
   float offset;        // added to r
 };
